@@ -1,0 +1,1 @@
+"""xAI's `ckpt-0` format: read without unpickling, streamed to devices, written."""

@@ -1,0 +1,144 @@
+"""Streams a checkpoint to the devices of a mesh, each host reading only the bytes of its own shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from workers.checkpoint.checkpoint import Checkpoint
+from workers.checkpoint.tensor_file import ArraySpan, TensorFile
+from workers.model.parameters import Axes, ParameterInfo
+from workers.model.partition import Partition
+from workers.model.quantized import QuantizedWeight, Weight
+
+Params = dict[str, dict[str, Weight]]
+Index = tuple[slice, ...]
+Array = np.ndarray[Any, np.dtype[Any]]
+
+#: How weights are kept on the devices: as stored, or widened while they load.
+WEIGHT_DTYPES = {"int8": None, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+EMBEDDING = "language_model/in_out_embed/embeddings"
+
+
+@dataclasses.dataclass
+class LoadProgress:
+    """Counts what this host has read. `read` are bytes of payload, each counted once however many devices hold it."""
+
+    total: int
+    read: int = 0
+    tensors: int = 0
+
+
+def load_parameters(
+    checkpoint: Checkpoint,
+    partition: Partition,
+    *,
+    weights: str = "int8",
+    dtype: jnp.dtype | type = jnp.float32,
+    report: Callable[[LoadProgress], None] = lambda _: None,
+) -> tuple[Params, LoadProgress]:
+    """Loads all parameters onto the partition's mesh; every host of the mesh calls this alike.
+
+    One tensor is mapped at a time, and of it only this host's slices are copied.
+
+    Args:
+      checkpoint: what to load.
+      partition: with a mesh.
+      weights: a key of WEIGHT_DTYPES.
+      dtype: of the activations, and of the embedding table, which is cast to it.
+      report: called after each tensor.
+
+    Returns:
+      The parameters as Haiku's nested dictionary, and the final counts.
+    """
+    progress = LoadProgress(total=checkpoint.nbytes)
+    params: Params = {}
+    for info, file in checkpoint.tensors:
+        module, name = info.path.rsplit("/", 1)
+        widen = WEIGHT_DTYPES[weights]
+        reader = _Reader(file, progress)
+        if info.path == EMBEDDING:
+            value: Weight = reader.array(info, partition, dtype)
+        elif file.scales is None:
+            value = reader.array(info, partition, widen if info.quantized else None)
+        elif widen is None:
+            value = reader.quantized(info, file.scales, partition)
+        else:
+            value = reader.dequantized(info, file.scales, partition, widen)
+        params.setdefault(module, {})[name] = value
+        progress.tensors += 1
+        report(progress)
+    return params, progress
+
+
+class _Reader:
+    """Reads slices of one tensor file, each once, and counts their bytes."""
+
+    def __init__(self, file: TensorFile, progress: LoadProgress) -> None:
+        self._file = file
+        self._progress = progress
+        self._read: dict[tuple[int, tuple[tuple[int, int], ...]], Array] = {}
+
+    def array(self, info: ParameterInfo, partition: Partition, dtype: Any) -> jax.Array:
+        span = self._file.values
+
+        def shard(index: Index) -> Array:
+            part = self._slice(span, index)
+            return part if dtype is None else part.astype(dtype)
+
+        return self._place(span.shape, partition, info.axes, shard)
+
+    def quantized(self, info: ParameterInfo, scales: ArraySpan, partition: Partition) -> QuantizedWeight:
+        groups = scales.shape[-2]
+        kept = partition.scale_groups(groups, info.axes[-2])
+
+        def scale_shard(index: Index) -> Array:
+            first, stop, _ = index[-2].indices(kept)
+            repeats = kept // groups
+            source = slice(first // repeats, -(-stop // repeats))
+            rows = np.arange(first, stop) // repeats - source.start
+            return self._slice(scales, (*index[:-2], source, index[-1]))[..., rows, :]
+
+        shape = (*scales.shape[:-2], kept, scales.shape[-1])
+        return QuantizedWeight(
+            self.array(info, partition, None),
+            self._place(shape, partition, partition.scale_axes(kept, info.axes), scale_shard),
+        )
+
+    def dequantized(self, info: ParameterInfo, scales: ArraySpan, partition: Partition, dtype: Any) -> jax.Array:
+        values = self._file.values
+        group_rows = values.shape[-2] // scales.shape[-2]
+
+        def shard(index: Index) -> Array:
+            first, stop, _ = index[-2].indices(values.shape[-2])
+            source = slice(first // group_rows, -(-stop // group_rows))
+            rows = np.arange(first, stop) // group_rows - source.start
+            factors = self._slice(scales, (*index[:-2], source, index[-1]))[..., rows, :]
+            # Rounded to bfloat16, whatever the type: see `workers.model.quantized.dequantize`.
+            products = self._slice(values, index).astype(np.float32) * factors.astype(np.float32)
+            return products.astype(jnp.bfloat16).astype(dtype)
+
+        return self._place(values.shape, partition, info.axes, shard)
+
+    def _place(
+        self, shape: tuple[int, ...], partition: Partition, axes: Axes, shard: Callable[[Index], Array]
+    ) -> jax.Array:
+        placed = jax.make_array_from_callback(shape, partition.sharding(axes), shard)
+        placed.block_until_ready()  # type: ignore[no-untyped-call]
+        return placed
+
+    def _slice(self, span: ArraySpan, index: Index) -> Array:
+        """A copy of the slice `index` of an array in the file."""
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, span.shape, strict=True))
+        key = (span.offset, bounds)
+        if key not in self._read:
+            self._read[key] = np.array(self._file.map(span)[index])
+            self._progress.read += math.prod(b - a for a, b in bounds) * span.dtype.itemsize
+        return self._read[key]

@@ -1,0 +1,329 @@
+"""One tensor file of `ckpt-0`: a pickle of which only the header is interpreted, symbolically, and nothing is executed.
+
+The file is walked opcode by opcode. Names of classes and functions stay strings; the few that a tensor file contains are
+given the meaning they have there, and all others are refused. The bytes of an array are skipped and mapped on demand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import mmap
+import pathlib
+import struct
+from typing import Any, NoReturn
+
+import ml_dtypes
+import numpy as np
+
+from workers.checkpoint.errors import CheckpointError
+
+_RECONSTRUCT = frozenset({("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")})
+_NDARRAY = ("numpy", "ndarray")
+_DTYPE = ("numpy", "dtype")
+_BFLOAT16 = ("ml_dtypes", "bfloat16")
+_QUANTIZED = frozenset({("__main__", "QuantizedWeight8bit"), ("model", "QuantizedWeight8bit")})
+_DTYPES = {
+    "i1": np.dtype(np.int8),
+    "f4": np.dtype(np.float32),
+    "f2": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+#: A real header takes about 80 opcodes and 400 bytes; what goes far beyond that is no tensor file.
+_MAX_OPCODES = 1_000
+_MAX_STRING = 1_000
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpan:
+    """Where an array lies in a file, and what it is: C order from byte `offset` on."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the payload in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFile:
+    """A tensor file's header: a bare array (`scales` is None), or int8 values with their scales."""
+
+    path: pathlib.Path
+    values: ArraySpan
+    scales: ArraySpan | None
+
+    def map(self, span: ArraySpan) -> np.ndarray[Any, np.dtype[Any]]:
+        """The array `span` of this file, mapped read-only: bytes are read when they are touched."""
+        return np.memmap(self.path, dtype=span.dtype, mode="r", offset=span.offset, shape=span.shape)
+
+
+@dataclasses.dataclass
+class _Global:
+    name: tuple[str, str]
+
+
+@dataclasses.dataclass
+class _Bytes:
+    offset: int
+    length: int
+    short: bytes
+
+
+@dataclasses.dataclass
+class _Dtype:
+    name: str
+    built: bool = False
+
+
+@dataclasses.dataclass
+class _Array:
+    span: ArraySpan | None = None
+
+
+@dataclasses.dataclass
+class _Quantized:
+    fields: dict[str, ArraySpan] | None = None
+
+
+class _Mark:
+    pass
+
+
+def read_header(path: pathlib.Path, tensor: str | None = None) -> TensorFile:
+    """Reads the header of a tensor file; `tensor` names it in errors.
+
+    Raises:
+      CheckpointError: the file is missing, truncated, or contains anything but one array of a known type or one
+        QuantizedWeight8bit.
+    """
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            if size == 0:
+                raise CheckpointError(path, "the file is empty", tensor=tensor, offset=0)
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _Walk(path, tensor, data).run()
+    except OSError as error:
+        raise CheckpointError(path, f"can't be read: {error.strerror}", tensor=tensor) from error
+
+
+class _Walk:
+    """A pickle machine whose objects are descriptions."""
+
+    def __init__(self, path: pathlib.Path, tensor: str | None, data: mmap.mmap) -> None:
+        self._path = path
+        self._tensor = tensor
+        self._data = data
+        self._at = 0
+        self._opcode_at = 0
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+
+    def run(self) -> TensorFile:
+        for _ in range(_MAX_OPCODES):
+            self._opcode_at = self._at
+            opcode = self._take(1)
+            if opcode == b".":
+                return self._result()
+            self._step(opcode)
+        self._fail(f"no tensor after {_MAX_OPCODES} opcodes")
+
+    def _result(self) -> TensorFile:
+        if self._at != len(self._data):
+            self._fail(f"{len(self._data) - self._at} bytes follow the end of the pickle")
+        match self._stack:
+            case [_Array(span=ArraySpan() as span)]:
+                return TensorFile(self._path, span, None)
+            case [_Quantized(fields={"weight": weight, "scales": scales})]:
+                if weight.dtype != np.int8 or scales.dtype == np.int8:
+                    self._fail(f"quantized weight of {weight.dtype} with scales of {scales.dtype}; expected int8 and float")
+                return TensorFile(self._path, weight, scales)
+        self._fail("the pickle holds no array and no QuantizedWeight8bit")
+
+    def _step(self, opcode: bytes) -> None:
+        push = self._stack.append
+        match opcode:
+            case b"\x80":  # PROTO
+                version = self._take(1)[0]
+                if version > 5:
+                    self._fail(f"pickle protocol {version} is unknown")
+            case b"\x95":  # FRAME
+                self._take(8)
+            case b"\x8c":  # SHORT_BINUNICODE
+                push(self._text(self._take(1)[0]))
+            case b"X":  # BINUNICODE
+                push(self._text(self._unsigned("<I")))
+            case b"C":  # SHORT_BINBYTES
+                push(self._payload(self._take(1)[0]))
+            case b"B":  # BINBYTES
+                push(self._payload(self._unsigned("<I")))
+            case b"\x8e":  # BINBYTES8
+                push(self._payload(self._unsigned("<Q")))
+            case b"K":  # BININT1
+                push(self._take(1)[0])
+            case b"M":  # BININT2
+                push(self._unsigned("<H"))
+            case b"J":  # BININT
+                push(self._unsigned("<i"))
+            case b"\x8a":  # LONG1
+                push(int.from_bytes(self._take(self._take(1)[0]), "little", signed=True))
+            case b"N":
+                push(None)
+            case b"\x88":
+                push(True)
+            case b"\x89":
+                push(False)
+            case b"(":
+                push(_Mark())
+            case b")":
+                push(())
+            case b"}":
+                push({})
+            case b"\x85" | b"\x86" | b"\x87":  # TUPLE1, TUPLE2, TUPLE3
+                push(tuple(self._pop(opcode[0] - 0x84)))
+            case b"t":
+                push(tuple(self._pop_to_mark()))
+            case b"\x94":  # MEMOIZE
+                self._memo[len(self._memo)] = self._top()
+            case b"q":  # BINPUT
+                self._memo[self._take(1)[0]] = self._top()
+            case b"h":  # BINGET
+                push(self._recall(self._take(1)[0]))
+            case b"j":  # LONG_BINGET
+                push(self._recall(self._unsigned("<I")))
+            case b"\x93":  # STACK_GLOBAL
+                module, name = self._pop(2)
+                push(self._global(module, name))
+            case b"c":  # GLOBAL
+                push(self._global(self._line(), self._line()))
+            case b"\x81":  # NEWOBJ
+                push(self._new(*self._pop(2)))
+            case b"R":  # REDUCE
+                push(self._call(*self._pop(2)))
+            case b"s":  # SETITEM
+                self._set_items(self._pop(2))
+            case b"u":  # SETITEMS
+                self._set_items(self._pop_to_mark())
+            case b"b":  # BUILD
+                (state,) = self._pop(1)
+                self._build(self._top(), state)
+            case _:
+                self._fail(f"pickle opcode {opcode!r} has no place in a tensor file; nothing was executed")
+
+    def _global(self, module: Any, name: Any) -> _Global:
+        found = (module, name)
+        if found in _RECONSTRUCT or found in _QUANTIZED or found in (_NDARRAY, _DTYPE, _BFLOAT16):
+            return _Global(found)
+        self._fail(f"refers to {module}.{name}, which has no place in a tensor file; nothing was executed")
+
+    def _new(self, cls: Any, arguments: Any) -> _Quantized:
+        if isinstance(cls, _Global) and cls.name in _QUANTIZED and arguments == ():
+            return _Quantized()
+        self._fail("makes an object that is no QuantizedWeight8bit")
+
+    def _call(self, function: Any, arguments: Any) -> _Array | _Dtype:
+        match function, arguments:
+            case _Global(name=name), (_Global(name=kind), (0,), _Bytes(short=b"b")) if (
+                name in _RECONSTRUCT and kind == _NDARRAY
+            ):
+                return _Array()
+            case _Global(name=name), (str() as code, False, True) if name == _DTYPE and code in _DTYPES:
+                return _Dtype(code)
+            case _Global(name=name), (_Global(name=kind), False, True) if name == _DTYPE and kind == _BFLOAT16:
+                return _Dtype("bfloat16")
+        self._fail(f"calls {function!r} with {arguments!r}, which makes no array of a known type; nothing was executed")
+
+    def _build(self, target: Any, state: Any) -> None:
+        match target, state:
+            case _Dtype(built=False), (3, "|" | "<", None, None, None, int(), int(), int()):
+                target.built = True
+            case _Array(span=None), (1, tuple() as shape, _Dtype(built=True, name=name), False, _Bytes() as payload):
+                target.span = self._span(shape, _DTYPES[name], payload)
+            case _Quantized(fields=None), {"weight": _Array(span=ArraySpan() as w), "scales": _Array(span=ArraySpan() as s)}:
+                if len(state) != 2:
+                    self._fail(f"a QuantizedWeight8bit with fields {sorted(state)}; expected weight and scales")
+                target.fields = {"weight": w, "scales": s}
+            case _:
+                self._fail(f"an object state that is not an array's: {str(state)[:100]}")
+
+    def _span(self, shape: tuple[Any, ...], dtype: np.dtype[Any], payload: _Bytes) -> ArraySpan:
+        if not all(type(n) is int and 0 < n < 2**40 for n in shape):
+            self._fail(f"array shape {shape}")
+        span = ArraySpan(shape, dtype, payload.offset)
+        if span.nbytes != payload.length:
+            self._fail(f"array of shape {shape} and type {dtype} has {payload.length} bytes; needs {span.nbytes}")
+        return span
+
+    def _set_items(self, items: list[Any]) -> None:
+        target = self._top()
+        keys, values = items[::2], items[1::2]
+        if not isinstance(target, dict) or len(keys) != len(values) or not all(isinstance(k, str) for k in keys):
+            self._fail("a dictionary that is no object state")
+        target.update(zip(keys, values, strict=True))
+
+    def _take(self, count: int) -> bytes:
+        if count > len(self._data) - self._at:
+            self._fail(f"truncated: {count} more bytes expected, {len(self._data) - self._at} there")
+        taken = self._data[self._at : self._at + count]
+        self._at += count
+        return taken
+
+    def _unsigned(self, layout: str) -> int:
+        (value,) = struct.unpack(layout, self._take(struct.calcsize(layout)))
+        return int(value)
+
+    def _text(self, length: int) -> str:
+        if length > _MAX_STRING:
+            self._fail(f"a string of {length} bytes")
+        try:
+            return self._take(length).decode()
+        except UnicodeDecodeError:
+            self._fail("a string that is not UTF-8")
+
+    def _line(self) -> str:
+        end = self._data.find(b"\n", self._at, self._at + _MAX_STRING)
+        if end < 0:
+            self._fail("a name without end")
+        text = self._text(end - self._at)
+        self._at = end + 1
+        return text
+
+    def _payload(self, length: int) -> _Bytes:
+        offset = self._at
+        if length > len(self._data) - offset:
+            self._fail(f"truncated: {length} bytes of payload expected, {len(self._data) - offset} there")
+        self._at += length
+        return _Bytes(offset, length, self._data[offset : offset + min(length, 1)])
+
+    def _recall(self, index: int) -> Any:
+        if index not in self._memo:
+            self._fail(f"memo entry {index} was never stored")
+        return self._memo[index]
+
+    def _top(self) -> Any:
+        if not self._stack or isinstance(self._stack[-1], _Mark):
+            self._fail("the pickle's stack is empty")
+        return self._stack[-1]
+
+    def _pop(self, count: int) -> list[Any]:
+        taken = self._stack[-count:]
+        if len(taken) < count or any(isinstance(item, _Mark) for item in taken):
+            self._fail("the pickle's stack is empty")
+        del self._stack[-count:]
+        return taken
+
+    def _pop_to_mark(self) -> list[Any]:
+        for i in range(len(self._stack) - 1, -1, -1):
+            if isinstance(self._stack[i], _Mark):
+                taken = self._stack[i + 1 :]
+                del self._stack[i:]
+                return taken
+        self._fail("a tuple or dictionary without beginning")
+
+    def _fail(self, problem: str) -> NoReturn:
+        raise CheckpointError(self._path, problem, tensor=self._tensor, offset=self._opcode_at)

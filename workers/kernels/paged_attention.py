@@ -1,0 +1,62 @@
+"""Attention of new positions to all earlier ones of their sequence, whose keys and values lie in pages."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+#: Grok-1 caps attention logits to (-LOGIT_CAP, LOGIT_CAP) by a tanh.
+LOGIT_CAP = 30.0
+
+#: Positions that one turn of the loop reads.
+BLOCK_POSITIONS = 128
+
+
+def paged_attention(
+    query: jax.Array,
+    key_pages: jax.Array,
+    value_pages: jax.Array,
+    page_table: jax.Array,
+    positions: jax.Array,
+    scale: float,
+) -> jax.Array:
+    """softmax(30 tanh(q.k * scale / 30)) v over all positions of a sequence up to the query's own.
+
+    Reads blocks of pages up to the last one that any row needs. As the cap bounds the logits, the softmax needs no
+    running maximum: shifted by the cap, exponentials stay within [exp(-60), 1]. A block that is past a row's last
+    position adds exact zeros to it, so that a row's result does not depend on the other rows.
+
+    Args:
+      query: [B, T, H, C].
+      key_pages, value_pages: [P, page, K, C]; H is a multiple of K, and query head h reads head h // (H // K).
+      page_table: [B, N] int32, the page of each stretch of `page` positions of a row.
+      positions: [B, T] int32, -1 for padding, whose result is zero.
+      scale: factor of the logits.
+
+    Returns:
+      [B, T, H, C] float32.
+    """
+    batch, length, q_heads, size = query.shape
+    _, page, kv_heads, _ = key_pages.shape
+    per_block = max(1, BLOCK_POSITIONS // page)
+    span = per_block * page
+    table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % per_block)))
+    grouped = query.reshape(batch, length, kv_heads, q_heads // kv_heads, size).astype(jnp.float32)
+
+    def attend(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        weighted, total = sums
+        pages = lax.dynamic_slice_in_dim(table, i * per_block, per_block, axis=1)  # [B, per_block]
+        keys = key_pages[pages].reshape(batch, span, kv_heads, size).astype(jnp.float32)
+        values = value_pages[pages].reshape(batch, span, kv_heads, size).astype(jnp.float32)
+        logits = jnp.einsum("btkgc,bskc->bkgts", grouped, keys) * scale
+        logits = LOGIT_CAP * jnp.tanh(logits / LOGIT_CAP)
+        visible = i * span + jnp.arange(span) <= positions[:, :, None]  # [B, T, span]
+        weights = jnp.where(visible[:, None, None], jnp.exp(logits - LOGIT_CAP), 0.0)
+        return weighted + jnp.einsum("bkgts,bskc->bkgtc", weights, values), total + weights.sum(-1)
+
+    shape = (batch, kv_heads, q_heads // kv_heads, length)
+    blocks = (jnp.max(positions) + span) // span
+    weighted, total = lax.fori_loop(0, blocks, attend, (jnp.zeros((*shape, size)), jnp.zeros(shape)))
+    mixed = weighted / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]  # [B, K, H/K, T, C]
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape)

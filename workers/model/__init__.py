@@ -1,0 +1,1 @@
+"""Grok-1 in Haiku: configuration, parameters, layers and their sharding rules."""

@@ -1,0 +1,165 @@
+"""The whole model: embedding, decoder layers, final norm and tied output."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from workers.kernels.grouped_matmul import grouped_matmul
+from workers.model.attention import Attend, MultiHeadAttention, causal_attention
+from workers.model.config import GrokConfig
+from workers.model.linear import RMSNorm
+from workers.model.moe import Experts, GroupedMatmul, Router
+from workers.model.partition import Partition
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a pass over the layers gives.
+
+    Attributes:
+      logits: [..., V] float32 of the positions that were read.
+      router_probabilities: [L, B, T, E] float32.
+    """
+
+    logits: jax.Array
+    router_probabilities: jax.Array
+
+
+class DecoderLayer(hk.Module):
+    """x += norm(attention(norm(x))); x += norm(experts(norm(x))): four norms a layer."""
+
+    def __init__(
+        self, config: GrokConfig, partition: Partition, layer: int, grouped_matmul: GroupedMatmul
+    ) -> None:
+        super().__init__(name=f"decoder_layer_{layer}")
+        self._config = config
+        self._partition = partition
+        self._layer = layer
+        self._grouped_matmul = grouped_matmul
+
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, attend: Attend
+    ) -> tuple[jax.Array, jax.Array]:
+        """[B, T, D], [B, T] -> [B, T, D], router probabilities [B, T, E]."""
+        config, partition = self._config, self._partition
+        batch, length, width = x.shape
+        residual_axes = ("batch", None, None)
+        attention = MultiHeadAttention(config, partition)
+        attended = attention(RMSNorm(name="rms_norm")(x), positions, self._layer, attend)
+        x = partition.constrain(x + RMSNorm(name="rms_norm_1")(attended), residual_axes)
+
+        rows = RMSNorm(name="rms_norm_2")(x).reshape(batch * length, width)
+        gates, experts, probabilities = Router(config)(rows)
+        moe = Experts(config, partition, self._grouped_matmul)
+        mixed = moe(rows, gates, experts, positions.reshape(-1) >= 0).reshape(x.shape)
+        x = partition.constrain(x + RMSNorm(name="rms_norm_3")(mixed), residual_axes)
+        return x, probabilities.reshape(batch, length, -1)
+
+
+class Transformer(hk.Module):
+    """All decoder layers."""
+
+    def __init__(self, config: GrokConfig, partition: Partition, grouped_matmul: GroupedMatmul) -> None:
+        super().__init__(name="transformer")
+        self._config = config
+        self._partition = partition
+        self._grouped_matmul = grouped_matmul
+
+    def __call__(self, x: jax.Array, positions: jax.Array, attend: Attend) -> tuple[jax.Array, jax.Array]:
+        """[B, T, D], [B, T] -> [B, T, D], router probabilities [L, B, T, E]."""
+        probabilities = []
+        for i in range(self._config.num_layers):
+            layer = DecoderLayer(self._config, self._partition, i, self._grouped_matmul)
+            x, layer_probabilities = layer(x, positions, attend)
+            probabilities.append(layer_probabilities)
+        return x, jnp.stack(probabilities)
+
+
+class Embedding(hk.Module):
+    """The table that embeds tokens and, transposed, gives their logits."""
+
+    def __init__(self, config: GrokConfig, partition: Partition, name: str = "in_out_embed") -> None:
+        super().__init__(name=name)
+        self._config = config
+        self._partition = partition
+
+    def _table(self) -> jax.Array:
+        c = self._config
+        init = hk.initializers.TruncatedNormal(1.0 / c.embedding_multiplier_scale)
+        return hk.get_parameter("embeddings", [c.vocab_size, c.emb_size], jnp.float32, init=init)
+
+    def __call__(self, tokens: jax.Array, dtype: jnp.dtype | type) -> jax.Array:
+        """[B, T] int32 -> [B, T, D] of `dtype`, times the embedding multiplier."""
+        rows = self._partition.lookup(self._table(), tokens).astype(dtype)
+        return rows * jnp.asarray(self._config.embedding_multiplier_scale, dtype)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> [..., V] float32, times the output multiplier."""
+        logits = self._partition.tied_logits(hidden, self._table().astype(hidden.dtype))
+        return logits * self._config.output_multiplier_scale
+
+
+class LanguageModel(hk.Module):
+    """Grok-1. Make one inside `hk.transform`; see `GrokConfig` for the glossary of shapes."""
+
+    def __init__(self, config: GrokConfig, partition: Partition, transformer: Transformer) -> None:
+        super().__init__(name="language_model")
+        self._config = config
+        self._partition = partition
+        self._transformer = transformer
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        read: Callable[[jax.Array], jax.Array],
+        dtype: jnp.dtype | type,
+    ) -> Output:
+        """One pass.
+
+        Args:
+          tokens: [B, T] int32.
+          positions: [B, T] int32, counted from 0 in each sequence; -1 marks padding, whose outputs mean nothing.
+          attend: keeps keys and values, and attends to them.
+          read: picks the positions whose logits are wanted, [B, T, D] -> [..., D].
+          dtype: of the activations.
+        """
+        embedding = Embedding(self._config, self._partition)
+        x = self._partition.constrain(embedding(tokens, dtype), ("batch", None, None))
+        x, probabilities = self._transformer(x, positions, attend)
+        return Output(embedding.logits(read(RMSNorm(name="rms_norm")(x))), probabilities)
+
+
+def forward(
+    config: GrokConfig,
+    partition: Partition,
+    tokens: jax.Array,
+    positions: jax.Array,
+    attend: Attend,
+    *,
+    read: Callable[[jax.Array], jax.Array] = lambda hidden: hidden,
+    dtype: jnp.dtype | type = jnp.float32,
+    grouped_matmul: GroupedMatmul = grouped_matmul,
+) -> Output:
+    """`LanguageModel` applied, for use inside `hk.transform`. Its parameters are those of `parameter_table(config)`."""
+    transformer = Transformer(config, partition, grouped_matmul)
+    return LanguageModel(config, partition, transformer)(tokens, positions, attend, read, dtype)
+
+
+def causal_forward(
+    config: GrokConfig, tokens: jax.Array, *, grouped_matmul: GroupedMatmul = grouped_matmul
+) -> Output:
+    """Logits [B, T, V] of whole sequences [B, T] on one device, nothing cached: for training and as an oracle."""
+
+    def attend(_: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return causal_attention(query, key, value, config.attn_output_multiplier)
+
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    partition = Partition.create(config)
+    return forward(config, partition, tokens, positions, attend, grouped_matmul=grouped_matmul)

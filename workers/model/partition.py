@@ -1,0 +1,192 @@
+"""Which mesh axes each logical axis is split over, and the operations that need to know."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from workers.model.config import GrokConfig
+from workers.model.parameters import Axes
+from workers.model.quantized import QuantizedWeight, Weight, dequantize
+
+MeshAxes = tuple[str, ...]
+
+#: Logical axis -> mesh axes, a table a name. An axis that a table does not name is not split.
+#:   tensor: every weight over all devices by heads or by expert width; each device sees every sequence. Two sums of
+#:     activations a layer are all that crosses hosts. The KV heads must divide over all devices.
+#:   batch: sequences (and their KV pages) over `data`, heads over `model`, expert width over both: for meshes with more
+#:     devices than KV heads.
+#:   xai: the rules that xAI published, where weights are split over `data` along the embedding too.
+RULES: Mapping[str, Mapping[str, MeshAxes]] = {
+    "tensor": {
+        "q_heads": ("data", "model"),
+        "kv_heads": ("data", "model"),
+        "ffn": ("data", "model"),
+        "vocab": ("data", "model"),
+    },
+    "batch": {
+        "batch": ("data",),
+        "q_heads": ("model",),
+        "kv_heads": ("model",),
+        "ffn": ("data", "model"),
+        "vocab": ("data", "model"),
+    },
+    "xai": {
+        "batch": ("data",),
+        "embed": ("data",),
+        "router_embed": ("data",),
+        "q_heads": ("model",),
+        "kv_heads": ("model",),
+        "ffn": ("model",),
+        "table_embed": ("data", "model"),
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """A mesh of axes `data` and `model`, and the rules by which a model lies on it. Without a mesh nothing is split."""
+
+    mesh: Mesh | None
+    units: Mapping[str, int]
+    rules: Mapping[str, MeshAxes]
+
+    @classmethod
+    def create(cls, config: GrokConfig, mesh: Mesh | None = None, rules: str = "tensor") -> Partition:
+        """The partition of a model on `mesh` by a table of RULES.
+
+        A logical axis that its mesh axes do not divide evenly is not split (whole heads stay together); for the heads
+        this decides for queries and keys alike, since a query head must lie beside its key head.
+        """
+        units = {
+            "q_heads": config.num_kv_heads,
+            "kv_heads": config.num_kv_heads,
+            "ffn": config.ffn_size,
+            "vocab": config.vocab_size,
+            "embed": config.emb_size,
+            "router_embed": config.emb_size,
+            "table_embed": config.emb_size,
+            "expert": config.num_experts,
+        }
+        return cls(mesh, units, RULES[rules])
+
+    def axes(self, name: str | None) -> MeshAxes:
+        """The mesh axes that the logical axis `name` is split over: none where they don't divide it."""
+        if self.mesh is None or name is None:
+            return ()
+        axes = self.rules.get(name, ())
+        unit = self.units.get(name)
+        return axes if unit is None or unit % self.ways(axes) == 0 else ()
+
+    def ways(self, axes: MeshAxes) -> int:
+        """The number of parts that splitting over `axes` makes."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in axes)
+
+    @property
+    def batch_groups(self) -> int:
+        """The number of parts that the rows of a batch are split into."""
+        return self.ways(self.axes("batch"))
+
+    def spec(self, axes: Axes) -> PartitionSpec:
+        """The partition of an array whose dimensions are the logical `axes`."""
+        return PartitionSpec(*(self.axes(name) or None for name in axes))
+
+    def sharding(self, axes: Axes) -> NamedSharding:
+        """`spec`, on the mesh. There must be one."""
+        assert self.mesh is not None
+        return NamedSharding(self.mesh, self.spec(axes))
+
+    def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """`x`, told to lie as `axes` say."""
+        return x if self.mesh is None else lax.with_sharding_constraint(x, self.sharding(axes))
+
+    def scale_groups(self, groups: int, row_axis: str | None) -> int:
+        """The number of scale groups to keep of a weight with `groups`, so that each part of its rows has whole ones.
+
+        One group stays one, as its scales factor out of any sum over rows. Otherwise it is the least common multiple
+        of `groups` and the number of parts: groups are divided by repeating their scales.
+        """
+        return 1 if groups == 1 else math.lcm(groups, self.ways(self.axes(row_axis)))
+
+    def scale_axes(self, groups: int, axes: Axes) -> Axes:
+        """The logical axes of the scales of a weight with `groups` groups (after `scale_groups`) and logical `axes`."""
+        return (*axes[:-2], None if groups == 1 else axes[-2], axes[-1])
+
+    def weight_spec(self, weight: Weight, axes: Axes) -> Weight | PartitionSpec:
+        """The tree of specs that matches a weight."""
+        if not isinstance(weight, QuantizedWeight):
+            return self.spec(axes)
+        scales = self.spec(self.scale_axes(weight.scales.shape[-2], axes))
+        return QuantizedWeight(self.spec(axes), scales)  # type: ignore[arg-type]
+
+    def lookup(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Rows of `table` [V, D] for `tokens` [B, T]: [B, T, D], whole on every device."""
+
+        def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+            over = self.axes("vocab")
+            first = lax.axis_index(over) * table.shape[0] if over else 0
+            ours = (tokens >= first) & (tokens < first + table.shape[0])
+            rows = jnp.take(table, tokens - first, axis=0, mode="clip")
+            rows = jnp.where(ours[..., None], rows, 0)
+            rows = lax.psum(rows, over) if over else rows
+            columns = self.axes("table_embed")
+            return lax.all_gather(rows, columns, axis=2, tiled=True) if columns else rows
+
+        if self.mesh is None:
+            return local(table, tokens)
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(self.spec(("vocab", "table_embed")), self.spec((None, None))),
+            out_specs=self.spec((None, None, None)),
+            check_vma=False,
+        )(table, tokens)
+
+    def tied_logits(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
+        """`hidden` [..., D] times the transposed `table` [V, D]: [..., V] float32, split as the table's vocabulary."""
+        lead: Axes = (None,) * (hidden.ndim - 1)
+
+        def local(hidden: jax.Array, table: jax.Array) -> jax.Array:
+            product = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+            over = self.axes("table_embed")
+            return lax.psum(product, over) if over else product
+
+        if self.mesh is None:
+            return local(hidden, table)
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(self.spec((*lead, "table_embed")), self.spec(("vocab", "table_embed"))),
+            out_specs=self.spec((*lead, "vocab")),
+            check_vma=False,
+        )(hidden, table)
+
+    def matmul(self, x: jax.Array, weight: Weight, axes: Axes) -> jax.Array:
+        """`x` [B, T, K] times a weight [K, N] with logical `axes`: [B, T, N] of x's dtype, N split as the weight's.
+
+        Each device multiplies its part; a split K ends in one sum over its mesh axes. Rows stay split as the batch is,
+        unless the weight is split over the same mesh axes.
+        """
+        taken = {*self.axes(axes[0]), *self.axes(axes[1])}
+        rows = None if taken & {*self.axes("batch")} else "batch"
+
+        def local(x: jax.Array, weight: Weight) -> jax.Array:
+            product = jnp.matmul(x, dequantize(weight, x.dtype), preferred_element_type=jnp.float32)
+            over = self.axes(axes[0])
+            return (lax.psum(product, over) if over else product).astype(x.dtype)
+
+        if self.mesh is None:
+            return local(x, weight)
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(self.spec((rows, None, axes[0])), self.weight_spec(weight, axes)),
+            out_specs=self.spec((rows, None, axes[1])),
+            check_vma=False,
+        )(x, weight)

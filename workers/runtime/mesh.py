@@ -1,0 +1,19 @@
+"""The global mesh of all devices of all hosts."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+
+def make_mesh(data: int, model: int) -> Mesh:
+    """A mesh `data` x `model` of all devices of all processes, hosts in rank order along `data` first.
+
+    Raises:
+      ValueError: the number of devices is not data * model.
+    """
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    if len(devices) != data * model:
+        raise ValueError(f"a mesh of {data} x {model} needs {data * model} devices; {len(devices)} are there")
+    return Mesh(np.array(devices).reshape(data, model), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
