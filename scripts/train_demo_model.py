@@ -32,7 +32,7 @@ from workers.model.parameters import parameter_table
 from workers.model.quantized import Weight
 
 LENGTH = 256  # positions of a training sequence
-BATCH = 16  # sequences of a step
+BATCH = 8  # sequences of a step
 BALANCE = 0.01  # weight of the load-balancing loss
 HELD_OUT = 0.05  # share of the text, at the end of each source, kept for validation
 SCALE_GROUPS = 8
@@ -149,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--corpus", type=pathlib.Path, required=True)
     parser.add_argument("--output", type=pathlib.Path, required=True)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -165,7 +165,7 @@ def main() -> None:
         hk.transform(lambda tokens: causal_forward(config, tokens, grouped_matmul=batched_experts))
     )
     params: Params = model.init(jax.random.key(arguments.seed), jnp.zeros((1, 8), jnp.int32))  # type: ignore[assignment]
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, arguments.steps // 20, arguments.steps, 3e-5)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 2.5e-3, arguments.steps // 20, arguments.steps, 2.5e-5)
     decay = jax.tree.map(lambda leaf: leaf.ndim > 1, params)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=0.1, mask=decay)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+#: Number of most likely alternatives that are reported with each token.
+ALTERNATIVES = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineShape:

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from workers.checkpoint.loader import Params
-from workers.engine.plan import EngineShape, Plan, Sampling, StepTokens, Token
+from workers.engine.plan import ALTERNATIVES, EngineShape, Plan, Sampling, StepTokens, Token
 from workers.model.config import GrokConfig
 from workers.model.partition import Partition
 from workers.runtime.cache import allocate_pages
 from workers.runtime.programs import Pages, Programs
-from workers.runtime.sampling import ALTERNATIVES
 from workers.runtime.slots import SlotTable
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-#: Number of most likely alternatives that are reported with each token.
-ALTERNATIVES = 8
+from workers.engine.plan import ALTERNATIVES
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,177 @@
+"""The `grokmesh` command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import grpc
+from grok.serving.v1 import cluster_pb2
+
+from cluster import daemon
+from cluster.client import DEFAULT_ADDRESS, Client, Options
+from cluster.config import ConfigError, load_config
+from cluster.local import prepare_environment
+from workers.checkpoint.errors import CheckpointError
+from workers.model.config import ConfigError as ModelConfigError
+from workers.tokenizer import TokenizerError
+
+CONFIG = pathlib.Path("ray_config.yaml")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code. What the user did wrong is said in one line, with code 2."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        result: int = parsed.run(parsed)
+        return result
+    except (ConfigError, CheckpointError, ModelConfigError, TokenizerError, daemon.DaemonError) as error:
+        print(f"grokmesh: {error}", file=sys.stderr)
+        return 2
+    except grpc.RpcError as error:
+        assert isinstance(error, grpc.Call)
+        print(f"grokmesh: {error.code().name}: {error.details()}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, BrokenPipeError):
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="grokmesh", description="Serves Grok-1 from many hosts as one device mesh.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="start replicas and gateway as ray_config.yaml says")
+    serve.add_argument("--config", type=pathlib.Path, default=CONFIG, help="configuration (default: %(default)s)")
+    serve.add_argument("--detach", action="store_true", help="leave it running in the background, once it serves")
+    serve.add_argument("--timeout", type=float, default=600, help="seconds that --detach waits (default: %(default)s)")
+    serve.set_defaults(run=_serve)
+
+    generate = commands.add_parser("generate", help="stream a completion of a prompt")
+    generate.add_argument("prompt")
+    _address(generate)
+    generate.add_argument("--max-tokens", type=int, help="most tokens to draw (default: what fits the context)")
+    generate.add_argument("--temperature", type=float, help="0 takes the most likely token (default: 1)")
+    generate.add_argument("--top-p", type=float, help="nucleus, in (0, 1] (default: 1)")
+    generate.add_argument("--top-k", type=int, help="only so many likeliest tokens (default: all)")
+    generate.add_argument("--seed", type=int, help="for the same tokens again (default: random)")
+    generate.add_argument("--stop", action="append", help="text that ends the completion; may be repeated")
+    generate.add_argument("--timeout", type=float, help="seconds that the request may take")
+    generate.set_defaults(run=_generate)
+
+    verify = commands.add_parser("verify", help="compare a checkpoint's logits and tokens with a golden set")
+    verify.add_argument("--checkpoint", type=pathlib.Path, required=True, help="directory with ckpt-0/")
+    verify.add_argument("--golden", type=pathlib.Path, required=True, help="directory of the golden set")
+    verify.add_argument("--mesh", default="1x1", metavar="DATAxMODEL", help="device mesh (default: %(default)s)")
+    verify.add_argument("--hosts", type=int, default=1, help="processes that form the mesh (default: %(default)s)")
+    verify.set_defaults(run=_verify)
+
+    inspect = commands.add_parser("inspect", help="list a checkpoint's tensors and its configuration")
+    inspect.add_argument("directory", type=pathlib.Path, help="directory with ckpt-0/")
+    inspect.set_defaults(run=_inspect)
+
+    status = commands.add_parser("status", help="show replicas, hosts and load of a running service")
+    _address(status)
+    status.set_defaults(run=_status)
+
+    stop = commands.add_parser("stop", help="drain and end the service that runs on this machine")
+    _address(stop)
+    stop.set_defaults(run=_stop)
+    return parser
+
+
+def _address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", default=DEFAULT_ADDRESS, help="of the gateway (default: %(default)s)")
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    path: pathlib.Path = arguments.config
+    config = load_config(path)
+    if arguments.detach:
+        log = daemon.start(config, path, arguments.timeout)
+        print(f"running in the background; its log is {log}, `grokmesh stop` ends it")
+        return 0
+    if config.cluster.address == "local":
+        prepare_environment()
+    from cluster.serve import serve  # Ray takes a second to import, and reads its environment then.
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    with daemon.noted(config.gateway.address):
+        serve(config, path)
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+    options: Options = {name: value for name in names if (value := getattr(arguments, name)) is not None}  # type: ignore[assignment]
+    with Client(arguments.address) as client:
+        began = time.monotonic()
+        first, tokens, seed = 0.0, 0, 0
+        for part in client.generate(arguments.prompt, timeout=arguments.timeout, **options):
+            first = first or time.monotonic() - began
+            tokens += len(part.tokens)
+            seed = part.seed
+            print(part.text, end="", flush=True)
+            if part.finish_reason:
+                print()
+                rate = (tokens - 1) / max(time.monotonic() - began - first, 1e-9)
+                print(
+                    f"[{part.finish_reason}] {part.prompt_tokens} prompt tokens, {tokens} tokens at {rate:.1f} tokens/s, "
+                    f"first after {first * 1000:.0f} ms, seed {seed}",
+                    file=sys.stderr,
+                )
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    # JAX stays out of this process: the control plane never imports it.
+    command = [sys.executable, "-m", "workers.verify", "--checkpoint", str(arguments.checkpoint)]
+    command += ["--golden", str(arguments.golden), "--mesh", arguments.mesh, "--hosts", str(arguments.hosts)]
+    return subprocess.run(command, check=False).returncode
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from workers.checkpoint.inspection import describe
+
+    print(describe(arguments.directory))
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    with Client(arguments.address, attempts=1) as client:
+        print(format_status(client.status(timeout=5), client.model(timeout=5).name))
+    return 0
+
+
+def format_status(status: cluster_pb2.GetStatusResponse, model: str) -> str:
+    """The status as lines for an operator."""
+    lines = [f"model {model}, {status.requests} requests in the gateway, metrics at {status.metrics_url}"]
+    for replica in status.replicas:
+        state = cluster_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower()
+        lines.append(
+            f"replica {replica.index}: {state}, epoch {replica.epoch}, mesh {replica.mesh_data} x {replica.mesh_model}, "
+            f"{replica.running} running of {replica.slots} slots, {replica.waiting} waiting, "
+            f"{replica.pages_used} of {replica.pages_total} KV pages, {replica.compilations} compilations since warm-up"
+        )
+        if replica.last_failure:
+            lines.append(f"  last failure: {replica.last_failure}")
+        for host in replica.hosts:
+            lines.append(
+                f"  host {host.rank}: {host.address} pid {host.pid}, {host.devices} devices, {host.phase}, "
+                f"read {host.bytes_read:,} bytes, metrics at {host.metrics_url}"
+            )
+    return "\n".join(lines)
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    daemon.stop(arguments.address)
+    print(f"the service at {arguments.address} has ended")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

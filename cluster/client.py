@@ -1,0 +1,305 @@
+"""The Python client.
+
+    from cluster.client import Client
+
+    with Client("127.0.0.1:50051") as client:
+        for part in client.generate("In the beginning", max_tokens=64, temperature=0.7):
+            print(part.text, end="")
+
+`AsyncClient` has the same methods for asyncio. A call that fails with UNAVAILABLE before its first response is tried again
+with growing pauses (at least as long as the server asks for); any other error is raised as grpc.RpcError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TypedDict, TypeVar, Unpack
+
+import grpc
+import grpc.aio
+from google.rpc import error_details_pb2
+from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
+from grpc_status import rpc_status
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """A token, its logarithmic probability under the model, and the likeliest tokens at its place with theirs."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A completion, or a part of one.
+
+    Attributes:
+      request_id: names the request in the server's logs.
+      text: of the tokens; in a part, what is new.
+      tokens: in order; in a part, those that are new.
+      finish_reason: `eos`, `stop` or `length`; None in all parts but the last.
+      prompt_tokens: 0 in all parts but the last.
+      seed: with which the same request gives the same tokens.
+    """
+
+    request_id: str
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: str | None
+    prompt_tokens: int
+    seed: int
+
+
+class Options(TypedDict, total=False):
+    """How to complete; see `grok/serving/v1/generation.proto` for what each means, and for what is assumed if it is absent."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    logit_bias: Mapping[int, float]
+    allowed_tokens: Sequence[int]
+    stop: Sequence[str]
+    ignore_eos: bool
+    top_logprobs: int
+
+
+def completion_request(prompt: str | Sequence[int], **options: Unpack[Options]) -> generation_pb2.Completion:
+    """The request for a completion of a text or of tokens."""
+    completion = generation_pb2.Completion(
+        max_tokens=options.get("max_tokens"),
+        sampling=generation_pb2.SamplingParams(
+            temperature=options.get("temperature"),
+            top_p=options.get("top_p"),
+            top_k=options.get("top_k"),
+            seed=options.get("seed"),
+            logit_bias=options.get("logit_bias"),
+            allowed_tokens=options.get("allowed_tokens"),
+        ),
+        stop=options.get("stop"),
+        ignore_eos=options.get("ignore_eos", False),
+        top_logprobs=options.get("top_logprobs", 0),
+    )
+    if isinstance(prompt, str):
+        completion.text = prompt
+    else:
+        completion.tokens.ids.extend(prompt)
+    return completion
+
+
+class Client:
+    """A connection to a gateway. Methods block; any thread may call them."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, attempts: int = 5) -> None:
+        self._channel = grpc.insecure_channel(address)
+        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)
+        self._attempts = attempts
+
+    def generate(
+        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> Iterator[Completion]:
+        """Streams a completion part by part. See Options. Closing it cancels the request."""
+        request = generation_pb2.GenerateRequest(completion=completion_request(prompt, **options))
+        for attempt in range(1, self._attempts + 1):
+            call = self._generation.Generate(request, timeout=timeout)
+            started = False
+            try:
+                for response in call:
+                    started = True
+                    yield _part(response)
+                return
+            except grpc.RpcError as error:
+                pause = _pause(error, attempt)
+                if started or pause is None or attempt == self._attempts:
+                    raise
+            finally:
+                call.cancel()
+            time.sleep(pause)
+
+    def complete(
+        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> Completion:
+        """A whole completion. See Options."""
+        request = generation_pb2.GenerateOnceRequest(completion=completion_request(prompt, **options))
+        return _part(self._retry(self._generation.GenerateOnce, request, timeout))
+
+    def tokenize(self, text: str, *, timeout: float | None = None) -> list[int]:
+        """The tokens of a text."""
+        return list(self._retry(self._generation.Tokenize, generation_pb2.TokenizeRequest(text=text), timeout).ids)
+
+    def detokenize(self, ids: Sequence[int], *, timeout: float | None = None) -> str:
+        """The text of tokens."""
+        request = generation_pb2.DetokenizeRequest(ids=ids)
+        return self._retry(self._generation.Detokenize, request, timeout).text
+
+    def count_tokens(self, text: str, *, timeout: float | None = None) -> int:
+        """The number of tokens of a text."""
+        request = generation_pb2.CountTokensRequest(text=text)
+        return self._retry(self._generation.CountTokens, request, timeout).tokens
+
+    def model(self, *, timeout: float | None = None) -> generation_pb2.GetModelResponse:
+        """The served model."""
+        return self._retry(self._generation.GetModel, generation_pb2.GetModelRequest(), timeout)
+
+    def status(self, *, timeout: float | None = None) -> cluster_pb2.GetStatusResponse:
+        """Replicas, hosts and load."""
+        return self._retry(self._cluster.GetStatus, cluster_pb2.GetStatusRequest(), timeout)
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _retry(
+        self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request, timeout: float | None
+    ) -> Response:
+        for attempt in range(1, self._attempts):
+            try:
+                return method(request, timeout=timeout)
+            except grpc.RpcError as error:
+                pause = _pause(error, attempt)
+                if pause is None:
+                    raise
+            time.sleep(pause)
+        return method(request, timeout=timeout)
+
+
+class AsyncClient:
+    """As Client, for asyncio. Must be made inside a running event loop."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, attempts: int = 5) -> None:
+        self._channel = grpc.aio.insecure_channel(address)
+        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)
+        self._attempts = attempts
+
+    async def generate(
+        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> AsyncIterator[Completion]:
+        """As Client.generate."""
+        request = generation_pb2.GenerateRequest(completion=completion_request(prompt, **options))
+        for attempt in range(1, self._attempts + 1):
+            call = self._generation.Generate(request, timeout=timeout)
+            started = False
+            try:
+                async for response in call:
+                    started = True
+                    yield _part(response)
+                return
+            except grpc.RpcError as error:
+                pause = _pause(error, attempt)
+                if started or pause is None or attempt == self._attempts:
+                    raise
+            finally:
+                call.cancel()
+            await asyncio.sleep(pause)
+
+    async def complete(
+        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> Completion:
+        """As Client.complete."""
+        request = generation_pb2.GenerateOnceRequest(completion=completion_request(prompt, **options))
+        return _part(await self._retry(self._generation.GenerateOnce, request, timeout))
+
+    async def tokenize(self, text: str, *, timeout: float | None = None) -> list[int]:
+        """As Client.tokenize."""
+        request = generation_pb2.TokenizeRequest(text=text)
+        return list((await self._retry(self._generation.Tokenize, request, timeout)).ids)
+
+    async def detokenize(self, ids: Sequence[int], *, timeout: float | None = None) -> str:
+        """As Client.detokenize."""
+        request = generation_pb2.DetokenizeRequest(ids=ids)
+        return (await self._retry(self._generation.Detokenize, request, timeout)).text
+
+    async def count_tokens(self, text: str, *, timeout: float | None = None) -> int:
+        """As Client.count_tokens."""
+        request = generation_pb2.CountTokensRequest(text=text)
+        return (await self._retry(self._generation.CountTokens, request, timeout)).tokens
+
+    async def model(self, *, timeout: float | None = None) -> generation_pb2.GetModelResponse:
+        """As Client.model."""
+        return await self._retry(self._generation.GetModel, generation_pb2.GetModelRequest(), timeout)
+
+    async def status(self, *, timeout: float | None = None) -> cluster_pb2.GetStatusResponse:
+        """As Client.status."""
+        return await self._retry(self._cluster.GetStatus, cluster_pb2.GetStatusRequest(), timeout)
+
+    async def close(self) -> None:
+        """Ends the connection."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _retry(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[Request, Response], request: Request, timeout: float | None
+    ) -> Response:
+        for attempt in range(1, self._attempts):
+            try:
+                return await method(request, timeout=timeout)
+            except grpc.RpcError as error:
+                pause = _pause(error, attempt)
+                if pause is None:
+                    raise
+            await asyncio.sleep(pause)
+        return await method(request, timeout=timeout)
+
+
+def _part(response: generation_pb2.GenerateResponse | generation_pb2.GenerateOnceResponse) -> Completion:
+    reason = None
+    if response.finish_reason:
+        reason = generation_pb2.FinishReason.Name(response.finish_reason).removeprefix("FINISH_REASON_").lower()
+    return Completion(
+        request_id=response.request_id,
+        text=response.text,
+        tokens=tuple(
+            Token(token.id, token.logprob, tuple((top.id, top.logprob) for top in token.top))
+            for token in response.tokens
+        ),
+        finish_reason=reason,
+        prompt_tokens=response.usage.prompt_tokens,
+        seed=response.seed,
+    )
+
+
+def _pause(error: Any, attempt: int) -> float | None:
+    """Seconds to wait before another attempt after an RpcError; None if there is to be none."""
+    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+        return None
+    backoff = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1.0)
+    return max(backoff, _asked_for(error))
+
+
+def _asked_for(error: Any) -> float:
+    """The pause that the error's RetryInfo asks for, in seconds."""
+    status = rpc_status.from_call(error)
+    for detail in status.details if status else ():
+        info = error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            return info.retry_delay.ToMilliseconds() / 1000
+    return 0.0

@@ -1,0 +1,297 @@
+"""`ray_config.yaml`: the one file that an operator edits, typed and checked before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import types
+import typing
+from typing import Any
+
+import yaml
+
+from workers.assignment import EngineSpec, MeshSpec, ModelSpec
+from workers.model.config import GrokConfig
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+RULES = ("tensor", "batch", "xai")
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be used: `file:line: what is wrong; what to do`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSection:
+    """What is served.
+
+    Attributes:
+      name: by which clients know it.
+      checkpoint: directory with ckpt-0/ and tokenizer.model, the same path on every host; relative to this file.
+      weights: int8 (as released), bfloat16 or float32.
+      activations: float32 or bfloat16; also the type of the KV cache.
+    """
+
+    name: str
+    checkpoint: pathlib.Path
+    weights: str = "int8"
+    activations: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterSection:
+    """The Ray cluster.
+
+    Attributes:
+      address: `local` starts one on this machine, with as many hosts as the replicas need; otherwise a Ray address.
+      platform: cpu, gpu or tpu.
+      cpus_per_host: logical Ray CPUs that a worker takes.
+      compilation_cache: directory on each host where compiled programs are kept; empty for none.
+    """
+
+    address: str = "local"
+    platform: str = "cpu"
+    cpus_per_host: int = 1
+    compilation_cache: str = "~/.cache/grokmesh/xla"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSection:
+    """The device mesh of each replica.
+
+    Attributes:
+      hosts: worker processes, each on a host of its own.
+      devices_per_host: devices of each.
+      data, model: sizes of the mesh's axes; data * model = hosts * devices_per_host.
+      rules: how the model lies on it: tensor, batch or xai.
+    """
+
+    hosts: int = 1
+    devices_per_host: int = 1
+    data: int = 1
+    model: int = 1
+    rules: str = "tensor"
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSection:
+    """Batching and the KV cache.
+
+    Attributes:
+      slots: sequences that decode together.
+      page_size: positions of a KV page.
+      prefill_chunk: prompt positions of one prefill call.
+      context: longest sequence; the model's own if absent.
+      kv_pages: KV pages; as many as all slots can fill if absent.
+      max_waiting: requests that may wait for a slot.
+    """
+
+    slots: int = 16
+    page_size: int = 16
+    prefill_chunk: int = 64
+    context: int | None = None
+    kv_pages: int | None = None
+    max_waiting: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class GatewaySection:
+    """The gRPC server.
+
+    Attributes:
+      address: where it listens.
+      max_requests: requests that may be in it at once; more are turned away.
+      max_message_bytes: of a client's message.
+      drain_seconds: how long requests may go on after the service is told to stop.
+    """
+
+    address: str = "127.0.0.1:50051"
+    max_requests: int = 512
+    max_message_bytes: int = 4 * 1024 * 1024
+    drain_seconds: float = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TelemetrySection:
+    """What the service tells of itself.
+
+    Attributes:
+      metrics_address: where the gateway's Prometheus metrics are; port 0 takes any.
+    """
+
+    metrics_address: str = "127.0.0.1:9464"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole `ray_config.yaml`."""
+
+    model: ModelSection
+    cluster: ClusterSection = ClusterSection()
+    replicas: int = 1
+    mesh: MeshSection = MeshSection()
+    engine: EngineSection = EngineSection()
+    gateway: GatewaySection = GatewaySection()
+    telemetry: TelemetrySection = TelemetrySection()
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        """For the hosts."""
+        return ModelSpec(str(self.model.checkpoint), self.model.weights, self.model.activations)
+
+    @property
+    def mesh_spec(self) -> MeshSpec:
+        """For the hosts."""
+        return MeshSpec(platform=self.cluster.platform, **dataclasses.asdict(self.mesh))
+
+    @property
+    def engine_spec(self) -> EngineSpec:
+        """For the hosts."""
+        return EngineSpec(**dataclasses.asdict(self.engine))
+
+
+def load_config(path: pathlib.Path) -> Config:
+    """Reads and checks a configuration.
+
+    Raises:
+      ConfigError: it is missing, no YAML, or says something impossible.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
+        raise ConfigError(f"{where}: not YAML: {getattr(error, 'problem', error)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deeply") from error
+    reader = _Reader(path)
+    config = reader.section(Config, root, "")
+    model = dataclasses.replace(config.model, checkpoint=(path.parent / config.model.checkpoint.expanduser()).resolve())
+    config = dataclasses.replace(config, model=model)
+    reader.check(config)
+    return config
+
+
+def check_model(config: Config, model: GrokConfig, path: pathlib.Path) -> None:
+    """Checks that the model lies on the mesh and the engine fits the model. Raises ConfigError."""
+    heads, mesh = model.num_kv_heads, config.mesh
+    choices = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+    if mesh.rules == "tensor" and heads % (mesh.data * mesh.model):
+        raise ConfigError(
+            f"{path}: mesh.data x mesh.model = {mesh.data * mesh.model} does not divide {heads} KV heads; "
+            f"use {choices} devices, or mesh.rules: batch"
+        )
+    if heads % mesh.model:
+        raise ConfigError(f"{path}: mesh.model={mesh.model} does not divide {heads} KV heads; use {choices}")
+    context = config.engine.context
+    if context is not None and context > model.sequence_len:
+        raise ConfigError(f"{path}: engine.context={context} exceeds the model's {model.sequence_len}")
+
+
+class _Reader:
+    """Builds frozen dataclasses from YAML nodes, remembering the line of each value."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
+        self._lines: dict[str, int] = {}
+
+    def fail(self, name: str, problem: str) -> typing.NoReturn:
+        line = self._lines.get(name)
+        raise ConfigError(f"{self._path}{f':{line}' if line else ''}: {problem}")
+
+    def section(self, cls: type[Any], node: yaml.Node | None, name: str) -> Any:
+        """An instance of the dataclass `cls` from a mapping."""
+        if not isinstance(node, yaml.MappingNode):
+            self.fail(name, f"{name or 'the file'} must be a mapping of settings")
+        hints = typing.get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            full = f"{name}.{key}" if name else key
+            self._lines[full] = key_node.start_mark.line + 1
+            if key not in hints:
+                self.fail(full, f"unknown setting {full}; known are {', '.join(hints)}")
+            if key in values:
+                self.fail(full, f"{full} is set twice")
+            hint = hints[key]
+            values[key] = (
+                self.section(hint, value_node, full)
+                if dataclasses.is_dataclass(hint)
+                else self._value(hint, value_node, full)
+            )
+        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        for key in required:
+            if key not in values:
+                self.fail(name, f"{f'{name}.' if name else ''}{key} is missing")
+        return cls(**values)
+
+    def _value(self, hint: Any, node: yaml.Node, name: str) -> Any:
+        value: Any = node
+        if isinstance(node, yaml.ScalarNode):
+            try:
+                value = yaml.SafeLoader("").construct_object(node)
+            except (yaml.YAMLError, ValueError) as error:
+                self.fail(name, f"{name}: {error}")
+        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if value is None and type(None) in allowed:
+            return None
+        for kind in allowed:
+            if kind is pathlib.Path and isinstance(value, str):
+                return pathlib.Path(value)
+            if kind is float and isinstance(value, int) and not isinstance(value, bool):
+                return float(value)
+            if type(value) is kind:
+                return value
+        shown = value if isinstance(node, yaml.ScalarNode) else "a list or mapping"
+        wanted = " or ".join(kind.__name__.replace("NoneType", "nothing") for kind in allowed)
+        self.fail(name, f"{name}: expected {wanted}, got {shown!r}")
+
+    def check(self, config: Config) -> None:
+        """Checks all that needs no model."""
+        for name in (
+            "replicas", "cluster.cpus_per_host", "mesh.hosts", "mesh.devices_per_host", "mesh.data", "mesh.model",
+            "engine.slots", "engine.page_size", "engine.prefill_chunk", "engine.context", "engine.kv_pages",
+            "engine.max_waiting", "gateway.max_requests", "gateway.max_message_bytes",
+        ):  # fmt: skip
+            value = _lookup(config, name)
+            if value is not None and value < 1:
+                self.fail(name, f"{name}={value} must be at least 1")
+        for name, choices in (
+            ("model.weights", ("int8", "bfloat16", "float32")),
+            ("model.activations", ("float32", "bfloat16")),
+            ("cluster.platform", PLATFORMS),
+            ("mesh.rules", RULES),
+        ):
+            if _lookup(config, name) not in choices:
+                self.fail(name, f"{name}={_lookup(config, name)} is unknown; use {', '.join(choices)}")
+        for name in ("gateway.address", "telemetry.metrics_address"):
+            host, _, port = _lookup(config, name).rpartition(":")
+            if not host or not port.isdecimal() or int(port) > 65535:
+                self.fail(name, f"{name}={_lookup(config, name)} is no host:port")
+        drain = config.gateway.drain_seconds
+        if not (math.isfinite(drain) and drain >= 0):
+            self.fail("gateway.drain_seconds", f"gateway.drain_seconds={drain} must be a number of seconds")
+        mesh = config.mesh
+        devices = mesh.hosts * mesh.devices_per_host
+        if mesh.data * mesh.model != devices:
+            self.fail(
+                "mesh.data" if "mesh.data" in self._lines else "mesh",
+                f"mesh.data={mesh.data} x mesh.model={mesh.model} must be {devices}, "
+                f"the devices of mesh.hosts={mesh.hosts} x mesh.devices_per_host={mesh.devices_per_host}",
+            )
+        if mesh.rules != "tensor" and config.engine.slots % mesh.data:
+            self.fail("engine.slots", f"engine.slots={config.engine.slots} must be a multiple of mesh.data={mesh.data}")
+        if not config.model.name:
+            self.fail("model.name", "model.name is empty")
+
+
+def _lookup(config: Config, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,108 @@
+"""A service that runs in the background: started, found and stopped again by the port of its gateway."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+from cluster.config import Config
+
+#: Seconds that a service has to drain and end.
+STOP_SECONDS = 120.0
+
+
+class DaemonError(RuntimeError):
+    """A background service that does not start, is not there, or does not stop."""
+
+
+def state_directory() -> pathlib.Path:
+    """Where running services are noted: $XDG_STATE_HOME/grokmesh, only for its owner's eyes."""
+    base = os.environ.get("XDG_STATE_HOME") or pathlib.Path.home() / ".local" / "state"
+    directory = pathlib.Path(base) / "grokmesh"
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return directory
+
+
+def _note(address: str) -> pathlib.Path:
+    return state_directory() / f"serve-{address.rsplit(':', 1)[1]}.json"
+
+
+@contextlib.contextmanager
+def noted(address: str) -> Iterator[None]:
+    """Notes this process as the service at `address` while the block runs."""
+    note = _note(address)
+    note.write_text(json.dumps({"pid": os.getpid(), "address": address}))
+    try:
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def start(config: Config, path: pathlib.Path, timeout: float) -> pathlib.Path:
+    """Starts `grokmesh serve` in the background, shows what it says until it serves, and returns its log.
+
+    Raises:
+      DaemonError: one is there already, or it ended or did not serve within `timeout` seconds.
+    """
+    if running(config.gateway.address):
+        raise DaemonError(f"a service runs at {config.gateway.address} already; grokmesh stop ends it")
+    log = _note(config.gateway.address).with_suffix(".log")
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.cli", "serve", "--config", str(path)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    follow(process, log, timeout)
+    return log
+
+
+def follow(process: subprocess.Popen[bytes], log: pathlib.Path, timeout: float) -> None:
+    """Copies a starting service's log to standard output until it says that it serves. Raises DaemonError."""
+    deadline = time.monotonic() + timeout
+    with log.open() as lines:
+        while True:
+            line = lines.readline()
+            if line:
+                print(line, end="", flush=True)
+                if line.strip() == "serving":
+                    return
+            elif process.poll() is not None:
+                raise DaemonError(f"the service ended with code {process.returncode}; its log is {log}")
+            elif time.monotonic() > deadline:
+                process.terminate()
+                raise DaemonError(f"the service was not ready after {timeout:.0f} s; its log is {log}")
+            else:
+                time.sleep(0.05)
+
+
+def running(address: str) -> int | None:
+    """The process id of the service at `address` that this user runs here, or None."""
+    try:
+        pid = int(json.loads(_note(address).read_text())["pid"])
+        os.kill(pid, 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return pid
+
+
+def stop(address: str) -> None:
+    """Tells the service at `address` to drain, and waits until it has ended. Raises DaemonError."""
+    pid = running(address)
+    if pid is None:
+        raise DaemonError(f"no service of yours runs at {address} on this machine")
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    while running(address):
+        if time.monotonic() > deadline:
+            raise DaemonError(f"process {pid} does not end; see {_note(address).with_suffix('.log')}")
+        time.sleep(0.1)

@@ -1,0 +1,1 @@
+"""The gRPC gateway: validation, admission, sessions, routing, streams."""

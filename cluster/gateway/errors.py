@@ -1,0 +1,83 @@
+"""Errors as clients get them: google.rpc.Status with details."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+DOMAIN = "grokmesh"
+
+
+@dataclasses.dataclass(frozen=True)
+class Violation:
+    """A field that is wrong, and why."""
+
+    field: str
+    problem: str
+
+
+class GatewayError(Exception):
+    """An error with a status code, a machine-readable reason and what the client can do."""
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        reason: str,
+        message: str,
+        *,
+        violations: tuple[Violation, ...] = (),
+        retry_seconds: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+        self.violations = violations
+        self.retry_seconds = retry_seconds
+
+    def status(self) -> grpc.Status:
+        """The status with its details: ErrorInfo always, BadRequest and RetryInfo where they say something."""
+        details = [error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN)]
+        packed = [_pack(detail) for detail in details]
+        if self.violations:
+            fields = [
+                error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.problem)
+                for v in self.violations
+            ]
+            packed.append(_pack(error_details_pb2.BadRequest(field_violations=fields)))
+        if self.retry_seconds is not None:
+            delay = duration_pb2.Duration()
+            delay.FromMilliseconds(round(self.retry_seconds * 1000))
+            packed.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
+        code: int = self.code.value[0]
+        assert code in code_pb2.Code.values()
+        return rpc_status.to_status(status_pb2.Status(code=code, message=str(self), details=packed))
+
+
+def invalid(violations: list[Violation]) -> GatewayError:
+    """INVALID_ARGUMENT for fields of a request."""
+    message = "; ".join(f"{v.field}: {v.problem}" for v in violations)
+    return GatewayError(
+        grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", message, violations=tuple(violations)
+    )
+
+
+def unavailable(message: str, retry_seconds: float = 1.0) -> GatewayError:
+    """UNAVAILABLE: the same call may succeed later."""
+    return GatewayError(
+        grpc.StatusCode.UNAVAILABLE, "REPLICA_UNAVAILABLE", message, retry_seconds=retry_seconds
+    )
+
+
+def exhausted(message: str, retry_seconds: float) -> GatewayError:
+    """RESOURCE_EXHAUSTED: too much is asked at once."""
+    return GatewayError(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", message, retry_seconds=retry_seconds)
+
+
+def _pack(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed

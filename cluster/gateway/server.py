@@ -1,0 +1,85 @@
+"""Puts the gateway's services on a port."""
+
+from __future__ import annotations
+
+import grpc.aio
+from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster.config import GatewaySection
+from cluster.gateway.admission import Admission
+from cluster.gateway.interceptor import ErrorInterceptor
+from cluster.gateway.router import Router
+from cluster.gateway.service import GenerationService
+from cluster.gateway.validation import Limits
+from workers.model.parameters import parameter_table
+from workers.tokenizer import Tokenizer
+
+GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
+
+
+class Gateway:
+    """A gRPC server with generation, cluster status, health and reflection. Health follows the router's replicas."""
+
+    def __init__(
+        self,
+        config: GatewaySection,
+        model_name: str,
+        limits: Limits,
+        tokenizer: Tokenizer,
+        router: Router,
+        cluster: cluster_pb2_grpc.ClusterServiceServicer,
+    ) -> None:
+        self._config = config
+        self._health = health.aio.HealthServicer()
+        self.admission = Admission(config.max_requests)
+        self._server = grpc.aio.server(
+            interceptors=[ErrorInterceptor()],
+            options=[
+                ("grpc.max_receive_message_length", config.max_message_bytes),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        service = GenerationService(limits, tokenizer, router, self.admission, describe(model_name, limits))
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, self._server)
+        cluster_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (GENERATION, CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+        self.port = self._server.add_insecure_port(config.address)
+
+    async def start(self) -> None:
+        """Listens. Not serving until `set_ready`."""
+        await self.set_ready(False)
+        await self._server.start()
+
+    async def set_ready(self, ready: bool) -> None:
+        """Tells health checkers whether any replica serves."""
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", GENERATION):
+            await self._health.set(service, status)
+
+    async def stop(self) -> None:
+        """Drains: health says NOT_SERVING, new completions get UNAVAILABLE, those in flight have `drain_seconds`."""
+        self.admission.draining = True
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(self._config.drain_seconds if self.admission.in_flight else 0)
+
+
+def describe(name: str, limits: Limits) -> generation_pb2.GetModelResponse:
+    """The served model, for clients."""
+    model = limits.model
+    return generation_pb2.GetModelResponse(
+        name=name,
+        context_length=limits.context,
+        vocab_size=model.vocab_size,
+        eos_token=model.eos_token,
+        parameters=sum(info.size for info in parameter_table(model)),
+        emb_size=model.emb_size,
+        num_layers=model.num_layers,
+        num_experts=model.num_experts,
+        num_selected_experts=model.num_selected_experts,
+    )

@@ -1,0 +1,76 @@
+"""A completion in the making. It outlives any worker: prompt, parameters and the tokens so far are all that is needed to
+go on elsewhere, since sampling depends on seed and position alone."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+
+from grok.serving.v1 import generation_pb2
+
+from cluster.gateway.errors import GatewayError
+from cluster.gateway.stop import StopMatcher
+from workers.engine.plan import Token
+from workers.engine.request import Finish, Request, TokenEvent
+from workers.tokenizer import Detokenizer, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """What one token adds: text that is certain now, and the reason if it was the last."""
+
+    text: str
+    token: Token
+    finish: generation_pb2.FinishReason | None
+
+
+class Session:
+    """One completion: what was asked, what came, and what waits to be told to the client."""
+
+    def __init__(self, request: Request, stops: tuple[str, ...], tokenizer: Tokenizer) -> None:
+        self.request = request
+        self.tokens: list[Token] = []
+        self.began = time.monotonic()
+        self.first_token: float | None = None
+        self._detokenizer = Detokenizer(tokenizer, request.prompt)
+        self._stop = StopMatcher(stops)
+        self._arrived: asyncio.Queue[TokenEvent | GatewayError] = asyncio.Queue()
+
+    def deliver(self, event: TokenEvent | GatewayError) -> None:
+        """Hands over what a leader sent for this session, or the error that ends it."""
+        self._arrived.put_nowait(event)
+
+    async def next_deltas(self) -> list[Delta]:
+        """All that has arrived, at least one token. Ends with a delta that has a finish. Raises GatewayError."""
+        events = [await self._arrived.get()]
+        while not self._arrived.empty():
+            events.append(self._arrived.get_nowait())
+        deltas: list[Delta] = []
+        for event in events:
+            if isinstance(event, GatewayError):
+                if deltas:
+                    self._arrived.put_nowait(event)
+                    break
+                raise event
+            deltas.append(self._take(event))
+            if deltas[-1].finish is not None:
+                break
+        return deltas
+
+    def _take(self, event: TokenEvent) -> Delta:
+        if self.first_token is None:
+            self.first_token = time.monotonic()
+        self.tokens.append(event.token)
+        if event.finish is Finish.STOP:  # the end token itself has no text
+            text, stopped = self._stop.push(self._detokenizer.flush())
+            finish = generation_pb2.FINISH_REASON_STOP if stopped else generation_pb2.FINISH_REASON_EOS
+            return Delta(text if stopped else text + self._stop.flush(), event.token, finish)
+        text, stopped = self._stop.push(self._detokenizer.push(event.token.id))
+        if not stopped and event.finish is Finish.LENGTH:
+            rest, stopped = self._stop.push(self._detokenizer.flush())
+            text += rest if stopped else rest + self._stop.flush()
+        if stopped:
+            return Delta(text, event.token, generation_pb2.FINISH_REASON_STOP)
+        finish = generation_pb2.FINISH_REASON_LENGTH if event.finish is Finish.LENGTH else None
+        return Delta(text, event.token, finish)

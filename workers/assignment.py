@@ -1,0 +1,119 @@
+"""What the supervisor tells a host when it joins an epoch's mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """What to load, and how to compute with it.
+
+    Attributes:
+      checkpoint: directory, as the host sees it.
+      weights: `int8`, `bfloat16` or `float32`: how weights are kept on the devices.
+      activations: `float32` or `bfloat16`.
+    """
+
+    checkpoint: str
+    weights: str
+    activations: str
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSpec:
+    """The mesh of a replica.
+
+    Attributes:
+      platform: `cpu`, `gpu` or `tpu`.
+      hosts: processes.
+      devices_per_host: CPU devices to make in each process; other platforms show what they have.
+      data, model: sizes of the mesh's axes.
+      rules: a key of `workers.model.partition.RULES`.
+    """
+
+    platform: str
+    hosts: int
+    devices_per_host: int
+    data: int
+    model: int
+    rules: str
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSpec:
+    """Sizes of the engine; see `workers.engine.plan.EngineShape`.
+
+    Attributes:
+      context: None for the model's own.
+      kv_pages: pages over all groups; None for as many as all slots can fill.
+      max_waiting: requests that may wait for a slot.
+    """
+
+    slots: int
+    page_size: int
+    prefill_chunk: int
+    context: int | None
+    kv_pages: int | None
+    max_waiting: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """A host's place in an epoch.
+
+    Attributes:
+      epoch: number of this forming of the mesh.
+      secret: of the epoch; who connects to the leader must know it.
+      rank: of this host; 0 leads.
+      coordinator: `host:port` where JAX's coordination service listens, on rank 0.
+      leader: `host:port` where the leader listens.
+      compilation_cache: directory of compiled programs kept between starts, or None.
+    """
+
+    epoch: int
+    secret: bytes = dataclasses.field(repr=False)
+    rank: int
+    coordinator: str
+    leader: str
+    model: ModelSpec
+    mesh: MeshSpec
+    engine: EngineSpec
+    compilation_cache: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """Where a host can be reached, told before it joins a mesh.
+
+    Attributes:
+      address: in the cluster.
+      pid: of the worker process.
+      coordinator_port, leader_port: free ports, for the case that it becomes rank 0.
+      metrics_port: of its Prometheus endpoint.
+    """
+
+    address: str
+    pid: int
+    coordinator_port: int
+    leader_port: int
+    metrics_port: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a host is doing.
+
+    Attributes:
+      phase: in words.
+      fraction: of the phase, 0 to 1.
+      devices: local devices, once known.
+      bytes_read: of the checkpoint.
+      bytes_total: of the checkpoint.
+    """
+
+    phase: str
+    fraction: float
+    devices: int = 0
+    bytes_read: int = 0
+    bytes_total: int = 0

@@ -1,0 +1,61 @@
+"""What the engine is asked for, and what it answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from workers.engine.plan import Sampling, Token
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt to be continued.
+
+    Attributes:
+      id: unique among the engine's current requests.
+      prompt: token ids, at least one.
+      max_tokens: most tokens to draw, at least one; prompt and these must fit the context.
+      sampling: how to draw.
+      stop_tokens: a token of these ends the completion (and is reported as its last token).
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+    stop_tokens: frozenset[int] = frozenset()
+
+
+class Finish(enum.Enum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenEvent:
+    """A request's next token; with the last one comes the reason why it is."""
+
+    request_id: str
+    token: Token
+    finish: Finish | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """How busy an engine is."""
+
+    running: int
+    waiting: int
+    pages_used: int
+    pages_total: int
+
+
+class Refused(Exception):
+    """A request that the engine does not take. `full` tells whether it may be sent again later."""
+
+    def __init__(self, reason: str, *, full: bool = False) -> None:
+        super().__init__(reason)
+        self.full = full

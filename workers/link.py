@@ -1,0 +1,210 @@
+"""The ordered streams of a replica: frames over TCP, from the leader to followers and between the leader and gateways.
+
+A frame is four bytes of length, big-endian, and a protobuf message of `grok.engine.v1`. Every connection begins with a
+Hello that knows the epoch and its secret.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import queue
+import socket
+import struct
+import threading
+import time
+
+from google.protobuf.message import DecodeError
+from grok.engine.v1 import engine_pb2
+
+_LOG = logging.getLogger(__name__)
+_LENGTH = struct.Struct(">I")
+
+#: A request with a full context of Grok-1 takes 40 kB; more than this is no frame.
+MAX_FRAME = 16 * 1024 * 1024
+#: Seconds that a new connection has to say Hello.
+HELLO_TIMEOUT = 5.0
+#: Frames to a gateway that may wait before it is given up.
+MAX_OUTGOING = 10_000
+
+
+class LinkError(ConnectionError):
+    """A peer is gone, or does not speak the protocol."""
+
+
+class Link:
+    """One end of a stream. Sending and receiving may be done by different threads, each by one."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._connection = connection
+        self._buffer = bytearray()
+
+    def send(self, frame: bytes) -> None:
+        """Sends one frame. Raises LinkError when the peer is gone."""
+        try:
+            self._connection.sendall(_LENGTH.pack(len(frame)) + frame)
+        except OSError as error:
+            raise LinkError(f"peer is gone: {error}") from error
+
+    def receive(self) -> bytes | None:
+        """The next frame, or None when the peer has closed the stream. Raises LinkError when it broke."""
+        header = self._read(_LENGTH.size)
+        if header is None:
+            return None
+        (length,) = _LENGTH.unpack(header)
+        if length > MAX_FRAME:
+            raise LinkError(f"a frame of {length} bytes")
+        frame = self._read(length)
+        if frame is None and length:
+            raise LinkError("the stream ended within a frame")
+        return frame or b""
+
+    def settimeout(self, seconds: float | None) -> None:
+        """Bounds each following operation."""
+        self._connection.settimeout(seconds)
+
+    def close(self) -> None:
+        """Ends the stream; a blocked `receive` returns."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+
+    def _read(self, count: int) -> bytes | None:
+        while len(self._buffer) < count:
+            try:
+                received = self._connection.recv(65536)
+            except OSError as error:
+                raise LinkError(f"peer is gone: {error}") from error
+            if not received:
+                if self._buffer:
+                    raise LinkError("the stream ended within a frame")
+                return None
+            self._buffer += received
+        taken = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return taken
+
+
+class GatewayLink:
+    """The leader's end of a gateway's stream: frames out are queued, so that no gateway can delay a step."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._outgoing: queue.Queue[bytes | None] = queue.Queue(MAX_OUTGOING)
+        self.open = True
+        threading.Thread(target=self._write, daemon=True, name="gateway-writer").start()
+
+    def send(self, output: engine_pb2.LeaderOutput) -> None:
+        """Queues a frame. A gateway that does not read is closed."""
+        try:
+            self._outgoing.put_nowait(output.SerializeToString())
+        except queue.Full:
+            _LOG.error("a gateway reads too slowly; closing its stream")
+            self.close()
+
+    def close(self) -> None:
+        """Ends the stream."""
+        self.open = False
+        self._link.close()
+
+    def _write(self) -> None:
+        while self.open:
+            with contextlib.suppress(queue.Empty):
+                frame = self._outgoing.get(timeout=1.0)
+                try:
+                    self._link.send(frame or b"")
+                except LinkError:
+                    self.open = False
+
+
+#: What the leader's loop hears: a gateway's input, or None when that gateway is gone.
+Incoming = tuple[GatewayLink, engine_pb2.LeaderInput | None]
+
+
+class LeaderServer:
+    """Where followers and gateways connect. Followers are waited for; gateways may come and go."""
+
+    def __init__(self, address: str, epoch: int, secret: bytes) -> None:
+        host, port = address.rsplit(":", 1)
+        self._epoch = epoch
+        self._secret = secret
+        self._followers: dict[int, Link] = {}
+        self._joined = threading.Condition()
+        self.inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
+        self._listener = socket.create_server((host, int(port)), backlog=64)
+        threading.Thread(target=self._accept, daemon=True, name="leader-accept").start()
+
+    def wait_for_followers(self, count: int, seconds: float) -> None:
+        """Returns once `count` followers are there. Raises LinkError after `seconds`."""
+        with self._joined:
+            if not self._joined.wait_for(lambda: len(self._followers) == count, seconds):
+                raise LinkError(f"{len(self._followers)} of {count} followers joined within {seconds} s")
+
+    def broadcast(self, plan: engine_pb2.Plan) -> None:
+        """Sends a plan to all followers. Raises LinkError when one is gone."""
+        frame = plan.SerializeToString()
+        for link in self._followers.values():
+            link.send(frame)
+
+    def close(self) -> None:
+        """Ends all followers' streams and takes no more connections."""
+        self._listener.close()
+        for link in self._followers.values():
+            link.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._greet, args=(connection,), daemon=True, name="leader-greet").start()
+
+    def _greet(self, connection: socket.socket) -> None:
+        link = Link(connection)
+        try:
+            link.settimeout(HELLO_TIMEOUT)
+            hello = engine_pb2.Hello.FromString(link.receive() or b"")
+            if hello.epoch != self._epoch or not hmac.compare_digest(hello.secret, self._secret):
+                raise LinkError("wrong epoch or secret")
+            link.settimeout(None)
+        except (LinkError, DecodeError) as error:
+            _LOG.warning("refused a connection: %s", error)
+            link.close()
+            return
+        if hello.HasField("rank"):
+            with self._joined:
+                self._followers[hello.rank] = link
+                self._joined.notify_all()
+        else:
+            self._read_gateway(link)
+
+    def _read_gateway(self, link: Link) -> None:
+        gateway = GatewayLink(link)
+        try:
+            while (frame := link.receive()) is not None:
+                self.inbox.put((gateway, engine_pb2.LeaderInput.FromString(frame)))
+        except (LinkError, DecodeError) as error:
+            _LOG.warning("a gateway's stream broke: %s", error)
+        gateway.close()
+        self.inbox.put((gateway, None))
+
+
+def connect(address: str, hello: engine_pb2.Hello, seconds: float) -> Link:
+    """A follower's stream to the leader, tried for `seconds` until the leader listens. Raises LinkError."""
+    host, port = address.rsplit(":", 1)
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            connection = socket.create_connection((host, int(port)), timeout=HELLO_TIMEOUT)
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise LinkError(f"no leader at {address}: {error}") from error
+            time.sleep(0.05)
+    link = Link(connection)
+    link.send(hello.SerializeToString())
+    link.settimeout(None)
+    return link

@@ -1,0 +1,132 @@
+"""Between the engine's dataclasses and the messages of `grok.engine.v1`."""
+
+from __future__ import annotations
+
+from grok.engine.v1 import engine_pb2
+
+from workers.engine.plan import Admission, Chunk, Plan, Sampling, Token
+from workers.engine.request import Finish, Load, Request, TokenEvent
+
+_FINISH = {
+    None: engine_pb2.FINISH_UNSPECIFIED,
+    Finish.STOP: engine_pb2.FINISH_STOP,
+    Finish.LENGTH: engine_pb2.FINISH_LENGTH,
+}
+_FINISH_BACK = {value: key for key, value in _FINISH.items()}
+
+
+def sampling_to_proto(sampling: Sampling) -> engine_pb2.Sampling:
+    """As a message."""
+    return engine_pb2.Sampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        bias_tokens=[token for token, _ in sampling.logit_bias],
+        bias_values=[value for _, value in sampling.logit_bias],
+        allowed_tokens=sampling.allowed_tokens,
+    )
+
+
+def sampling_from_proto(message: engine_pb2.Sampling) -> Sampling:
+    """From a message."""
+    return Sampling(
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        seed=message.seed,
+        logit_bias=tuple(zip(message.bias_tokens, message.bias_values, strict=True)),
+        allowed_tokens=tuple(message.allowed_tokens),
+    )
+
+
+def request_to_proto(request: Request) -> engine_pb2.Submit:
+    """As a message."""
+    return engine_pb2.Submit(
+        request_id=request.id,
+        prompt=request.prompt,
+        max_tokens=request.max_tokens,
+        sampling=sampling_to_proto(request.sampling),
+        stop_tokens=sorted(request.stop_tokens),
+    )
+
+
+def request_from_proto(message: engine_pb2.Submit) -> Request:
+    """From a message."""
+    return Request(
+        id=message.request_id,
+        prompt=tuple(message.prompt),
+        max_tokens=message.max_tokens,
+        sampling=sampling_from_proto(message.sampling),
+        stop_tokens=frozenset(message.stop_tokens),
+    )
+
+
+def plan_to_proto(plan: Plan, epoch: int) -> engine_pb2.Plan:
+    """As a message of `epoch`."""
+    return engine_pb2.Plan(
+        epoch=epoch,
+        number=plan.number,
+        admissions=[
+            engine_pb2.Admission(slot=a.slot, pages=a.pages, sampling=sampling_to_proto(a.sampling))
+            for a in plan.admissions
+        ],
+        prefills=[
+            engine_pb2.Prefill(
+                chunks=[
+                    engine_pb2.Chunk(slot=c.slot, start=c.start, tokens=c.tokens, last=c.last) for c in chunks
+                ]
+            )
+            for chunks in plan.prefills
+        ],
+        decode=plan.decode,
+    )
+
+
+def plan_from_proto(message: engine_pb2.Plan) -> Plan:
+    """From a message."""
+    return Plan(
+        number=message.number,
+        admissions=tuple(
+            Admission(a.slot, tuple(a.pages), sampling_from_proto(a.sampling)) for a in message.admissions
+        ),
+        prefills=tuple(
+            tuple(Chunk(c.slot, c.start, tuple(c.tokens), c.last) for c in prefill.chunks)
+            for prefill in message.prefills
+        ),
+        decode=tuple(message.decode),
+    )
+
+
+def event_to_proto(event: TokenEvent) -> engine_pb2.TokenEvent:
+    """As a message."""
+    token = event.token
+    return engine_pb2.TokenEvent(
+        request_id=event.request_id,
+        token=engine_pb2.Token(
+            id=token.id,
+            logprob=token.logprob,
+            top_ids=[id for id, _ in token.top],
+            top_logprobs=[logprob for _, logprob in token.top],
+        ),
+        finish=_FINISH[event.finish],
+    )
+
+
+def event_from_proto(message: engine_pb2.TokenEvent) -> TokenEvent:
+    """From a message."""
+    token = message.token
+    top = tuple(zip(token.top_ids, token.top_logprobs, strict=True))
+    return TokenEvent(message.request_id, Token(token.id, token.logprob, top), _FINISH_BACK[message.finish])
+
+
+def load_to_proto(load: Load, slots: int, compilations: int) -> engine_pb2.Load:
+    """As a message, with the engine's slots and the programs that it compiled since warm-up."""
+    return engine_pb2.Load(
+        running=load.running,
+        waiting=load.waiting,
+        pages_used=load.pages_used,
+        pages_total=load.pages_total,
+        slots=slots,
+        compilations=compilations,
+    )

@@ -1,0 +1,151 @@
+"""One host's process: joins the mesh, loads its part of the model, compiles, then leads or follows. No Ray in here."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from grok.engine.v1 import engine_pb2
+
+from workers import metrics
+from workers.assignment import Assignment, MeshSpec, Progress
+from workers.checkpoint.checkpoint import open_checkpoint
+from workers.engine.plan import EngineShape
+from workers.engine.scheduler import Scheduler
+from workers.link import LeaderServer, connect
+
+#: Seconds after which JAX's coordination service takes a silent host for dead.
+HEARTBEAT_SECONDS = 10
+JOIN_SECONDS = 60.0
+
+
+def configure_jax(mesh: MeshSpec, compilation_cache: str | None) -> None:
+    """Chooses the platform, and where compiled programs are kept. Must come before JAX starts its backend."""
+    import jax
+
+    if mesh.platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", mesh.devices_per_host)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", compilation_cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+class Worker:
+    """A host's life in one epoch: `form`, then `warm_up`, then `serve`. A process serves one epoch and then ends."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        self._assignment = assignment
+        self._server: LeaderServer | None = None
+        self._compilations = 0
+        self._compilations_before_serving = 0
+        self.progress = Progress("starting", 0.0)
+
+    def form(self) -> None:
+        """Joins the mesh, loads this host's shards and compiles every program.
+
+        Raises:
+          CheckpointError, ConfigError: the model can't be loaded.
+          ValueError: mesh and devices, or mesh and model, do not fit.
+        """
+        a = self._assignment
+        self._report("joining the mesh", 0.0)
+        configure_jax(a.mesh, a.compilation_cache)
+        import jax
+        import jax.numpy as jnp
+
+        jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
+        if a.mesh.hosts > 1:
+            jax.distributed.initialize(
+                coordinator_address=a.coordinator,
+                num_processes=a.mesh.hosts,
+                process_id=a.rank,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=HEARTBEAT_SECONDS // 2,
+            )
+        from workers.checkpoint.loader import LoadProgress, load_parameters
+        from workers.model.partition import Partition
+        from workers.runtime.mesh import make_mesh
+        from workers.runtime.runtime import Runtime
+
+        mesh = make_mesh(a.mesh.data, a.mesh.model)
+        checkpoint = open_checkpoint(pathlib.Path(a.model.checkpoint))
+        config = checkpoint.config
+        partition = Partition.create(config, mesh, a.mesh.rules)
+        shape = engine_shape(a, config.sequence_len, partition.batch_groups)
+        devices = jax.local_device_count()
+        dtype: Any = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[a.model.activations]
+
+        def loaded(progress: LoadProgress) -> None:
+            metrics.CHECKPOINT_BYTES.inc(progress.read - self.progress.bytes_read)
+            fraction = progress.tensors / len(checkpoint.tensors)
+            self.progress = Progress("loading", fraction, devices, progress.read, progress.total)
+
+        params, _ = load_parameters(checkpoint, partition, weights=a.model.weights, dtype=dtype, report=loaded)
+        self._report("compiling", 0.0)
+        self._runtime = Runtime(config, shape, partition, params, dtype)
+        if a.rank == 0:
+            self._server = LeaderServer(a.leader, a.epoch, a.secret)
+            self._scheduler = Scheduler(shape, config.vocab_size, a.engine.max_waiting)
+            self._slots = shape.slots
+        self._report("compiled", 1.0)
+
+    def warm_up(self) -> None:
+        """Runs every program once, together with all other hosts, which must have formed."""
+        self._report("warming up", 0.0)
+        self._runtime.warm_up()
+        self._compilations_before_serving = self._compilations
+        self._report("ready", 1.0)
+
+    def serve(self) -> None:
+        """Leads or follows until the epoch is over."""
+        a = self._assignment
+        metrics.EPOCH.set(a.epoch)
+        from workers.leader import Leader, follow
+
+        if self._server is None:
+            hello = engine_pb2.Hello(epoch=a.epoch, secret=a.secret, rank=a.rank)
+            follow(self._runtime, connect(a.leader, hello, JOIN_SECONDS), a.epoch)
+            return
+        self._server.wait_for_followers(a.mesh.hosts - 1, JOIN_SECONDS)
+        try:
+            Leader(
+                self._runtime, self._scheduler, self._server, a.epoch, self._slots, self._compilations_while_serving
+            ).run()
+        finally:
+            self._server.close()
+
+    def _compilations_while_serving(self) -> int:
+        return self._compilations - self._compilations_before_serving
+
+    def _count_compilation(self, event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self._compilations += 1
+            metrics.COMPILATIONS.inc()
+
+    def _report(self, phase: str, fraction: float) -> None:
+        before = self.progress
+        self.progress = Progress(phase, fraction, before.devices, before.bytes_read, before.bytes_total)
+
+
+def engine_shape(assignment: Assignment, model_context: int, groups: int) -> EngineShape:
+    """The engine's sizes for a model of `model_context` on a mesh with `groups` batch groups.
+
+    Raises:
+      ValueError: the context is longer than the model's, or slots do not divide over the groups.
+    """
+    engine = assignment.engine
+    context = engine.context or model_context
+    if context > model_context:
+        raise ValueError(f"engine.context={context} exceeds the model's context of {model_context}")
+    everything = engine.slots // groups * -(-context // engine.page_size) + 1
+    return EngineShape(
+        slots=engine.slots,
+        groups=groups,
+        pages=everything if engine.kv_pages is None else engine.kv_pages // groups,
+        page_size=engine.page_size,
+        chunk=engine.prefill_chunk,
+        context=context,
+    )
