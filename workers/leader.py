@@ -26,14 +26,12 @@ class Leader:
         scheduler: Scheduler,
         server: LeaderServer,
         epoch: int,
-        slots: int,
         compilations: Callable[[], int],
     ) -> None:
         self._runtime = runtime
         self._scheduler = scheduler
         self._server = server
         self._epoch = epoch
-        self._slots = slots
         self._compilations = compilations
         self._owners: dict[str, GatewayLink] = {}
         self._gateways: set[GatewayLink] = set()
@@ -77,15 +75,15 @@ class Leader:
             block = False
             if message is None:
                 self._drop(gateway)
-            elif message.HasField("submit"):
+                continue
+            self._gateways.add(gateway)
+            if message.HasField("submit"):
                 self._submit(gateway, message.submit)
-            else:
-                self._gateways.add(gateway)
+            elif message.HasField("cancel"):
                 self._scheduler.cancel(message.cancel.request_id)
                 self._owners.pop(message.cancel.request_id, None)
 
     def _submit(self, gateway: GatewayLink, message: engine_pb2.Submit) -> None:
-        self._gateways.add(gateway)
         try:
             self._scheduler.submit(wire.request_from_proto(message))
             self._owners[message.request_id] = gateway
@@ -108,7 +106,7 @@ class Leader:
         metrics.PAGES_USED.set(load.pages_used)
         metrics.PAGES_TOTAL.set(load.pages_total)
         metrics.GENERATED_TOKENS.inc(len(events))
-        shared = wire.load_to_proto(load, self._slots, self._compilations())
+        shared = wire.load_to_proto(load, self._runtime.shape.slots, self._compilations())
         by_gateway: dict[GatewayLink, list[engine_pb2.TokenEvent]] = {}
         for event in events:
             owner = self._owners.get(event.request_id)

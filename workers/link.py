@@ -119,7 +119,7 @@ class GatewayLink:
                     self.open = False
 
 
-#: What the leader's loop hears: a gateway's input, or None when that gateway is gone.
+#: What the leader's loop hears: a gateway's input (an empty one when it has joined), or None when it is gone.
 Incoming = tuple[GatewayLink, engine_pb2.LeaderInput | None]
 
 
@@ -183,6 +183,7 @@ class LeaderServer:
 
     def _read_gateway(self, link: Link) -> None:
         gateway = GatewayLink(link)
+        self.inbox.put((gateway, engine_pb2.LeaderInput()))
         try:
             while (frame := link.receive()) is not None:
                 self.inbox.put((gateway, engine_pb2.LeaderInput.FromString(frame)))

@@ -38,7 +38,6 @@ class Worker:
 
     def __init__(self, assignment: Assignment) -> None:
         self._assignment = assignment
-        self._server: LeaderServer | None = None
         self._compilations = 0
         self._compilations_before_serving = 0
         self.progress = Progress("starting", 0.0)
@@ -85,17 +84,13 @@ class Worker:
 
         params, _ = load_parameters(checkpoint, partition, weights=a.model.weights, dtype=dtype, report=loaded)
         self._report("compiling", 0.0)
-        self._runtime = Runtime(config, shape, partition, params, dtype)
-        if a.rank == 0:
-            self._server = LeaderServer(a.leader, a.epoch, a.secret)
-            self._scheduler = Scheduler(shape, config.vocab_size, a.engine.max_waiting)
-            self._slots = shape.slots
+        self.runtime = Runtime(config, shape, partition, params, dtype)
         self._report("compiled", 1.0)
 
     def warm_up(self) -> None:
         """Runs every program once, together with all other hosts, which must have formed."""
         self._report("warming up", 0.0)
-        self._runtime.warm_up()
+        self.runtime.warm_up()
         self._compilations_before_serving = self._compilations
         self._report("ready", 1.0)
 
@@ -105,17 +100,18 @@ class Worker:
         metrics.EPOCH.set(a.epoch)
         from workers.leader import Leader, follow
 
-        if self._server is None:
+        if a.rank:
             hello = engine_pb2.Hello(epoch=a.epoch, secret=a.secret, rank=a.rank)
-            follow(self._runtime, connect(a.leader, hello, JOIN_SECONDS), a.epoch)
+            follow(self.runtime, connect(a.leader, hello, JOIN_SECONDS), a.epoch)
             return
-        self._server.wait_for_followers(a.mesh.hosts - 1, JOIN_SECONDS)
+        runtime = self.runtime
+        scheduler = Scheduler(runtime.shape, runtime.config.vocab_size, a.engine.max_waiting)
+        server = LeaderServer(a.leader, a.epoch, a.secret)
         try:
-            Leader(
-                self._runtime, self._scheduler, self._server, a.epoch, self._slots, self._compilations_while_serving
-            ).run()
+            server.wait_for_followers(a.mesh.hosts - 1, JOIN_SECONDS)
+            Leader(runtime, scheduler, server, a.epoch, self._compilations_while_serving).run()
         finally:
-            self._server.close()
+            server.close()
 
     def _compilations_while_serving(self) -> int:
         return self._compilations - self._compilations_before_serving

@@ -89,16 +89,16 @@ class Programs:
 
         Returns:
           pages, logits [groups, chunk, V] float32, and for each position [groups, chunk] the smallest gap, over the
-          layers, between the probabilities of the last chosen and the first rejected expert.
+          layers, between the router logits of the last chosen and the first rejected expert.
         """
         packed = self._replicate(packed)
         output, pages = self._forward(params, pages, self._chunk(packed), packed, lambda hidden: hidden)
         chosen = self._config.num_selected_experts
         if chosen < self._config.num_experts:
             top, _ = lax.top_k(output.router_probabilities, chosen + 1)  # [L, B, T, S + 1]
-            gap = jnp.min(top[..., chosen - 1] - top[..., chosen], axis=0)
+            gap = jnp.min(jnp.log(top[..., chosen - 1] / top[..., chosen]), axis=0)
         else:
-            gap = jnp.ones(output.router_probabilities.shape[1:3])
+            gap = jnp.full(output.router_probabilities.shape[1:3], jnp.inf)
         return pages, self._replicate(output.logits), self._replicate(gap)
 
     def _set_bias(self, bias: jax.Array, slot: jax.Array, row: jax.Array) -> jax.Array:

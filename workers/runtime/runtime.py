@@ -40,8 +40,8 @@ class Runtime:
         params: Params,
         dtype: jnp.dtype | type = jnp.float32,
     ) -> None:
-        self._config = config
-        self._shape = shape
+        self.config = config
+        self.shape = shape
         self._partition = partition
         self._params = params
         self._pages: Pages = allocate_pages(config, shape, partition, dtype)
@@ -92,7 +92,7 @@ class Runtime:
         prefilled = []
         for chunks, packed in zip(plan.prefills, pending.prefills, strict=True):
             rows = np.asarray(packed.addressable_data(0))
-            prefilled += [_token(rows[self._shape.group_of(c.slot)]) for c in chunks if c.last]
+            prefilled += [_token(rows[self.shape.group_of(c.slot)]) for c in chunks if c.last]
         decoded: tuple[Token, ...] = ()
         if pending.decode is not None:
             rows = np.asarray(pending.decode.addressable_data(0))
@@ -112,7 +112,7 @@ class Runtime:
             self._slots.admit(admission)
         ((chunk,),) = plan.prefills
         self._pages, logits, gaps = self._score(self._params, self._pages, self._slots.prefill((chunk,)))
-        group, length = self._shape.group_of(chunk.slot), len(chunk.tokens)
+        group, length = self.shape.group_of(chunk.slot), len(chunk.tokens)
         first = [np.asarray(a.addressable_data(0))[group, :length] for a in (logits, gaps)]
         return first[0], first[1]
 
@@ -123,7 +123,7 @@ class Runtime:
             (self._biased.add if wanted else self._biased.discard)(slot)
 
     def _bias_row(self, sampling: Sampling) -> Array:
-        row = np.zeros(self._config.vocab_size, np.float32)
+        row = np.zeros(self.config.vocab_size, np.float32)
         if sampling.allowed_tokens:
             row[:] = -np.inf
             row[list(sampling.allowed_tokens)] = 0.0
