@@ -9,14 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
-from grok.serving.v1 import cluster_pb2
 
 from cluster import daemon
 from cluster.client import DEFAULT_ADDRESS, Client, Options
 from cluster.config import ConfigError, load_config
 from cluster.local import prepare_environment
+from grok.serving.v1 import cluster_pb2
 from workers.checkpoint.errors import CheckpointError
 from workers.model.config import ConfigError as ModelConfigError
 from workers.tokenizer import TokenizerError
@@ -30,12 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result: int = parsed.run(parsed)
         return result
-    except (ConfigError, CheckpointError, ModelConfigError, TokenizerError, daemon.DaemonError) as error:
+    except (
+        ConfigError,
+        CheckpointError,
+        ModelConfigError,
+        TokenizerError,
+        daemon.DaemonError,
+    ) as error:
         print(f"grokmesh: {error}", file=sys.stderr)
         return 2
     except grpc.RpcError as error:
-        assert isinstance(error, grpc.Call)
-        print(f"grokmesh: {error.code().name}: {error.details()}", file=sys.stderr)
+        call: Any = error  # what stubs raise is a call too
+        print(f"grokmesh: {call.code().name}: {call.details()}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, BrokenPipeError):
         return 130
@@ -46,15 +53,33 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="start replicas and gateway as ray_config.yaml says")
-    serve.add_argument("--config", type=pathlib.Path, default=CONFIG, help="configuration (default: %(default)s)")
-    serve.add_argument("--detach", action="store_true", help="leave it running in the background, once it serves")
-    serve.add_argument("--timeout", type=float, default=600, help="seconds that --detach waits (default: %(default)s)")
+    serve.add_argument(
+        "--config",
+        type=pathlib.Path,
+        default=CONFIG,
+        help="configuration (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--detach",
+        action="store_true",
+        help="leave it running in the background, once it serves",
+    )
+    serve.add_argument(
+        "--timeout",
+        type=float,
+        default=600,
+        help="seconds that --detach waits (default: %(default)s)",
+    )
     serve.set_defaults(run=_serve)
 
     generate = commands.add_parser("generate", help="stream a completion of a prompt")
     generate.add_argument("prompt")
     _address(generate)
-    generate.add_argument("--max-tokens", type=int, help="most tokens to draw (default: what fits the context)")
+    generate.add_argument(
+        "--max-tokens",
+        type=int,
+        help="most tokens to draw (default: what fits the context)",
+    )
     generate.add_argument("--temperature", type=float, help="0 takes the most likely token (default: 1)")
     generate.add_argument("--top-p", type=float, help="nucleus, in (0, 1] (default: 1)")
     generate.add_argument("--top-k", type=int, help="only so many likeliest tokens (default: all)")
@@ -66,8 +91,18 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="compare a checkpoint's logits and tokens with a golden set")
     verify.add_argument("--checkpoint", type=pathlib.Path, required=True, help="directory with ckpt-0/")
     verify.add_argument("--golden", type=pathlib.Path, required=True, help="directory of the golden set")
-    verify.add_argument("--mesh", default="1x1", metavar="DATAxMODEL", help="device mesh (default: %(default)s)")
-    verify.add_argument("--hosts", type=int, default=1, help="processes that form the mesh (default: %(default)s)")
+    verify.add_argument(
+        "--mesh",
+        default="1x1",
+        metavar="DATAxMODEL",
+        help="device mesh (default: %(default)s)",
+    )
+    verify.add_argument(
+        "--hosts",
+        type=int,
+        default=1,
+        help="processes that form the mesh (default: %(default)s)",
+    )
     verify.set_defaults(run=_verify)
 
     inspect = commands.add_parser("inspect", help="list a checkpoint's tensors and its configuration")
@@ -85,7 +120,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _address(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--address", default=DEFAULT_ADDRESS, help="of the gateway (default: %(default)s)")
+    parser.add_argument(
+        "--address",
+        default=DEFAULT_ADDRESS,
+        help="of the gateway (default: %(default)s)",
+    )
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -97,7 +136,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         return 0
     if config.cluster.address == "local":
         prepare_environment()
-    from cluster.serve import serve  # Ray takes a second to import, and reads its environment then.
+    from cluster.serve import (
+        serve,
+    )  # Ray takes a second to import, and reads its environment then.
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     with daemon.noted(config.gateway.address):
@@ -129,8 +170,21 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     # JAX stays out of this process: the control plane never imports it.
-    command = [sys.executable, "-m", "workers.verify", "--checkpoint", str(arguments.checkpoint)]
-    command += ["--golden", str(arguments.golden), "--mesh", arguments.mesh, "--hosts", str(arguments.hosts)]
+    command = [
+        sys.executable,
+        "-m",
+        "workers.verify",
+        "--checkpoint",
+        str(arguments.checkpoint),
+    ]
+    command += [
+        "--golden",
+        str(arguments.golden),
+        "--mesh",
+        arguments.mesh,
+        "--hosts",
+        str(arguments.hosts),
+    ]
     return subprocess.run(command, check=False).returncode
 
 

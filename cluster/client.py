@@ -23,8 +23,14 @@ from typing import Any, Self, TypedDict, TypeVar, Unpack
 import grpc
 import grpc.aio
 from google.rpc import error_details_pb2
-from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
 from grpc_status import rpc_status
+
+from grok.serving.v1 import (
+    cluster_pb2,
+    cluster_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+)
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
@@ -111,7 +117,11 @@ class Client:
         self._attempts = attempts
 
     def generate(
-        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[Options],
     ) -> Iterator[Completion]:
         """Streams a completion part by part. See Options. Closing it cancels the request."""
         request = generation_pb2.GenerateRequest(completion=completion_request(prompt, **options))
@@ -132,7 +142,11 @@ class Client:
             time.sleep(pause)
 
     def complete(
-        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[Options],
     ) -> Completion:
         """A whole completion. See Options."""
         request = generation_pb2.GenerateOnceRequest(completion=completion_request(prompt, **options))
@@ -140,7 +154,13 @@ class Client:
 
     def tokenize(self, text: str, *, timeout: float | None = None) -> list[int]:
         """The tokens of a text."""
-        return list(self._retry(self._generation.Tokenize, generation_pb2.TokenizeRequest(text=text), timeout).ids)
+        return list(
+            self._retry(
+                self._generation.Tokenize,
+                generation_pb2.TokenizeRequest(text=text),
+                timeout,
+            ).ids
+        )
 
     def detokenize(self, ids: Sequence[int], *, timeout: float | None = None) -> str:
         """The text of tokens."""
@@ -167,11 +187,19 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _retry(
-        self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request, timeout: float | None
+        self,
+        method: grpc.UnaryUnaryMultiCallable[Request, Response],
+        request: Request,
+        timeout: float | None,
     ) -> Response:
         for attempt in range(1, self._attempts):
             try:
@@ -194,7 +222,11 @@ class AsyncClient:
         self._attempts = attempts
 
     async def generate(
-        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[Options],
     ) -> AsyncIterator[Completion]:
         """As Client.generate."""
         request = generation_pb2.GenerateRequest(completion=completion_request(prompt, **options))
@@ -215,11 +247,16 @@ class AsyncClient:
             await asyncio.sleep(pause)
 
     async def complete(
-        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[Options],
     ) -> Completion:
         """As Client.complete."""
         request = generation_pb2.GenerateOnceRequest(completion=completion_request(prompt, **options))
-        return _part(await self._retry(self._generation.GenerateOnce, request, timeout))
+        response = await self._retry(self._generation.GenerateOnce, request, timeout)
+        return _part(response)
 
     async def tokenize(self, text: str, *, timeout: float | None = None) -> list[int]:
         """As Client.tokenize."""
@@ -252,12 +289,18 @@ class AsyncClient:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         await self.close()
 
     async def _retry(
-        self, method: grpc.aio.UnaryUnaryMultiCallable[Request, Response], request: Request, timeout: float | None
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[Request, Response],
+        request: Request,
+        timeout: float | None,
     ) -> Response:
         for attempt in range(1, self._attempts):
             try:
@@ -270,7 +313,9 @@ class AsyncClient:
         return await method(request, timeout=timeout)
 
 
-def _part(response: generation_pb2.GenerateResponse | generation_pb2.GenerateOnceResponse) -> Completion:
+def _part(
+    response: generation_pb2.GenerateResponse | generation_pb2.GenerateOnceResponse,
+) -> Completion:
     reason = None
     if response.finish_reason:
         reason = generation_pb2.FinishReason.Name(response.finish_reason).removeprefix("FINISH_REASON_").lower()
@@ -278,7 +323,11 @@ def _part(response: generation_pb2.GenerateResponse | generation_pb2.GenerateOnc
         request_id=response.request_id,
         text=response.text,
         tokens=tuple(
-            Token(token.id, token.logprob, tuple((top.id, top.logprob) for top in token.top))
+            Token(
+                token.id,
+                token.logprob,
+                tuple((top.id, top.logprob) for top in token.top),
+            )
             for token in response.tokens
         ),
         finish_reason=reason,
@@ -291,7 +340,7 @@ def _pause(error: Any, attempt: int) -> float | None:
     """Seconds to wait before another attempt after an RpcError; None if there is to be none."""
     if error.code() is not grpc.StatusCode.UNAVAILABLE:
         return None
-    backoff = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1.0)
+    backoff: float = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1.0)
     return max(backoff, _asked_for(error))
 
 

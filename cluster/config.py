@@ -170,8 +170,11 @@ def load_config(path: pathlib.Path) -> Config:
     except RecursionError as error:
         raise ConfigError(f"{path}: nested too deeply") from error
     reader = _Reader(path)
-    config = reader.section(Config, root, "")
-    model = dataclasses.replace(config.model, checkpoint=(path.parent / config.model.checkpoint.expanduser()).resolve())
+    config: Config = reader.section(Config, root, "")
+    model = dataclasses.replace(
+        config.model,
+        checkpoint=(path.parent / config.model.checkpoint.expanduser()).resolve(),
+    )
     config = dataclasses.replace(config, model=model)
     reader.check(config)
     return config
@@ -208,7 +211,7 @@ class _Reader:
         """An instance of the dataclass `cls` from a mapping."""
         if not isinstance(node, yaml.MappingNode):
             self.fail(name, f"{name or 'the file'} must be a mapping of settings")
-        hints = typing.get_type_hints(cls)
+        hints: dict[str, Any] = typing.get_type_hints(cls)
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = str(key_node.value)
@@ -268,14 +271,20 @@ class _Reader:
             ("mesh.rules", RULES),
         ):
             if _lookup(config, name) not in choices:
-                self.fail(name, f"{name}={_lookup(config, name)} is unknown; use {', '.join(choices)}")
+                self.fail(
+                    name,
+                    f"{name}={_lookup(config, name)} is unknown; use {', '.join(choices)}",
+                )
         for name in ("gateway.address", "telemetry.metrics_address"):
             host, _, port = _lookup(config, name).rpartition(":")
             if not host or not port.isdecimal() or int(port) > 65535:
                 self.fail(name, f"{name}={_lookup(config, name)} is no host:port")
         drain = config.gateway.drain_seconds
         if not (math.isfinite(drain) and drain >= 0):
-            self.fail("gateway.drain_seconds", f"gateway.drain_seconds={drain} must be a number of seconds")
+            self.fail(
+                "gateway.drain_seconds",
+                f"gateway.drain_seconds={drain} must be a number of seconds",
+            )
         mesh = config.mesh
         devices = mesh.hosts * mesh.devices_per_host
         if mesh.data * mesh.model != devices:
@@ -285,7 +294,10 @@ class _Reader:
                 f"the devices of mesh.hosts={mesh.hosts} x mesh.devices_per_host={mesh.devices_per_host}",
             )
         if mesh.rules != "tensor" and config.engine.slots % mesh.data:
-            self.fail("engine.slots", f"engine.slots={config.engine.slots} must be a multiple of mesh.data={mesh.data}")
+            self.fail(
+                "engine.slots",
+                f"engine.slots={config.engine.slots} must be a multiple of mesh.data={mesh.data}",
+            )
         if not config.model.name:
             self.fail("model.name", "model.name is empty")
 

@@ -11,9 +11,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 #: Without these each node claims the machine's memory, and a head on loopback can't be reached by its address.
-_NODE = {"memory": 2_000_000_000, "object_store_memory": 80_000_000, "num_gpus": 0, "include_dashboard": False}
+_NODE: dict[str, Any] = {
+    "memory": 2_000_000_000,
+    "object_store_memory": 80_000_000,
+    "num_gpus": 0,
+    "include_dashboard": False,
+}
 _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_MODE": "disabled",
@@ -41,7 +47,8 @@ def local_cluster(hosts: int, cpus_per_host: int) -> Iterator[str]:
         text=True,
         start_new_session=True,
     )
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     try:
         for line in process.stdout:
             if line.startswith(_READY):

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 import prometheus_client
 import ray
-from grok.serving.v1 import cluster_pb2
 
 from cluster.config import Config, ConfigError, check_model
 from cluster.gateway.router import Router
@@ -20,6 +19,8 @@ from cluster.gateway.validation import Limits
 from cluster.local import local_cluster
 from cluster.status import ClusterService
 from cluster.supervisor import Replica
+from cluster.telemetry import metrics
+from grok.serving.v1 import cluster_pb2
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.tokenizer import Tokenizer
 
@@ -50,11 +51,12 @@ async def _serve(config: Config, limits: Limits, tokenizer: Tokenizer) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     host, port = config.telemetry.metrics_address.rsplit(":", 1)
-    metrics_server, _ = prometheus_client.start_http_server(int(port), host)
+    metrics_server, _ = prometheus_client.start_http_server(int(port), host, registry=metrics.REGISTRY)
     metrics_url = f"http://{host}:{metrics_server.server_port}/metrics"
 
     readiness: asyncio.Queue[bool] = asyncio.Queue()
     router = Router(on_change=lambda ready: readiness.put_nowait(ready > 0))
+    metrics.QUEUED.set_function(lambda: router.queued)
     reporter = _Reporter()
     replicas = [Replica(i, config, router, reporter.report) for i in range(config.replicas)]
     status = ClusterService(config.mesh, replicas, router, lambda: gateway.admission.in_flight, metrics_url)
@@ -116,7 +118,11 @@ def _ray(config: Config) -> Iterator[None]:
             hosts = config.replicas * config.mesh.hosts
             print(f"starting a local Ray cluster of {hosts} hosts", flush=True)
             address = stack.enter_context(local_cluster(hosts, config.cluster.cpus_per_host))
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="grokmesh")
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace="grokmesh",
+        )
         stack.callback(ray.shutdown)
         yield
-

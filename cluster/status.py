@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import grpc.aio
-from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc
 
 from cluster.config import MeshSection
 from cluster.gateway.router import Router
 from cluster.supervisor import HostView, Replica
+from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc
 
 
 class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
@@ -29,8 +30,8 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
         self._requests = requests
         self._metrics_url = metrics_url
 
-    async def GetStatus(  # noqa: N802
-        self, request: cluster_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
+    async def GetStatus(
+        self, request: cluster_pb2.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> cluster_pb2.GetStatusResponse:
         """The status now."""
         return cluster_pb2.GetStatusResponse(

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 import ray.exceptions
-from grok.serving.v1 import cluster_pb2
 
 from cluster.config import Config
 from cluster.gateway.router import LeaderAddress, Router
 from cluster.placement import Placement
 from cluster.telemetry import metrics
+from grok.serving.v1 import cluster_pb2
 from workers.assignment import Assignment, Endpoint, Progress
 
 _LOG = logging.getLogger(__name__)
@@ -39,9 +40,15 @@ class HostView:
 class Replica:
     """One replica and its epochs. `state`, `epoch`, `hosts` and `last_failure` tell how it is."""
 
-    def __init__(self, index: int, config: Config, router: Router, on_progress: Callable[[Replica], None]) -> None:
+    def __init__(
+        self,
+        index: int,
+        config: Config,
+        router: Router,
+        on_progress: Callable[[Replica], None],
+    ) -> None:
         self.index = index
-        self.state = cluster_pb2.REPLICA_STATE_PLACING
+        self.state: cluster_pb2.ReplicaState.ValueType = cluster_pb2.REPLICA_STATE_PLACING
         self.epoch = 0
         self.hosts: list[HostView] = []
         self.last_failure = ""
@@ -63,7 +70,12 @@ class Replica:
             self._enter(cluster_pb2.REPLICA_STATE_FAILED)
             healthy = served and asyncio.get_running_loop().time() - began > HEALTHY_SECONDS
             failures = 1 if healthy else failures + 1
-            _LOG.error("replica %d: epoch %d ended: %s", self.index, self.epoch, self.last_failure)
+            _LOG.error(
+                "replica %d: epoch %d ended: %s",
+                self.index,
+                self.epoch,
+                self.last_failure,
+            )
             metrics.REBUILDS.labels(str(self.index)).inc()
             await asyncio.sleep(BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1])
 
@@ -80,9 +92,7 @@ class Replica:
             self._enter(cluster_pb2.REPLICA_STATE_STARTING)
             assignments = self._assignments(endpoints)
             async with _background(self._watch_progress(placement)):
-                await asyncio.gather(
-                    *(h.form.remote(a) for h, a in zip(placement.hosts, assignments, strict=True))
-                )
+                await asyncio.gather(*(h.form.remote(a) for h, a in zip(placement.hosts, assignments, strict=True)))
                 await asyncio.gather(*(h.warm_up.remote() for h in placement.hosts))
             await self._poll(placement)
             await self._serve(placement, assignments[0])
@@ -93,8 +103,8 @@ class Replica:
         """Serves until any host ends. The first of them decides: a mesh without one host is none."""
         loops = [asyncio.ensure_future(_result(h.serve.remote())) for h in placement.hosts]
         address = LeaderAddress(self.index, self.epoch, leader.leader, leader.secret)
-        stream = asyncio.ensure_future(self._router.serve(address))
-        self._enter(cluster_pb2.REPLICA_STATE_READY)
+        ready = functools.partial(self._enter, cluster_pb2.REPLICA_STATE_READY)
+        stream = asyncio.ensure_future(self._router.serve(address, ready))
         try:
             done, _ = await asyncio.wait([*loops, stream], return_when=asyncio.FIRST_COMPLETED)
             # Of several that end at once, the one with an error tells more.
@@ -133,7 +143,7 @@ class Replica:
         self.hosts = [HostView(view.endpoint, p) for view, p in zip(self.hosts, progress, strict=True)]
         self._on_progress(self)
 
-    def _enter(self, state: cluster_pb2.ReplicaState) -> None:
+    def _enter(self, state: cluster_pb2.ReplicaState.ValueType) -> None:
         self.state = state
         self._on_progress(self)
 

@@ -139,7 +139,9 @@ def bigram_perplexity(train: np.ndarray[Any, Any], held_out: np.ndarray[Any, Any
     seen = pairs.sum(1, keepdims=True)
     best = math.inf
     for strength in (1, 3, 10, 30, 100):
-        p = (pairs[held_out[:-1], held_out[1:]] + strength * unigram[held_out[1:]]) / (seen[held_out[:-1], 0] + strength)
+        p = (pairs[held_out[:-1], held_out[1:]] + strength * unigram[held_out[1:]]) / (
+            seen[held_out[:-1], 0] + strength
+        )
         best = min(best, math.exp(-float(np.log(p).mean())))
     return best
 
@@ -161,10 +163,10 @@ def main() -> None:
     baseline = bigram_perplexity(train, held_out, config.vocab_size)
     print(f"{len(train):,} training tokens, {len(held_out):,} held out; bigram perplexity {baseline:.1f}", flush=True)
 
-    model = hk.without_apply_rng(
+    model: Any = hk.without_apply_rng(
         hk.transform(lambda tokens: causal_forward(config, tokens, grouped_matmul=batched_experts))
     )
-    params: Params = model.init(jax.random.key(arguments.seed), jnp.zeros((1, 8), jnp.int32))  # type: ignore[assignment]
+    params: Params = model.init(jax.random.key(arguments.seed), jnp.zeros((1, 8), jnp.int32))
     schedule = optax.warmup_cosine_decay_schedule(0.0, 2.5e-3, arguments.steps // 20, arguments.steps, 2.5e-5)
     decay = jax.tree.map(lambda leaf: leaf.ndim > 1, params)
     optimizer = optax.chain(

@@ -51,13 +51,14 @@ class GoldenSet:
         """Reads a set. Raises GoldenError when a file is missing or not what it should be."""
         try:
             cases = json.loads((directory / "cases.json").read_text())
-            arrays = []
+            arrays: list[dict[str, Array]] = []
             for name in ("exact.npz", "ref-1x1.npz"):
                 with np.load(directory / name, allow_pickle=False) as file:
                     arrays.append({key: file[key] for key in file.files})
             manifest_path = directory / "manifest.json"
             manifest = json.loads(manifest_path.read_text()) if manifest_path.exists() else []
-            return cls(directory, tuple(cases["forward"]), tuple(cases["run"]), *arrays, tuple(manifest))
+            exact, reference = arrays
+            return cls(directory, tuple(cases["forward"]), tuple(cases["run"]), exact, reference, tuple(manifest))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise GoldenError(f"{directory}: no golden set: {error!r}") from error
 
@@ -90,7 +91,13 @@ class Verdict:
     problems: tuple[str, ...]
 
 
-def judge_forward(golden: GoldenSet, case: Mapping[str, Any], logits: Array, gaps: Array, float32: bool) -> Verdict:
+def judge_forward(
+    golden: GoldenSet,
+    case: Mapping[str, Any],
+    logits: Array,
+    gaps: Array,
+    float32: bool,
+) -> Verdict:
     """Judges the logits [T, V] of a prompt.
 
     Against `exact` the rms error must be at most 1.5 times the original's own (+ 1e-3) and, with float32 activations, every
@@ -121,10 +128,24 @@ def judge_forward(golden: GoldenSet, case: Mapping[str, Any], logits: Array, gap
         problems.append(f"a logit of the original is {outlier:.2g} away; its rms error is {own:.2g}")
     argmax = float((logits.argmax(-1) == exact.argmax(-1)).mean())
     worst_judged = float(np.abs(error[judged]).max(initial=0.0))
-    return Verdict(case["name"], int(judged.sum()), rms, worst_judged, argmax, None, tuple(problems))
+    return Verdict(
+        case["name"],
+        int(judged.sum()),
+        rms,
+        worst_judged,
+        argmax,
+        None,
+        tuple(problems),
+    )
 
 
-def judge_run(golden: GoldenSet, case: Mapping[str, Any], tokens: list[int] | None, logits: Array, gaps: Array) -> Verdict:
+def judge_run(
+    golden: GoldenSet,
+    case: Mapping[str, Any],
+    tokens: list[int] | None,
+    logits: Array,
+    gaps: Array,
+) -> Verdict:
     """Judges a generation.
 
     Args:

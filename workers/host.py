@@ -8,6 +8,7 @@ import socket
 import prometheus_client
 import ray
 
+from workers import metrics
 from workers.assignment import Assignment, Endpoint, Progress
 from workers.worker import Worker
 
@@ -19,7 +20,7 @@ class Host:
     def __init__(self) -> None:
         self._worker: Worker | None = None
         self._address = ray.util.get_node_ip_address()
-        server, _ = prometheus_client.start_http_server(0, self._address)
+        server, _ = prometheus_client.start_http_server(0, self._address, registry=metrics.REGISTRY)
         self._metrics_port = server.server_port
 
     def endpoint(self) -> Endpoint:

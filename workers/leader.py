@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 
 from grok.engine.v1 import engine_pb2
-
 from workers import metrics, wire
 from workers.engine.plan import Plan
 from workers.engine.request import Refused, TokenEvent

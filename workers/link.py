@@ -16,6 +16,7 @@ import threading
 import time
 
 from google.protobuf.message import DecodeError
+
 from grok.engine.v1 import engine_pb2
 
 _LOG = logging.getLogger(__name__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from grok.engine.v1 import engine_pb2
-
 from workers.engine.plan import Admission, Chunk, Plan, Sampling, Token
 from workers.engine.request import Finish, Load, Request, TokenEvent
 
@@ -73,9 +72,7 @@ def plan_to_proto(plan: Plan, epoch: int) -> engine_pb2.Plan:
         ],
         prefills=[
             engine_pb2.Prefill(
-                chunks=[
-                    engine_pb2.Chunk(slot=c.slot, start=c.start, tokens=c.tokens, last=c.last) for c in chunks
-                ]
+                chunks=[engine_pb2.Chunk(slot=c.slot, start=c.start, tokens=c.tokens, last=c.last) for c in chunks]
             )
             for chunks in plan.prefills
         ],
@@ -117,7 +114,11 @@ def event_from_proto(message: engine_pb2.TokenEvent) -> TokenEvent:
     """From a message."""
     token = message.token
     top = tuple(zip(token.top_ids, token.top_logprobs, strict=True))
-    return TokenEvent(message.request_id, Token(token.id, token.logprob, top), _FINISH_BACK[message.finish])
+    return TokenEvent(
+        message.request_id,
+        Token(token.id, token.logprob, top),
+        _FINISH_BACK[message.finish],
+    )
 
 
 def load_to_proto(load: Load, slots: int, compilations: int) -> engine_pb2.Load:

@@ -6,7 +6,6 @@ import pathlib
 from typing import Any
 
 from grok.engine.v1 import engine_pb2
-
 from workers import metrics
 from workers.assignment import Assignment, MeshSpec, Progress
 from workers.checkpoint.checkpoint import open_checkpoint
@@ -116,7 +115,8 @@ class Worker:
     def _compilations_while_serving(self) -> int:
         return self._compilations - self._compilations_before_serving
 
-    def _count_compilation(self, event: str, duration: float, **_: Any) -> None:
+    def _count_compilation(self, event: str, duration_secs: float, **_: Any) -> None:
+        del duration_secs
         if event == "/jax/core/compile/backend_compile_duration":
             self._compilations += 1
             metrics.COMPILATIONS.inc()

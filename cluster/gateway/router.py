@@ -9,16 +9,24 @@ import logging
 import struct
 from collections.abc import Callable
 
-from grok.engine.v1 import engine_pb2
-
-from cluster.gateway.errors import GatewayError, Violation, exhausted, invalid, unavailable
+from cluster.gateway.errors import (
+    GatewayError,
+    Violation,
+    exhausted,
+    invalid,
+    unavailable,
+)
 from cluster.gateway.session import Session
 from cluster.telemetry import metrics
+from grok.engine.v1 import engine_pb2
 from workers import wire
 from workers.link import MAX_FRAME
 
 _LOG = logging.getLogger(__name__)
 _LENGTH = struct.Struct(">I")
+
+#: Seconds that a leader has to listen after it was told to serve.
+CONNECT_SECONDS = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +43,10 @@ class ReplicaLink:
     """The stream to one replica's leader in one epoch, and the sessions that it carries."""
 
     def __init__(
-        self, leader: LeaderAddress, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        leader: LeaderAddress,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> None:
         self.leader = leader
         self.load = engine_pb2.Load()
@@ -45,9 +56,17 @@ class ReplicaLink:
 
     @classmethod
     async def connect(cls, leader: LeaderAddress) -> ReplicaLink:
-        """Opens the stream and says Hello. Raises OSError."""
+        """Opens the stream, as soon as the leader listens, and says Hello. Raises OSError after CONNECT_SECONDS."""
         host, port = leader.address.rsplit(":", 1)
-        reader, writer = await asyncio.open_connection(host, int(port))
+        deadline = asyncio.get_running_loop().time() + CONNECT_SECONDS
+        while True:
+            try:
+                reader, writer = await asyncio.open_connection(host, int(port))
+                break
+            except ConnectionRefusedError:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+                await asyncio.sleep(0.05)
         link = cls(leader, reader, writer)
         link._send(engine_pb2.Hello(epoch=leader.epoch, secret=leader.secret))
         return link
@@ -68,7 +87,11 @@ class ReplicaLink:
             while True:
                 (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
                 if length > MAX_FRAME:
-                    _LOG.error("replica %d sent a frame of %d bytes", self.leader.replica, length)
+                    _LOG.error(
+                        "replica %d sent a frame of %d bytes",
+                        self.leader.replica,
+                        length,
+                    )
                     return
                 self._hear(engine_pb2.LeaderOutput.FromString(await self._reader.readexactly(length)))
 
@@ -81,7 +104,11 @@ class ReplicaLink:
 
     def _hear(self, output: engine_pb2.LeaderOutput) -> None:
         if output.epoch != self.leader.epoch:
-            _LOG.warning("ignored a frame of epoch %d in epoch %d", output.epoch, self.leader.epoch)
+            _LOG.warning(
+                "ignored a frame of epoch %d in epoch %d",
+                output.epoch,
+                self.leader.epoch,
+            )
             return
         self.load = output.load
         for message in output.tokens:
@@ -113,15 +140,23 @@ class Router:
         """Number of replicas that serve."""
         return len(self._links)
 
+    @property
+    def queued(self) -> int:
+        """Number of sessions that have no token yet. May be asked by any thread."""
+        return sum(
+            not session.tokens for link in list(self._links.values()) for session in list(link.sessions.values())
+        )
+
     def load(self, replica: int) -> engine_pb2.Load:
         """A replica's load as it last told it."""
         link = self._links.get(replica)
         return link.load if link else engine_pb2.Load()
 
-    async def serve(self, leader: LeaderAddress) -> None:
+    async def serve(self, leader: LeaderAddress, on_connected: Callable[[], None]) -> None:
         """Carries sessions to a replica until its stream ends, then fails those that are left. Raises OSError."""
         link = await ReplicaLink.connect(leader)
         self._links[leader.replica] = link
+        on_connected()
         self._changed()
         try:
             await link.run()
@@ -134,7 +169,10 @@ class Router:
         """Sends a session to the least busy replica. Raises GatewayError (UNAVAILABLE) when none is ready."""
         if not self._links:
             raise unavailable("no replica is ready", retry_seconds=2.0)
-        link = min(self._links.values(), key=lambda link: (len(link.sessions), link.leader.replica))
+        link = min(
+            self._links.values(),
+            key=lambda link: (len(link.sessions), link.leader.replica),
+        )
         link.submit(session)
         return link
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import grpc.aio
-from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -13,6 +12,12 @@ from cluster.gateway.interceptor import ErrorInterceptor
 from cluster.gateway.router import Router
 from cluster.gateway.service import GenerationService
 from cluster.gateway.validation import Limits
+from grok.serving.v1 import (
+    cluster_pb2,
+    cluster_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+)
 from workers.model.parameters import parameter_table
 from workers.tokenizer import Tokenizer
 
@@ -47,7 +52,8 @@ class Gateway:
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
-            (GENERATION, CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+            (GENERATION, CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME),
+            self._server,
         )
         self.port = self._server.add_insecure_port(config.address)
 

@@ -6,9 +6,9 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import grpc.aio
-from grok.serving.v1 import generation_pb2, generation_pb2_grpc
 
 from cluster.gateway.admission import Admission
 from cluster.gateway.errors import Violation, invalid
@@ -16,6 +16,7 @@ from cluster.gateway.router import Router
 from cluster.gateway.session import Delta, Session
 from cluster.gateway.validation import Limits, to_request
 from cluster.telemetry import metrics
+from grok.serving.v1 import generation_pb2, generation_pb2_grpc
 from workers.engine.plan import Token
 from workers.tokenizer import Tokenizer
 
@@ -37,8 +38,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._admission = admission
         self._model = model
 
-    async def Generate(  # noqa: N802
-        self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    async def Generate(
+        self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         """Streams a completion."""
         completion = request.completion
@@ -56,8 +57,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     seed=session.request.sampling.seed,
                 )
 
-    async def GenerateOnce(  # noqa: N802
-        self, request: generation_pb2.GenerateOnceRequest, context: grpc.aio.ServicerContext
+    async def GenerateOnce(
+        self,
+        request: generation_pb2.GenerateOnceRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> generation_pb2.GenerateOnceResponse:
         """Returns a whole completion."""
         completion = request.completion
@@ -74,31 +77,42 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 seed=session.request.sampling.seed,
             )
 
-    async def Tokenize(  # noqa: N802
-        self, request: generation_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
+    async def Tokenize(
+        self, request: generation_pb2.TokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> generation_pb2.TokenizeResponse:
         """Tokens of a text."""
         ids = self._tokenizer.encode(request.text)
         return generation_pb2.TokenizeResponse(ids=ids, pieces=[self._tokenizer.piece(id) for id in ids])
 
-    async def Detokenize(  # noqa: N802
-        self, request: generation_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
+    async def Detokenize(
+        self,
+        request: generation_pb2.DetokenizeRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> generation_pb2.DetokenizeResponse:
         """Text of tokens."""
         vocab_size = self._limits.model.vocab_size
         outside = [id for id in request.ids if id >= vocab_size]
         if outside:
-            raise invalid([Violation("ids", f"has token {outside[0]}; the vocabulary has {vocab_size}")])
+            raise invalid(
+                [
+                    Violation(
+                        "ids",
+                        f"has token {outside[0]}; the vocabulary has {vocab_size}",
+                    )
+                ]
+            )
         return generation_pb2.DetokenizeResponse(text=self._tokenizer.decode(request.ids))
 
-    async def CountTokens(  # noqa: N802
-        self, request: generation_pb2.CountTokensRequest, context: grpc.aio.ServicerContext
+    async def CountTokens(
+        self,
+        request: generation_pb2.CountTokensRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> generation_pb2.CountTokensResponse:
         """Number of tokens of a text."""
         return generation_pb2.CountTokensResponse(tokens=len(self._tokenizer.encode(request.text)))
 
-    async def GetModel(  # noqa: N802
-        self, request: generation_pb2.GetModelRequest, context: grpc.aio.ServicerContext
+    async def GetModel(
+        self, request: generation_pb2.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> generation_pb2.GetModelResponse:
         """The served model."""
         return self._model
@@ -134,6 +148,4 @@ def _token(token: Token, alternatives: int) -> generation_pb2.GeneratedToken:
 
 
 def _usage(session: Session) -> generation_pb2.Usage:
-    return generation_pb2.Usage(
-        prompt_tokens=len(session.request.prompt), completion_tokens=len(session.tokens)
-    )
+    return generation_pb2.Usage(prompt_tokens=len(session.request.prompt), completion_tokens=len(session.tokens))

@@ -7,10 +7,9 @@ import asyncio
 import dataclasses
 import time
 
-from grok.serving.v1 import generation_pb2
-
 from cluster.gateway.errors import GatewayError
 from cluster.gateway.stop import StopMatcher
+from grok.serving.v1 import generation_pb2
 from workers.engine.plan import Token
 from workers.engine.request import Finish, Request, TokenEvent
 from workers.tokenizer import Detokenizer, Tokenizer
@@ -22,7 +21,7 @@ class Delta:
 
     text: str
     token: Token
-    finish: generation_pb2.FinishReason | None
+    finish: generation_pb2.FinishReason.ValueType | None
 
 
 class Session:
@@ -72,5 +71,4 @@ class Session:
             text += rest if stopped else rest + self._stop.flush()
         if stopped:
             return Delta(text, event.token, generation_pb2.FINISH_REASON_STOP)
-        finish = generation_pb2.FINISH_REASON_LENGTH if event.finish is Finish.LENGTH else None
-        return Delta(text, event.token, finish)
+        return Delta(text, event.token, generation_pb2.FINISH_REASON_LENGTH if event.finish is Finish.LENGTH else None)

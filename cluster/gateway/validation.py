@@ -7,9 +7,8 @@ import math
 import secrets
 from collections.abc import Callable
 
-from grok.serving.v1 import generation_pb2
-
 from cluster.gateway.errors import Violation, invalid
+from grok.serving.v1 import generation_pb2
 from workers.engine.plan import ALTERNATIVES, Sampling
 from workers.engine.request import Request
 from workers.model.config import GrokConfig
@@ -37,7 +36,10 @@ class Limits:
 
 
 def to_request(
-    completion: generation_pb2.Completion, limits: Limits, tokenizer: Tokenizer, request_id: str
+    completion: generation_pb2.Completion,
+    limits: Limits,
+    tokenizer: Tokenizer,
+    request_id: str,
 ) -> Request:
     """The engine's request for a completion. Raises GatewayError (INVALID_ARGUMENT) with all violations."""
     violations: list[Violation] = []
@@ -63,7 +65,10 @@ def to_request(
             f"of {limits.context}",
         )
     if not 0 <= completion.top_logprobs <= ALTERNATIVES:
-        wrong("top_logprobs", f"is {completion.top_logprobs}; must be from 0 to {ALTERNATIVES}")
+        wrong(
+            "top_logprobs",
+            f"is {completion.top_logprobs}; must be from 0 to {ALTERNATIVES}",
+        )
     if len(completion.stop) > MAX_STOP_TEXTS:
         wrong("stop", f"has {len(completion.stop)} texts; at most {MAX_STOP_TEXTS}")
     for i, text in enumerate(completion.stop):
@@ -77,7 +82,10 @@ def to_request(
 
 
 def _prompt(
-    completion: generation_pb2.Completion, limits: Limits, tokenizer: Tokenizer, wrong: _Wrong
+    completion: generation_pb2.Completion,
+    limits: Limits,
+    tokenizer: Tokenizer,
+    wrong: _Wrong,
 ) -> list[int]:
     kind = completion.WhichOneof("prompt")
     if kind is None:
@@ -93,14 +101,20 @@ def _prompt(
         wrong("tokens", "is empty")
     outside = [token for token in prompt if token >= limits.model.vocab_size]
     if outside:
-        wrong("tokens", f"has token {outside[0]}; the vocabulary has {limits.model.vocab_size}")
+        wrong(
+            "tokens",
+            f"has token {outside[0]}; the vocabulary has {limits.model.vocab_size}",
+        )
     return prompt
 
 
 def _sampling(params: generation_pb2.SamplingParams, vocab_size: int, wrong: _Wrong) -> Sampling:
     temperature = params.temperature if params.HasField("temperature") else 1.0
     if not 0 <= temperature <= MAX_TEMPERATURE:  # also false for NaN
-        wrong("sampling.temperature", f"is {temperature}; must be a number from 0 to {MAX_TEMPERATURE:g}")
+        wrong(
+            "sampling.temperature",
+            f"is {temperature}; must be a number from 0 to {MAX_TEMPERATURE:g}",
+        )
     top_p = params.top_p if params.HasField("top_p") else 1.0
     if not 0 < top_p <= 1:
         wrong("sampling.top_p", f"is {top_p:g}; must be more than 0 and at most 1")
@@ -108,12 +122,21 @@ def _sampling(params: generation_pb2.SamplingParams, vocab_size: int, wrong: _Wr
         wrong("sampling.top_k", f"is {params.top_k}; must be at least 0")
     for token, bias in params.logit_bias.items():
         if token >= vocab_size:
-            wrong("sampling.logit_bias", f"has token {token}; the vocabulary has {vocab_size}")
+            wrong(
+                "sampling.logit_bias",
+                f"has token {token}; the vocabulary has {vocab_size}",
+            )
         if not (math.isfinite(bias) and abs(bias) <= MAX_BIAS):
-            wrong("sampling.logit_bias", f"is {bias} for token {token}; must be from -{MAX_BIAS:g} to {MAX_BIAS:g}")
+            wrong(
+                "sampling.logit_bias",
+                f"is {bias} for token {token}; must be from -{MAX_BIAS:g} to {MAX_BIAS:g}",
+            )
     outside = [token for token in params.allowed_tokens if token >= vocab_size]
     if outside:
-        wrong("sampling.allowed_tokens", f"has token {outside[0]}; the vocabulary has {vocab_size}")
+        wrong(
+            "sampling.allowed_tokens",
+            f"has token {outside[0]}; the vocabulary has {vocab_size}",
+        )
     return Sampling(
         temperature=temperature,
         top_p=top_p,

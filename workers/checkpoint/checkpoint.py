@@ -34,9 +34,7 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of all payloads: values and scales."""
-        return sum(
-            file.values.nbytes + (file.scales.nbytes if file.scales else 0) for _, file in self.tensors
-        )
+        return sum(file.values.nbytes + (file.scales.nbytes if file.scales else 0) for _, file in self.tensors)
 
 
 def open_checkpoint(directory: pathlib.Path) -> Checkpoint:
@@ -73,7 +71,10 @@ def _tensor_files(directory: pathlib.Path) -> list[pathlib.Path]:
         if not re.fullmatch(r"tensor\d{5}_\d{3}", path.name):
             raise CheckpointError(path, "is no tensor file; expected names such as tensor00000_000")
         if path.name != f"tensor{i:05d}_000":
-            raise CheckpointError(folder / f"tensor{i:05d}_000", f"is missing (the next file is {path.name})")
+            raise CheckpointError(
+                folder / f"tensor{i:05d}_000",
+                f"is missing (the next file is {path.name})",
+            )
     if not files:
         raise CheckpointError(folder, "holds no tensor files")
     return files
@@ -92,7 +93,11 @@ def _infer(directory: pathlib.Path, files: list[pathlib.Path]) -> GrokConfig:
     def shape(index: int, name: str, rank: int) -> tuple[int, ...]:
         found = read_header(files[index], name).values.shape
         if len(found) != rank:
-            raise CheckpointError(files[index], f"has shape {found}; expected {rank} dimensions", tensor=name)
+            raise CheckpointError(
+                files[index],
+                f"has shape {found}; expected {rank} dimensions",
+                tensor=name,
+            )
         return found
 
     vocab, emb = shape(0, "embeddings", 2)
@@ -123,7 +128,9 @@ def _infer(directory: pathlib.Path, files: list[pathlib.Path]) -> GrokConfig:
 def _check(info: ParameterInfo, file: TensorFile) -> None:
     if file.values.shape != info.shape:
         raise CheckpointError(
-            file.path, f"has shape {file.values.shape}; the configuration needs {info.shape}", tensor=info.path
+            file.path,
+            f"has shape {file.values.shape}; the configuration needs {info.shape}",
+            tensor=info.path,
         )
     if file.scales is None:
         return

@@ -128,10 +128,18 @@ class _Reader:
         return self._place(values.shape, partition, info.axes, shard)
 
     def _place(
-        self, shape: tuple[int, ...], partition: Partition, axes: Axes, shard: Callable[[Index], Array]
+        self,
+        shape: tuple[int, ...],
+        partition: Partition,
+        axes: Axes,
+        shard: Callable[[Index], Array],
     ) -> jax.Array:
-        placed = jax.make_array_from_callback(shape, partition.sharding(axes), shard)
-        placed.block_until_ready()  # type: ignore[no-untyped-call]
+        def callback(index: Index | None) -> Array:
+            assert index is not None
+            return shard(index)
+
+        placed = jax.make_array_from_callback(shape, partition.sharding(axes), callback)
+        jax.block_until_ready(placed)
         return placed
 
     def _slice(self, span: ArraySpan, index: Index) -> Array:

@@ -18,7 +18,12 @@ import numpy as np
 
 from workers.checkpoint.errors import CheckpointError
 
-_RECONSTRUCT = frozenset({("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")})
+_RECONSTRUCT = frozenset(
+    {
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+    }
+)
 _NDARRAY = ("numpy", "ndarray")
 _DTYPE = ("numpy", "dtype")
 _BFLOAT16 = ("ml_dtypes", "bfloat16")
@@ -141,7 +146,9 @@ class _Walk:
                 return TensorFile(self._path, span, None)
             case [_Quantized(fields={"weight": weight, "scales": scales})]:
                 if weight.dtype != np.int8 or scales.dtype == np.int8:
-                    self._fail(f"quantized weight of {weight.dtype} with scales of {scales.dtype}; expected int8 and float")
+                    self._fail(
+                        f"quantized weight of {weight.dtype} with scales of {scales.dtype}; expected int8 and float"
+                    )
                 return TensorFile(self._path, weight, scales)
         self._fail("the pickle holds no array and no QuantizedWeight8bit")
 
@@ -240,11 +247,29 @@ class _Walk:
 
     def _build(self, target: Any, state: Any) -> None:
         match target, state:
-            case _Dtype(built=False), (3, "|" | "<", None, None, None, int(), int(), int()):
+            case _Dtype(built=False), (
+                3,
+                "|" | "<",
+                None,
+                None,
+                None,
+                int(),
+                int(),
+                int(),
+            ):
                 target.built = True
-            case _Array(span=None), (1, tuple() as shape, _Dtype(built=True, name=name), False, _Bytes() as payload):
+            case _Array(span=None), (
+                1,
+                tuple() as shape,
+                _Dtype(built=True, name=name),
+                False,
+                _Bytes() as payload,
+            ):
                 target.span = self._span(shape, _DTYPES[name], payload)
-            case _Quantized(fields=None), {"weight": _Array(span=ArraySpan() as w), "scales": _Array(span=ArraySpan() as s)}:
+            case _Quantized(fields=None), {
+                "weight": _Array(span=ArraySpan() as w),
+                "scales": _Array(span=ArraySpan() as s),
+            }:
                 if len(state) != 2:
                     self._fail(f"a QuantizedWeight8bit with fields {sorted(state)}; expected weight and scales")
                 target.fields = {"weight": w, "scales": s}

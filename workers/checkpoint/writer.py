@@ -76,7 +76,7 @@ class _Pickler:
         self._shape(values.shape)
         self._dtype(values.dtype)
         self._frame.write(b"\x89")
-        self._payload(memoryview(values).cast("B") if values.dtype.kind != "V" else values.tobytes())
+        self._payload(values.tobytes())
         self.put(b"t\x94b")
 
     def stop(self) -> None:
@@ -87,7 +87,13 @@ class _Pickler:
         if len(shape) > 3:
             self._frame.write(b"(")
         for n in shape:
-            self._frame.write(b"K" + bytes([n]) if n < 2**8 else b"M" + struct.pack("<H", n) if n < 2**16 else b"J" + struct.pack("<i", n))
+            self._frame.write(
+                b"K" + bytes([n])
+                if n < 2**8
+                else b"M" + struct.pack("<H", n)
+                if n < 2**16
+                else b"J" + struct.pack("<i", n)
+            )
         self.put((b"t", b"\x85", b"\x86", b"\x87")[len(shape) if len(shape) <= 3 else 0] + b"\x94")
 
     def _dtype(self, dtype: np.dtype[Any]) -> None:
@@ -107,7 +113,7 @@ class _Pickler:
         self._frame.write(b"NNN" + tail)
         self.put(b"t\x94b")
 
-    def _payload(self, payload: memoryview | bytes) -> None:
+    def _payload(self, payload: bytes) -> None:
         size = len(payload)
         header = (
             b"C" + bytes([size])

@@ -53,7 +53,7 @@ class Load:
     pages_total: int
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818
     """A request that the engine does not take. `full` tells whether it may be sent again later."""
 
     def __init__(self, reason: str, *, full: bool = False) -> None:

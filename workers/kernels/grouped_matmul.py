@@ -39,8 +39,9 @@ def grouped_matmul(x: jax.Array, weight: Weight, group_sizes: jax.Array) -> jax.
         # A block's surplus rows belong to the next group, whose own block, written later, corrects them.
         return lax.dynamic_update_slice(out, product, (row, 0))
 
-    out = jnp.zeros((rows + block, weight.shape[-1]), jnp.float32)
-    return lax.fori_loop(0, last_block[-1], multiply, out)[:rows]
+    start = jnp.zeros((rows + block, weight.shape[-1]), jnp.float32)
+    out: jax.Array = lax.fori_loop(0, last_block[-1], multiply, start)
+    return out[:rows]
 
 
 def block_rows(rows: int) -> int:

@@ -9,6 +9,9 @@ from jax import lax
 #: Grok-1 caps attention logits to (-LOGIT_CAP, LOGIT_CAP) by a tanh.
 LOGIT_CAP = 30.0
 
+#: Keeps the quotient of padding, 0 / 0, at 0; real sums are at least exp(-60).
+SMALLEST = 1e-37
+
 #: Positions that one turn of the loop reads.
 BLOCK_POSITIONS = 128
 
@@ -58,5 +61,5 @@ def paged_attention(
     shape = (batch, kv_heads, q_heads // kv_heads, length)
     blocks = (jnp.max(positions) + span) // span
     weighted, total = lax.fori_loop(0, blocks, attend, (jnp.zeros((*shape, size)), jnp.zeros(shape)))
-    mixed = weighted / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]  # [B, K, H/K, T, C]
+    mixed: jax.Array = weighted / jnp.maximum(total, SMALLEST)[..., None]  # [B, K, H/K, T, C]
     return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape)

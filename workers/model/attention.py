@@ -60,7 +60,12 @@ class MultiHeadAttention(hk.Module):
     Shapes: B sequences, T positions, D emb_size, H query heads, K key heads, C key_size.
     """
 
-    def __init__(self, config: GrokConfig, partition: Partition, name: str = "multi_head_attention") -> None:
+    def __init__(
+        self,
+        config: GrokConfig,
+        partition: Partition,
+        name: str = "multi_head_attention",
+    ) -> None:
         super().__init__(name=name)
         self._config = config
         self._partition = partition

@@ -57,9 +57,7 @@ class GrokConfig:
             elif not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{field.name}={value} must be a positive number")
         if self.num_q_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"num_q_heads={self.num_q_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
-            )
+            raise ConfigError(f"num_q_heads={self.num_q_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.num_selected_experts > self.num_experts:
             raise ConfigError(
                 f"num_selected_experts={self.num_selected_experts} exceeds num_experts={self.num_experts}"
@@ -81,9 +79,18 @@ class GrokConfig:
                 continue
             wanted: type = float if fields[name].type == "float" else int
             if isinstance(value, bool) or not isinstance(value, (int, float)) or wanted(value) != value:
-                raise ConfigError(f"config.json: {name}={value!r} is not {'an integer' if wanted is int else 'a number'}")
+                raise ConfigError(
+                    f"config.json: {name}={value!r} is not {'an integer' if wanted is int else 'a number'}"
+                )
             known[name] = wanted(value)
-        shapes = ("emb_size", "num_layers", "num_q_heads", "num_kv_heads", "key_size", "vocab_size")
+        shapes = (
+            "emb_size",
+            "num_layers",
+            "num_q_heads",
+            "num_kv_heads",
+            "key_size",
+            "vocab_size",
+        )
         missing = [name for name in shapes if name not in known]
         if missing:
             raise ConfigError(f"config.json: missing {', '.join(missing)}")
@@ -106,4 +113,6 @@ class GrokConfig:
         try:
             return cls.from_json(values)
         except ConfigError as error:
-            raise ConfigError(f"{path.parent}/{error}" if str(error).startswith("config.json") else f"{path}: {error}") from error
+            raise ConfigError(
+                f"{path.parent}/{error}" if str(error).startswith("config.json") else f"{path}: {error}"
+            ) from error

@@ -34,7 +34,11 @@ class DecoderLayer(hk.Module):
     """x += norm(attention(norm(x))); x += norm(experts(norm(x))): four norms a layer."""
 
     def __init__(
-        self, config: GrokConfig, partition: Partition, layer: int, grouped_matmul: GroupedMatmul
+        self,
+        config: GrokConfig,
+        partition: Partition,
+        layer: int,
+        grouped_matmul: GroupedMatmul,
     ) -> None:
         super().__init__(name=f"decoder_layer_{layer}")
         self._config = config
@@ -42,9 +46,7 @@ class DecoderLayer(hk.Module):
         self._layer = layer
         self._grouped_matmul = grouped_matmul
 
-    def __call__(
-        self, x: jax.Array, positions: jax.Array, attend: Attend
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, positions: jax.Array, attend: Attend) -> tuple[jax.Array, jax.Array]:
         """[B, T, D], [B, T] -> [B, T, D], router probabilities [B, T, E]."""
         config, partition = self._config, self._partition
         batch, length, width = x.shape
@@ -153,7 +155,10 @@ def forward(
 
 
 def causal_forward(
-    config: GrokConfig, tokens: jax.Array, *, grouped_matmul: GroupedMatmul = grouped_matmul
+    config: GrokConfig,
+    tokens: jax.Array,
+    *,
+    grouped_matmul: GroupedMatmul = grouped_matmul,
 ) -> Output:
     """Logits [B, T, V] of whole sequences [B, T] on one device, nothing cached: for training and as an oracle."""
 

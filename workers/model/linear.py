@@ -35,6 +35,7 @@ class Linear(hk.Module):
         self._partition = partition
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, K] -> [B, T, N]."""
         weight = weight_parameter((x.shape[-1], self._output_size))
         return self._partition.matmul(x, weight, self._axes)
 
@@ -43,6 +44,7 @@ class RMSNorm(hk.Module):
     """x / sqrt(mean(x^2) + 1e-5) * scale over the last dimension, computed in float32 (https://arxiv.org/abs/1910.07467)."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D] of the same dtype."""
         scale = hk.get_parameter("scale", [x.shape[-1]], jnp.float32, init=jnp.ones)
         wide = x.astype(jnp.float32)
         normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + NORM_EPSILON)

@@ -36,7 +36,11 @@ class Router(hk.Module):
         init = hk.initializers.TruncatedNormal(1.0 / c.emb_size**0.5)
         weight = hk.get_parameter("w", [c.emb_size, c.num_experts], jnp.float32, init=init)
         # The highest precision: accelerators otherwise multiply float32 as bfloat16, and choose other experts.
-        logits = jnp.matmul(x.astype(jnp.float32), weight.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+        logits = jnp.matmul(
+            x.astype(jnp.float32),
+            weight.astype(jnp.float32),
+            precision=lax.Precision.HIGHEST,
+        )
         probabilities = jax.nn.softmax(logits)
         gates, experts = lax.top_k(probabilities, c.num_selected_experts)
         return gates, experts, probabilities
@@ -49,7 +53,11 @@ class Experts(hk.Module):
     """
 
     def __init__(
-        self, config: GrokConfig, partition: Partition, grouped_matmul: GroupedMatmul, name: str = "moe"
+        self,
+        config: GrokConfig,
+        partition: Partition,
+        grouped_matmul: GroupedMatmul,
+        name: str = "moe",
     ) -> None:
         super().__init__(name=name)
         self._config = config
@@ -69,7 +77,10 @@ class Experts(hk.Module):
           [M, D] of x's dtype.
         """
         c = self._config
-        widen, narrow = (c.num_experts, c.emb_size, c.ffn_size), (c.num_experts, c.ffn_size, c.emb_size)
+        widen, narrow = (
+            (c.num_experts, c.emb_size, c.ffn_size),
+            (c.num_experts, c.ffn_size, c.emb_size),
+        )
         gate = _Weight("linear")(widen)
         up = _Weight("linear_v")(widen)
         down = _Weight("linear_1")(narrow)

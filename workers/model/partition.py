@@ -162,7 +162,10 @@ class Partition:
         return jax.shard_map(
             local,
             mesh=self.mesh,
-            in_specs=(self.spec((*lead, "table_embed")), self.spec(("vocab", "table_embed"))),
+            in_specs=(
+                self.spec((*lead, "table_embed")),
+                self.spec(("vocab", "table_embed")),
+            ),
             out_specs=self.spec((*lead, "vocab")),
             check_vma=False,
         )(hidden, table)

@@ -22,10 +22,12 @@ class QuantizedWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """That of the values."""
         return self.weight.shape
 
     @property
     def dtype(self) -> jnp.dtype:
+        """That of the values as stored: int8."""
         return self.weight.dtype
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import haiku as hk
 import jax
@@ -30,7 +31,11 @@ class Programs:
     """
 
     def __init__(
-        self, config: GrokConfig, shape: EngineShape, partition: Partition, dtype: jnp.dtype | type
+        self,
+        config: GrokConfig,
+        shape: EngineShape,
+        partition: Partition,
+        dtype: jnp.dtype | type,
     ) -> None:
         assert partition.mesh is not None
         self._config = config
@@ -44,7 +49,12 @@ class Programs:
         self.set_bias = jax.jit(self._set_bias, donate_argnums=(0,))
 
     def _decode(
-        self, params: Params, pages: Pages, tokens: jax.Array, bias: jax.Array, packed: jax.Array
+        self,
+        params: Params,
+        pages: Pages,
+        tokens: jax.Array,
+        bias: jax.Array,
+        packed: jax.Array,
     ) -> tuple[Pages, jax.Array, jax.Array]:
         """One token for each active slot.
 
@@ -65,7 +75,12 @@ class Programs:
         return pages, self._replicate(tokens), samples
 
     def _prefill(
-        self, params: Params, pages: Pages, tokens: jax.Array, bias: jax.Array, packed: jax.Array
+        self,
+        params: Params,
+        pages: Pages,
+        tokens: jax.Array,
+        bias: jax.Array,
+        packed: jax.Array,
     ) -> tuple[Pages, jax.Array, jax.Array]:
         """A chunk of one prompt a group; rows that draw leave their first token in `tokens`.
 
@@ -118,11 +133,17 @@ class Programs:
     ) -> tuple[Output, Pages]:
         where = positions(packed, tokens.shape[1])
         table = packed[:, PAGES : PAGES + self._shape.table_width]
-        attend = PagedAttend(list(pages), table, where, self._config.attn_output_multiplier, self._partition)
-        model = hk.without_apply_rng(
+        attend = PagedAttend(
+            list(pages),
+            table,
+            where,
+            self._config.attn_output_multiplier,
+            self._partition,
+        )
+        model: Any = hk.without_apply_rng(
             hk.transform(functools.partial(forward, self._config, self._partition, dtype=self._dtype, read=read))
         )
-        output: Output = model.apply(params, tokens, where, attend)  # type: ignore[arg-type]
+        output: Output = model.apply(params, tokens, where, attend)
         return output, tuple(attend.pages)
 
     def _sample(self, logits: jax.Array, bias: jax.Array, packed: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -140,7 +161,8 @@ class Programs:
         return samples[:, 0], samples
 
     def _replicate(self, x: jax.Array) -> jax.Array:
-        return lax.with_sharding_constraint(x, self._whole)
+        whole: jax.Array = lax.with_sharding_constraint(x, self._whole)
+        return whole
 
 
 def _pack(sampled: Sampled) -> jax.Array:
