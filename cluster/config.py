@@ -224,7 +224,7 @@ class _Reader:
             hint = hints[key]
             values[key] = (
                 self.section(hint, value_node, full)
-                if dataclasses.is_dataclass(hint)
+                if isinstance(hint, type) and dataclasses.is_dataclass(hint)
                 else self._value(hint, value_node, full)
             )
         required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]

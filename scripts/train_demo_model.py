@@ -25,11 +25,12 @@ import numpy as np
 import optax
 import sentencepiece
 
+from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.writer import write_array, write_quantized
 from workers.model.config import GrokConfig
 from workers.model.grok import causal_forward
 from workers.model.parameters import parameter_table
-from workers.model.quantized import Weight
+from workers.model.quantized import QuantizedWeight, Weight, dequantize
 
 LENGTH = 256  # positions of a training sequence
 BATCH = 8  # sequences of a step
@@ -146,6 +147,18 @@ def bigram_perplexity(train: np.ndarray[Any, Any], held_out: np.ndarray[Any, Any
     return best
 
 
+def read_back(directory: pathlib.Path) -> Params:
+    """The parameters of a written checkpoint, widened as the served model sees them."""
+    params: Params = {}
+    for info, file in open_checkpoint(directory).tensors:
+        module, name = info.path.rsplit("/", 1)
+        values = jnp.asarray(file.map(file.values))
+        if file.scales:
+            values = dequantize(QuantizedWeight(values, jnp.asarray(file.map(file.scales))))
+        params.setdefault(module, {})[name] = values
+    return params
+
+
 def main() -> None:
     """Trains, evaluates, writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -210,23 +223,18 @@ def main() -> None:
 
     checkpoint = arguments.output / "ckpt-0"
     checkpoint.mkdir(exist_ok=True)
-    rounded: Params = {}
     for i, info in enumerate(parameter_table(config)):
         module, name = info.path.rsplit("/", 1)
         values = np.asarray(params[module][name])
         path = checkpoint / f"tensor{i:05d}_000"
         if info.quantized:
-            weight, scales = quantize(values, SCALE_GROUPS if info.grouped else 1)
-            write_quantized(path, weight, scales)
-            repeated = np.repeat(scales.astype(np.float32), weight.shape[-2] // scales.shape[-2], axis=-2)
-            values = weight.astype(np.float32) * repeated
+            write_quantized(path, *quantize(values, SCALE_GROUPS if info.grouped else 1))
         else:
             write_array(path, values)
-        rounded.setdefault(module, {})[name] = values
     report = {
         "bigram": round(baseline, 2),
         "float32": round(perplexity(params), 2),
-        "int8": round(perplexity(rounded), 2),
+        "int8": round(perplexity(read_back(arguments.output)), 2),
         "steps": arguments.steps,
         "training_tokens": len(train),
         "held_out_tokens": len(held_out),

@@ -1,0 +1,51 @@
+# `make demo` and `make test` set up all that they need in .venv. Needs make and Python 3.11 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help install demo serve stop check lint types proto test load golden clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+install: .venv/.installed ## make .venv with the grokmesh command
+
+.venv/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: install ## serve the demo model on two local hosts, stream a completion, stop
+	$(BIN)/python -m cluster.demo
+
+serve: install ## leave the demo service running; `.venv/bin/grokmesh generate "..."` talks to it
+	$(BIN)/grokmesh serve --detach
+
+stop: install ## end it
+	$(BIN)/grokmesh stop
+
+check: lint types proto ## lint, types, import walls, proto
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: install
+	$(BIN)/mypy
+
+proto: install ## buf's STANDARD rules and comments; the generated modules are those of the .proto files
+	cd proto && ../$(BIN)/buf lint
+	scripts/check_proto.sh
+
+test: install ## all tests that CI runs
+	$(BIN)/python -m pytest
+
+golden: install ## every golden set, mesh and number of hosts; GOLDEN=DIR for sets elsewhere
+	scripts/verify_all.sh $(or $(GOLDEN),tests/golden)
+
+load: install ## 500 requests of 32 clients on the running service, each compared with what it gets alone
+	$(BIN)/python -m tests.load
+
+clean: ## remove .venv and caches
+	rm -rf .venv *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
