@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("--coordinator", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     shape = re.fullmatch(r"(\d+)x(\d+)", arguments.mesh)
-    if not shape or arguments.hosts < 1 or int(shape[1]) * int(shape[2]) % arguments.hosts:
+    if not shape or "0" in shape.groups() or arguments.hosts < 1 or int(shape[1]) * int(shape[2]) % arguments.hosts:
         parser.error(f"--mesh {arguments.mesh} is no DATAxMODEL of which --hosts {arguments.hosts} have equal parts")
     data, model = int(shape[1]), int(shape[2])
     arguments.coordinator = arguments.coordinator or f"127.0.0.1:{_free_port()}"

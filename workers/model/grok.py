@@ -17,6 +17,7 @@ from workers.model.moe import Experts, GroupedMatmul, Router
 from workers.model.partition import Partition
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
     """What a pass over the layers gives.

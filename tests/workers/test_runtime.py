@@ -1,0 +1,106 @@
+"""The engine on a mesh: the same request gives the same tokens whatever happens beside it, and nothing compiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from tests.conftest import GOLDEN
+from workers.checkpoint.checkpoint import open_checkpoint
+from workers.checkpoint.loader import load_parameters
+from workers.engine.plan import EngineShape, Sampling, Token
+from workers.engine.request import Request
+from workers.engine.scheduler import Scheduler
+from workers.model.partition import Partition
+from workers.runtime.runtime import Pending, Runtime
+
+CHECKPOINT = open_checkpoint(GOLDEN / "text-s1")
+VOCAB = CHECKPOINT.config.vocab_size
+
+
+def _runtime(data: int, model: int, rules: str) -> Runtime:
+    mesh = Mesh(np.array(jax.devices()[: data * model]).reshape(data, model), ("data", "model"))
+    partition = Partition.create(CHECKPOINT.config, mesh, rules)
+    params, _ = load_parameters(CHECKPOINT, partition)
+    shape = EngineShape(slots=8, groups=partition.batch_groups, pages=40, page_size=8, chunk=16, context=96)
+    runtime = Runtime(CHECKPOINT.config, shape, partition, params, jnp.float32)
+    runtime.warm_up()
+    return runtime
+
+
+@pytest.fixture(scope="module", params=[(2, 2, "tensor"), (2, 1, "batch")], ids=["tensor", "batch"])
+def runtime(request: pytest.FixtureRequest) -> Runtime:
+    """Engines whose rows lie on all devices, and whose rows are split over two groups."""
+    return _runtime(*request.param)
+
+
+def _requests(count: int, seed: int) -> list[Request]:
+    rng = random.Random(seed)
+    made = []
+    for i in range(count):
+        sampling = Sampling(
+            temperature=rng.choice([0.0, 0.8, 1.5]),
+            top_p=rng.choice([1.0, 0.7]),
+            top_k=rng.choice([0, 0, 5]),
+            seed=rng.getrandbits(64),
+            logit_bias=((rng.randrange(VOCAB), 3.0),) if i % 4 == 0 else (),
+            allowed_tokens=tuple(range(100, 400)) if i % 5 == 0 else (),
+        )
+        prompt = tuple(rng.randrange(3, VOCAB) for _ in range(rng.randint(1, 60)))
+        made.append(Request(f"r{i}", prompt, rng.randint(1, 20), sampling))
+    return made
+
+
+def _run(runtime: Runtime, requests: list[Request], rng: random.Random | None = None) -> dict[str, list[Token]]:
+    """All tokens of requests that arrive together or, given `rng`, at random times, one step ahead of the devices."""
+    scheduler = Scheduler(runtime.shape, VOCAB, len(requests))
+    waiting, tokens = list(requests), {request.id: list[Token]() for request in requests}
+    pending: Pending | None = None
+    while True:
+        while waiting and (rng is None or rng.random() < 0.5):
+            scheduler.submit(waiting.pop())
+        plan = scheduler.plan()
+        dispatched = runtime.execute(plan) if plan else None
+        if pending is not None:
+            for event in scheduler.complete(runtime.read(pending)):
+                tokens[event.request_id].append(event.token)
+        pending = dispatched
+        if pending is None and not waiting and not scheduler.load.running:
+            break
+    assert scheduler.load.pages_used == 0
+    return tokens
+
+
+def test_a_request_gets_the_same_bits_alone_and_in_any_company(runtime: Runtime) -> None:
+    requests = _requests(24, seed=1)
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, duration_secs, **_: compiled.append(event))
+    alone = {request.id: _run(runtime, [request])[request.id] for request in requests}
+    for seed in range(3):
+        rng = random.Random(seed)
+        rng.shuffle(requests)
+        together = _run(runtime, requests, rng)
+        assert together == alone  # tokens, logprobs and alternatives, bit for bit
+    assert "/jax/core/compile/backend_compile_duration" not in compiled
+
+
+def test_a_completion_can_go_on_from_its_middle(runtime: Runtime) -> None:
+    request = Request("whole", tuple(range(50, 70)), 16, Sampling(temperature=1.0, seed=99))
+    whole = [token.id for token in _run(runtime, [request])["whole"]]
+    half = dataclasses.replace(request, id="rest", prompt=(*request.prompt, *whole[:7]), max_tokens=9)
+    assert [token.id for token in _run(runtime, [half])["rest"]] == whole[7:]
+
+
+def test_a_mask_is_gone_from_a_slot_with_its_request(runtime: Runtime) -> None:
+    prompt = tuple(range(60, 80))
+    free = Request("free", prompt, 8, Sampling())
+    before = _run(runtime, [free])["free"]
+    masked = _run(runtime, [Request("masked", prompt, 8, Sampling(allowed_tokens=(7, 9)))])["masked"]
+    assert {token.id for token in masked} <= {7, 9}
+    assert _run(runtime, [free])["free"] == before
