@@ -103,7 +103,7 @@ def completion_request(prompt: str | Sequence[int], **options: Unpack[Options]) 
     if isinstance(prompt, str):
         completion.text = prompt
     else:
-        completion.tokens.ids.extend(prompt)
+        completion.tokens.CopyFrom(generation_pb2.TokenIds(ids=prompt))
     return completion
 
 

@@ -166,4 +166,8 @@ async def _result(ref: Awaitable[None]) -> None:
 def _summary(error: BaseException) -> str:
     """The first sentence of an error's last line, which in Ray's says what the worker raised."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1].split('. ')[0].split(' Worker exit type')[0]}" if lines else type(error).__name__
+    return (
+        f"{type(error).__name__}: {lines[-1].split('. ')[0].split(' Worker exit type')[0]}"
+        if lines
+        else type(error).__name__
+    )

@@ -9,7 +9,7 @@ import sentencepiece
 
 #: What SentencePiece decodes an incomplete UTF-8 sequence to.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-#: Tokens of one byte each that a character can take.
+#: Bytes that a character can take, each a token.
 _LONGEST_CHARACTER = 4
 #: Prompt tokens that give the first tokens of a completion their context.
 _CONTEXT = 8
@@ -64,8 +64,9 @@ class Detokenizer:
         """The text that is certain now and was not before; none while a character is incomplete."""
         self._window.append(token)
         before, text = self._decode()
-        incomplete = text.endswith(_REPLACEMENT) and len(self._window) - self._told < _LONGEST_CHARACTER
-        if incomplete or len(text) <= len(before):
+        fresh = text[len(before) :]
+        missing = len(fresh) - len(fresh.rstrip(_REPLACEMENT))  # one for each byte of an incomplete character
+        if not fresh or 0 < missing < _LONGEST_CHARACTER:
             return ""
         return self._tell(before, text)
 

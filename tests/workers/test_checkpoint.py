@@ -47,7 +47,7 @@ SHAPE = {"emb_size": 64, "num_layers": 1, "num_q_heads": 4, "num_kv_heads": 2, "
 def _without_config(directory: pathlib.Path, key_size: int) -> None:
     """Writes a checkpoint of SHAPE without config.json."""
     (directory / "ckpt-0").mkdir(parents=True)
-    config = GrokConfig(**SHAPE, key_size=key_size)  # type: ignore[arg-type]
+    config = GrokConfig(**SHAPE, key_size=key_size)
     for i, info in enumerate(parameter_table(config)):
         path = directory / "ckpt-0" / f"tensor{i:05d}_000"
         if info.quantized:
@@ -61,7 +61,7 @@ def test_without_config_json_shapes_are_inferred_and_multipliers_are_those_of_gr
     _without_config(tmp_path, key_size=128)
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.inferred
-    assert checkpoint.config == GrokConfig(**SHAPE)  # type: ignore[arg-type]
+    assert checkpoint.config == GrokConfig(**SHAPE)
 
 
 def test_heads_that_can_not_be_those_of_grok_1_need_a_config_json(tmp_path: pathlib.Path) -> None:

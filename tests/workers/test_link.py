@@ -7,10 +7,10 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from grok.engine.v1 import engine_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grok.engine.v1 import engine_pb2
 from workers import wire
 from workers.engine.plan import Admission, Chunk, Plan, Sampling
 from workers.engine.request import Request
@@ -89,9 +89,13 @@ def test_a_lost_follower_is_noticed() -> None:
     with _server() as (server, address):
         connect(address, _hello(rank=1), 5).close()
         server.wait_for_followers(1, 5)
-        with pytest.raises(LinkError, match="peer is gone"):
+
+        def keep_sending() -> None:
             for number in range(10_000):
                 server.broadcast(engine_pb2.Plan(epoch=3, number=number))
+
+        with pytest.raises(LinkError, match="peer is gone"):
+            keep_sending()
 
 
 def test_a_frame_that_is_too_long_is_refused() -> None:

@@ -44,7 +44,7 @@ def test_a_file_written_again_has_the_same_bytes(golden: pathlib.Path, tmp_path:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_a_bare_array_has_the_type_that_its_header_names(tmp_path: pathlib.Path, dtype: type) -> None:
-    values = np.arange(12).reshape(3, 4).astype(dtype)
+    values: np.ndarray = np.arange(12).reshape(3, 4).astype(dtype)
     write_array(tmp_path / "t", values)
     file = read_header(tmp_path / "t")
     assert file.values.dtype == dtype
@@ -109,7 +109,9 @@ def test_what_follows_the_tensor_is_refused(tmp_path: pathlib.Path) -> None:
 
 @settings(max_examples=500, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 220), st.integers(0, 255)), min_size=1, max_size=4))
-def test_no_change_of_a_header_gives_anything_but_a_tensor_or_a_checkpoint_error(changes: list[tuple[int, int]]) -> None:
+def test_no_change_of_a_header_gives_anything_but_a_tensor_or_a_checkpoint_error(
+    changes: list[tuple[int, int]],
+) -> None:
     content = bytearray(SMALL.read_bytes())
     for at, value in changes:
         content[at] = value

@@ -1,0 +1,195 @@
+"""The gateway's parts without a network: validation, stop texts, sessions, admission, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+import grpc
+import pytest
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.client import Options, completion_request
+from cluster.gateway.admission import Admission
+from cluster.gateway.errors import GatewayError, exhausted
+from cluster.gateway.session import Delta, Session
+from cluster.gateway.stop import StopMatcher
+from cluster.gateway.validation import Limits, to_request
+from grok.serving.v1 import generation_pb2
+from tests.conftest import DEMO
+from workers.engine.plan import Sampling, Token
+from workers.engine.request import Finish, Request, TokenEvent
+from workers.model.config import GrokConfig
+from workers.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer(DEMO / "tokenizer.model")
+LIMITS = Limits(GrokConfig.load(DEMO / "config.json"), context=64)
+
+
+def _request(prompt: str | list[int], **options: object) -> Request:
+    return to_request(completion_request(prompt, **options), LIMITS, TOKENIZER, "r")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "field", "problem"),
+    [
+        ("", {}, "text", "is empty"),
+        ([], {}, "tokens", "is empty"),
+        ([5000], {}, "tokens", "has token 5000; the vocabulary has 2048"),
+        ([5] * 64, {}, "tokens", "has 64 tokens; the context of 64 leaves room for a completion after at most 63"),
+        (
+            [5] * 60,
+            {"max_tokens": 5},
+            "max_tokens",
+            "is 5; with the prompt's 60 tokens at most 4 fit the context of 64",
+        ),
+        ("x", {"max_tokens": 0}, "max_tokens", "is 0; must be at least 1"),
+        ("x", {"max_tokens": -5}, "max_tokens", "is -5; must be at least 1"),
+        ("x", {"temperature": math.nan}, "sampling.temperature", "is nan; must be a number from 0 to 100"),
+        ("x", {"temperature": -1.0}, "sampling.temperature", "is -1.0"),
+        ("x", {"temperature": math.inf}, "sampling.temperature", "is inf"),
+        ("x", {"top_p": 0.0}, "sampling.top_p", "is 0; must be more than 0 and at most 1"),
+        ("x", {"top_p": 1.5}, "sampling.top_p", "is 1.5; must be more than 0 and at most 1"),
+        ("x", {"top_p": math.nan}, "sampling.top_p", "is nan"),
+        ("x", {"top_k": -1}, "sampling.top_k", "is -1; must be at least 0"),
+        ("x", {"logit_bias": {9999: 1.0}}, "sampling.logit_bias", "has token 9999"),
+        ("x", {"logit_bias": {9: math.inf}}, "sampling.logit_bias", "is inf for token 9"),
+        ("x", {"allowed_tokens": [2048]}, "sampling.allowed_tokens", "has token 2048"),
+        ("x", {"top_logprobs": 9}, "top_logprobs", "is 9; must be from 0 to 8"),
+        ("x", {"stop": [""]}, "stop[0]", "must have 1 to 1024 bytes"),
+        ("x", {"stop": ["a"] * 17}, "stop", "has 17 texts; at most 16"),
+    ],
+)
+def test_each_wrong_field_is_named(prompt: str | list[int], options: Options, field: str, problem: str) -> None:
+    with pytest.raises(GatewayError) as raised:
+        _request(prompt, **options)
+    assert raised.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    (violation,) = raised.value.violations
+    assert violation.field == f"completion.{field}"
+    assert problem in violation.problem
+
+
+def test_all_wrong_fields_are_named_at_once() -> None:
+    with pytest.raises(GatewayError) as raised:
+        _request("x", top_p=2.0, temperature=-1.0, max_tokens=0)
+    assert len(raised.value.violations) == 3
+
+
+def test_what_is_absent_gets_its_documented_meaning() -> None:
+    request = _request("In the beginning")
+    assert request.max_tokens == 64 - len(request.prompt)
+    assert (request.sampling.temperature, request.sampling.top_p, request.sampling.top_k) == (1.0, 1.0, 0)
+    assert request.stop_tokens == {LIMITS.model.eos_token}
+    assert _request("x").sampling.seed != _request("x").sampling.seed
+    assert _request("x", ignore_eos=True).stop_tokens == frozenset()
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=3), max_size=3), st.lists(st.text("ab", max_size=3), max_size=12))
+def test_text_is_shown_up_to_the_first_stop_text(stops: list[str], pieces: list[str]) -> None:
+    matcher = StopMatcher(stops)
+    shown, stopped = "", False
+    for piece in pieces:
+        text, stopped = matcher.push(piece)
+        shown += text
+        if stopped:
+            break
+    if not stopped:
+        shown += matcher.flush()
+    whole = "".join(pieces)
+    # The first moment at which a stop text is complete decides; of those complete then, the earliest.
+    ends = [end for end in range(len(whole) + 1) if any(whole[:end].endswith(stop) for stop in stops)]
+    assert stopped == bool(ends)
+    if not ends:
+        assert shown == whole
+    else:
+        assert whole.startswith(shown)
+        assert not any(stop in shown for stop in stops)
+
+
+def _token(id: int) -> Token:
+    return Token(id, -1.0, ())
+
+
+async def _collect(session: Session) -> list[Delta]:
+    deltas: list[Delta] = []
+    while not deltas or deltas[-1].finish is None:
+        deltas += await session.next_deltas()
+    return deltas
+
+
+def _play(text: str, stops: tuple[str, ...], finish: Finish) -> tuple[str, list[Delta]]:
+    """A session that is sent the tokens of a text after a prompt."""
+    prompt = TOKENIZER.encode("And")
+    ids = TOKENIZER.encode("And" + text)[len(prompt) :]
+    session = Session(Request("r", tuple(prompt), 50, Sampling()), stops, TOKENIZER)
+    events = [TokenEvent("r", _token(id), None) for id in ids]
+    if finish is Finish.STOP:
+        events.append(TokenEvent("r", _token(2), Finish.STOP))
+    else:
+        events[-1] = TokenEvent("r", _token(ids[-1]), Finish.LENGTH)
+    for event in events:
+        session.deliver(event)
+    deltas = asyncio.run(_collect(session))
+    return "".join(delta.text for delta in deltas), deltas
+
+
+def test_a_session_ends_with_the_end_token() -> None:
+    text, deltas = _play(" he said unto them", (), Finish.STOP)
+    assert text == " he said unto them"
+    assert deltas[-1].finish == generation_pb2.FINISH_REASON_EOS
+    assert deltas[-1].token.id == 2
+
+
+def test_a_session_ends_at_a_stop_text_that_spans_tokens() -> None:
+    text, deltas = _play(" he said unto them all", ("said un",), Finish.LENGTH)
+    assert text == " he "
+    assert deltas[-1].finish == generation_pb2.FINISH_REASON_STOP
+
+
+def test_what_was_held_back_for_a_stop_text_is_shown_at_the_end() -> None:
+    text, deltas = _play(" he said unto", ("unto them",), Finish.LENGTH)
+    assert text == " he said unto"
+    assert deltas[-1].finish == generation_pb2.FINISH_REASON_LENGTH
+
+
+def test_an_error_comes_after_the_tokens_before_it() -> None:
+    session = Session(Request("r", (5,), 50, Sampling()), (), TOKENIZER)
+    session.deliver(TokenEvent("r", _token(10), None))
+    session.deliver(exhausted("full", 1.0))
+
+    async def read() -> None:
+        assert len(await session.next_deltas()) == 1
+        with pytest.raises(GatewayError, match="full"):
+            await session.next_deltas()
+
+    asyncio.run(read())
+
+
+def test_admission_is_bounded_and_ends_when_draining() -> None:
+    admission = Admission(2)
+    with admission.admitted(), admission.admitted():
+        with pytest.raises(GatewayError) as raised, admission.admitted():
+            pass
+        assert raised.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert raised.value.retry_seconds == 1.0
+    assert admission.in_flight == 0
+    admission.draining = True
+    with pytest.raises(GatewayError) as raised, admission.admitted():
+        pass
+    assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_status_carries_its_details() -> None:
+    status = exhausted("too much", 2.5).status()
+    ((key, value),) = status.trailing_metadata or ()
+    assert key == "grpc-status-details-bin"
+    details = status_pb2.Status.FromString(value if isinstance(value, bytes) else value.encode()).details
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    packed: list[any_pb2.Any] = list(details)
+    assert packed[0].Unpack(info)
+    assert (info.reason, info.domain) == ("OVERLOADED", "grokmesh")
+    assert packed[1].Unpack(retry)
+    assert retry.retry_delay.ToMilliseconds() == 2500
