@@ -1,0 +1,71 @@
+"""A real service for tests: `grokmesh serve` as a process, on a local Ray cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import yaml
+
+from cluster import daemon
+from cluster.client import Client
+from grok.serving.v1 import cluster_pb2
+from tests.conftest import DEMO
+from workers.host import free_port
+
+START_SECONDS = 180.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Service:
+    """A running service."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+
+    def status(self) -> cluster_pb2.GetStatusResponse:
+        """Its status."""
+        with Client(self.address) as client:
+            return client.status(timeout=5)
+
+    def wait_for(self, reached: Callable[[cluster_pb2.GetStatusResponse], bool], seconds: float) -> None:
+        """Returns once the status is as wanted; fails after `seconds`."""
+        deadline = time.monotonic() + seconds
+        while not reached(status := self.status()):
+            assert time.monotonic() < deadline, f"not reached within {seconds} s: {status}"
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def running(folder: pathlib.Path, **sections: Any) -> Iterator[Service]:
+    """Serves the demo model, configured by `sections`, while the block runs; it must end cleanly."""
+    address, metrics = (f"127.0.0.1:{free_port('127.0.0.1')}" for _ in range(2))
+    config = {
+        "model": {"name": "demo", "checkpoint": str(DEMO)},
+        "gateway": {"address": address},
+        "telemetry": {"metrics_address": metrics},
+        "cluster": {"compilation_cache": str(folder / "xla")},
+        **sections,
+    }
+    path, log = folder / "ray_config.yaml", folder / "serve.log"
+    path.write_text(yaml.safe_dump(config))
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.cli", "serve", "--config", str(path)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        daemon.follow(process, log, START_SECONDS)
+        yield Service(address, process)
+    finally:
+        process.terminate()
+        code = process.wait(timeout=60)
+    assert code == 0, log.read_text()

@@ -1,0 +1,319 @@
+"""The whole house, for real: two hosts, one mesh, a gateway, and clients of all kinds."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import pathlib
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
+
+from cluster.cli import main
+from cluster.client import AsyncClient, Client, completion_request
+from grok.serving.v1 import cluster_pb2, generation_pb2, generation_pb2_grpc
+from tests.cluster.service import Service, running
+from tests.conftest import DEMO
+from tests.load import cases, run
+from workers.checkpoint.checkpoint import open_checkpoint
+
+PROMPT = "And it came to pass"
+METHOD = "/grok.serving.v1.GenerationService/"
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The demo: two hosts of two devices."""
+    mesh = {"hosts": 2, "devices_per_host": 2, "data": 2, "model": 2}
+    with running(tmp_path_factory.mktemp("service"), mesh=mesh) as service:
+        yield service
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[Client]:
+    """A client of it."""
+    with Client(service.address) as client:
+        yield client
+
+
+def _idle(status: cluster_pb2.GetStatusResponse) -> bool:
+    return status.requests == 0 and all(r.running + r.waiting + r.pages_used == 0 for r in status.replicas)
+
+
+def _details(error: grpc.RpcError) -> dict[str, Any]:
+    """The details of an error by type."""
+    found: dict[str, Any] = {}
+    status = rpc_status.from_call(error)
+    for kind in (error_details_pb2.ErrorInfo, error_details_pb2.BadRequest, error_details_pb2.RetryInfo):
+        for detail in status.details if status else ():
+            message = kind()
+            if detail.Unpack(message):
+                found[kind.__name__] = message
+    return found
+
+
+def test_hosts_form_one_mesh_and_read_half_of_the_checkpoint_each(service: Service) -> None:
+    (replica,) = service.status().replicas
+    assert replica.state == cluster_pb2.REPLICA_STATE_READY
+    assert (replica.epoch, replica.mesh_data, replica.mesh_model) == (1, 2, 2)
+    assert [(host.rank, host.devices) for host in replica.hosts] == [(0, 2), (1, 2)]
+    total = open_checkpoint(DEMO).nbytes
+    for host in replica.hosts:
+        assert 0.5 * total <= host.bytes_read <= 0.52 * total
+
+
+def test_health_and_reflection_answer(service: Service) -> None:
+    with grpc.insecure_channel(service.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "grok.serving.v1.GenerationService"):
+            answer = health.Check(health_pb2.HealthCheckRequest(service=name))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        (response,) = reflection.ServerReflectionInfo(iter([request]))
+        names = {found.name for found in response.list_services_response.service}
+        assert {"grok.serving.v1.GenerationService", "grok.serving.v1.ClusterService", "grpc.health.v1.Health"} <= names
+
+
+def test_a_stream_tells_what_the_unary_call_tells(client: Client) -> None:
+    parts = list(client.generate(PROMPT, max_tokens=20, seed=5, top_logprobs=3))
+    whole = client.complete(PROMPT, max_tokens=20, seed=5, top_logprobs=3)
+    assert "".join(part.text for part in parts) == whole.text
+    assert tuple(token for part in parts for token in part.tokens) == whole.tokens
+    assert [part.finish_reason for part in parts] == [None] * (len(parts) - 1) + [whole.finish_reason]
+    assert len(whole.tokens) == 20
+    assert whole.seed == 5
+    assert len(parts) > 10, "tokens are streamed as they come"
+    for token in whole.tokens:
+        assert len(token.top) == 3
+        assert token.top[0][1] >= token.logprob
+        assert token.logprob < 0
+
+
+def test_text_and_tokens_are_the_same_prompt(client: Client) -> None:
+    ids = client.tokenize(PROMPT)
+    assert client.count_tokens(PROMPT) == len(ids)
+    assert client.detokenize(ids) == PROMPT
+    by_text, by_tokens = (client.complete(prompt, max_tokens=8, temperature=0) for prompt in (PROMPT, ids))
+    assert by_text.text == by_tokens.text
+    assert by_text.prompt_tokens == len(ids)
+
+
+def test_the_model_is_described(client: Client) -> None:
+    model = client.model()
+    assert (model.name, model.context_length, model.vocab_size, model.num_experts) == ("demo", 512, 2048, 8)
+
+
+def test_masks_and_stop_texts_hold(client: Client) -> None:
+    allowed = client.tokenize(" the Lord")
+    drawn = client.complete(PROMPT, max_tokens=12, allowed_tokens=allowed)
+    assert {token.id for token in drawn.tokens} <= set(allowed)
+    free = client.complete(PROMPT, max_tokens=30, temperature=0)
+    stop = free.text[10:14]
+    stopped = client.complete(PROMPT, max_tokens=30, temperature=0, stop=[stop])
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == free.text[: free.text.index(stop)]
+
+
+def test_the_async_client_does_the_same(service: Service, client: Client) -> None:
+    async def ask() -> tuple[str, str]:
+        async with AsyncClient(service.address) as other:
+            parts = [part.text async for part in other.generate(PROMPT, max_tokens=8, temperature=0)]
+            return "".join(parts), (await other.complete(PROMPT, max_tokens=8, temperature=0)).text
+
+    assert set(asyncio.run(ask())) == {client.complete(PROMPT, max_tokens=8, temperature=0).text}
+
+
+def test_the_command_line_talks_to_it(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--address", service.address]
+    assert main(["generate", PROMPT, *arguments, "--max-tokens", "5", "--temperature", "0"]) == 0
+    assert "5 tokens at" in capsys.readouterr().err
+    assert main(["status", *arguments]) == 0
+    assert "replica 0: ready, epoch 1, mesh 2 x 2" in capsys.readouterr().out
+    assert main(["generate", PROMPT, *arguments, "--top-p", "2"]) == 1
+    assert "INVALID_ARGUMENT: completion.sampling.top_p: is 2" in capsys.readouterr().err
+
+
+WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "empty prompt": ("", {}, "completion.text"),
+    "too long prompt": ("word " * 600, {}, "completion.text"),
+    "NaN temperature": (PROMPT, {"temperature": math.nan}, "completion.sampling.temperature"),
+    "top_p 0": (PROMPT, {"top_p": 0.0}, "completion.sampling.top_p"),
+    "top_p 1.5": (PROMPT, {"top_p": 1.5}, "completion.sampling.top_p"),
+    "negative max_tokens": (PROMPT, {"max_tokens": -1}, "completion.max_tokens"),
+}
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_requests_get_the_wrong_field(client: Client, name: str, streamed: bool) -> None:
+    prompt, options, field = WRONG[name]
+    with pytest.raises(grpc.RpcError) as raised:
+        list(client.generate(prompt, **options)) if streamed else client.complete(prompt, **options)
+    error: Any = raised.value
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert field in error.details()
+    details = _details(error)
+    assert details["ErrorInfo"].domain == "grokmesh"
+    assert [violation.field for violation in details["BadRequest"].field_violations] == [field]
+
+
+def _raw(service: Service, method: str, message: bytes) -> bytes:
+    with grpc.insecure_channel(service.address, options=[("grpc.max_send_message_length", -1)]) as channel:
+        call = channel.unary_unary(METHOD + method, request_serializer=None, response_deserializer=None)
+        answer: bytes = call(message, timeout=20)
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        (b"\xff\xff\xff\xff", grpc.StatusCode.INVALID_ARGUMENT),
+        (b"\x0a\x05abc", grpc.StatusCode.INVALID_ARGUMENT),
+        (b"", grpc.StatusCode.INVALID_ARGUMENT),
+        (
+            generation_pb2.GenerateOnceRequest(completion=completion_request("x" * 10_000_000)).SerializeToString(),
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+        ),
+    ],
+    ids=["garbage", "cut short", "nothing", "10 MB"],
+)
+def test_malformed_messages_get_an_error_and_do_no_harm(
+    service: Service, client: Client, message: bytes, code: grpc.StatusCode
+) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        _raw(service, "GenerateOnce", message)
+    error: Any = raised.value
+    assert error.code() is code
+    assert error.details()
+    assert client.complete(PROMPT, max_tokens=2).text is not None
+
+
+def test_unknown_fields_are_ignored(service: Service) -> None:
+    known = generation_pb2.GenerateOnceRequest(completion=completion_request(PROMPT, max_tokens=2, temperature=0))
+    answer = _raw(service, "GenerateOnce", known.SerializeToString() + b"\xfa\x3f\x03abc")
+    assert len(generation_pb2.GenerateOnceResponse.FromString(answer).tokens) == 2
+
+
+def test_an_unknown_method_is_unimplemented(service: Service) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        _raw(service, "Destroy", b"")
+    error: Any = raised.value
+    assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_cancellation_frees_slot_and_pages(service: Service) -> None:
+    with grpc.insecure_channel(service.address) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        completion = completion_request(PROMPT, max_tokens=400, ignore_eos=True)
+        call: Any = stub.Generate(generation_pb2.GenerateRequest(completion=completion))
+        next(call)
+        assert service.status().replicas[0].running == 1
+        call.cancel()
+        service.wait_for(_idle, seconds=2)
+
+
+def test_a_deadline_frees_slot_and_pages(service: Service, client: Client) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        client.complete(PROMPT, max_tokens=400, ignore_eos=True, timeout=0.5)
+    error: Any = raised.value
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    service.wait_for(_idle, seconds=2)
+
+
+def test_under_load_each_request_gets_what_it_gets_alone(service: Service) -> None:
+    result = asyncio.run(run(service.address, clients=16, load=cases(48, longest=12, seed=1)))
+    assert result.wrong == 0
+    assert _idle(result.status)
+    assert result.status.replicas[0].compilations == 0
+
+
+def _metrics(url: str) -> dict[str, float]:
+    with urllib.request.urlopen(url, timeout=5) as response:
+        lines = response.read().decode().splitlines()
+    return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
+
+
+def test_every_metric_moves(service: Service, client: Client) -> None:
+    client.complete(PROMPT, max_tokens=8, ignore_eos=True)
+    status = service.status()
+    gateway = _metrics(status.metrics_url)
+    assert gateway['grokmesh_gateway_requests_total{code="OK",method="GenerateOnce"}'] > 0
+    assert gateway["gen_ai_server_time_to_first_token_seconds_count"] > 0
+    assert gateway["gen_ai_server_time_per_output_token_seconds_sum"] > 0
+    assert gateway["grokmesh_gateway_completion_tokens_total"] >= 8
+    assert gateway["grokmesh_replicas_ready"] == 1
+    leader, follower = (_metrics(host.metrics_url) for host in status.replicas[0].hosts)
+    assert leader["grokmesh_engine_generated_tokens_total"] >= 8
+    assert leader["grokmesh_engine_kv_pages"] == status.replicas[0].pages_total > 0
+    assert leader["grokmesh_engine_step_seconds_count"] > 0
+    assert leader["grokmesh_worker_plans_total"] == follower["grokmesh_worker_plans_total"] > 0
+    for worker in (leader, follower):
+        assert worker["grokmesh_worker_epoch"] == status.replicas[0].epoch
+        assert worker["grokmesh_worker_compilations_total"] > 0
+        assert worker["grokmesh_worker_checkpoint_read_bytes_total"] == status.replicas[0].hosts[0].bytes_read
+
+
+@pytest.mark.parametrize("rank", [1, 0], ids=["follower", "leader"])
+def test_a_lost_host_fails_its_requests_and_service_comes_back(service: Service, client: Client, rank: int) -> None:
+    expected = client.complete(PROMPT, max_tokens=10, seed=3)
+    replica = service.status().replicas[0]
+    errors: list[Any] = []
+
+    def stream() -> None:
+        with Client(service.address, attempts=1) as other:
+            try:
+                list(other.generate(PROMPT, max_tokens=450, ignore_eos=True))
+            except grpc.RpcError as error:
+                errors.append(error)
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    service.wait_for(lambda status: status.replicas[0].running == 1, seconds=5)
+    time.sleep(0.2)
+    os.kill(replica.hosts[rank].pid, signal.SIGKILL)
+    thread.join(timeout=30)
+    (error,) = errors
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert _details(error)["RetryInfo"].retry_delay.ToMilliseconds() > 0
+
+    def rebuilt(status: cluster_pb2.GetStatusResponse) -> bool:
+        now = status.replicas[0]
+        return now.epoch > replica.epoch and now.state == cluster_pb2.REPLICA_STATE_READY
+
+    service.wait_for(rebuilt, seconds=120)
+    assert service.status().replicas[0].last_failure
+    assert client.complete(PROMPT, max_tokens=10, seed=3).tokens == expected.tokens
+
+
+def test_two_replicas_of_one_host_share_the_work(tmp_path: pathlib.Path) -> None:
+    mesh = {"hosts": 1, "devices_per_host": 1, "data": 1, "model": 1}
+    with running(tmp_path, mesh=mesh, replicas=2) as service, Client(service.address) as client:
+
+        def both(status: cluster_pb2.GetStatusResponse) -> bool:
+            return all(replica.state == cluster_pb2.REPLICA_STATE_READY for replica in status.replicas)
+
+        service.wait_for(both, seconds=60)
+        streams = [client.generate(PROMPT, max_tokens=200, seed=1, ignore_eos=True) for _ in range(2)]
+        begun = [next(stream) for stream in streams]
+        assert [replica.running for replica in service.status().replicas] == [1, 1]
+        first, second = (
+            [token.id for part in (part, *stream) for token in part.tokens]
+            for part, stream in zip(begun, streams, strict=True)
+        )
+        assert first == second
+        os.kill(service.status().replicas[0].hosts[0].pid, signal.SIGKILL)
+        service.wait_for(lambda status: not both(status), seconds=20)
+        assert client.complete(PROMPT, max_tokens=5).tokens
+        service.wait_for(both, seconds=60)
