@@ -15,7 +15,7 @@ import grpc
 
 from cluster import daemon
 from cluster.client import DEFAULT_ADDRESS, Client, Options
-from cluster.config import ConfigError, load_config
+from cluster.config import ACTIVATIONS, RULES, WEIGHTS, ConfigError, load_config
 from cluster.local import prepare_environment
 from grok.serving.v1 import cluster_pb2
 from workers.checkpoint.errors import CheckpointError
@@ -31,13 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result: int = parsed.run(parsed)
         return result
-    except (
-        ConfigError,
-        CheckpointError,
-        ModelConfigError,
-        TokenizerError,
-        daemon.DaemonError,
-    ) as error:
+    except (ConfigError, CheckpointError, ModelConfigError, TokenizerError, daemon.DaemonError) as error:
         print(f"grokmesh: {error}", file=sys.stderr)
         return 2
     except grpc.RpcError as error:
@@ -53,33 +47,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="start replicas and gateway as ray_config.yaml says")
-    serve.add_argument(
-        "--config",
-        type=pathlib.Path,
-        default=CONFIG,
-        help="configuration (default: %(default)s)",
-    )
-    serve.add_argument(
-        "--detach",
-        action="store_true",
-        help="leave it running in the background, once it serves",
-    )
-    serve.add_argument(
-        "--timeout",
-        type=float,
-        default=600,
-        help="seconds that --detach waits (default: %(default)s)",
-    )
+    serve.add_argument("--config", type=pathlib.Path, default=CONFIG, help="configuration (default: %(default)s)")
+    serve.add_argument("--detach", action="store_true", help="leave it running in the background, once it serves")
+    serve.add_argument("--timeout", type=float, default=600, help="seconds that --detach waits (default: %(default)s)")
     serve.set_defaults(run=_serve)
 
     generate = commands.add_parser("generate", help="stream a completion of a prompt")
     generate.add_argument("prompt")
     _address(generate)
-    generate.add_argument(
-        "--max-tokens",
-        type=int,
-        help="most tokens to draw (default: what fits the context)",
-    )
+    generate.add_argument("--max-tokens", type=int, help="most tokens to draw (default: what fits the context)")
     generate.add_argument("--temperature", type=float, help="0 takes the most likely token (default: 1)")
     generate.add_argument("--top-p", type=float, help="nucleus, in (0, 1] (default: 1)")
     generate.add_argument("--top-k", type=int, help="only so many likeliest tokens (default: all)")
@@ -91,18 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="compare a checkpoint's logits and tokens with a golden set")
     verify.add_argument("--checkpoint", type=pathlib.Path, required=True, help="directory with ckpt-0/")
     verify.add_argument("--golden", type=pathlib.Path, required=True, help="directory of the golden set")
+    verify.add_argument("--mesh", default="1x1", metavar="DATAxMODEL", help="device mesh (default: %(default)s)")
     verify.add_argument(
-        "--mesh",
-        default="1x1",
-        metavar="DATAxMODEL",
-        help="device mesh (default: %(default)s)",
+        "--rules", choices=RULES, default="tensor", help="how the model lies on it (default: %(default)s)"
     )
-    verify.add_argument(
-        "--hosts",
-        type=int,
-        default=1,
-        help="processes that form the mesh (default: %(default)s)",
-    )
+    verify.add_argument("--weights", choices=WEIGHTS, default="int8", help="as kept on devices (default: %(default)s)")
+    verify.add_argument("--activations", choices=ACTIVATIONS, default="float32", help="type (default: %(default)s)")
+    verify.add_argument("--hosts", type=int, default=1, help="processes that form the mesh (default: %(default)s)")
     verify.set_defaults(run=_verify)
 
     inspect = commands.add_parser("inspect", help="list a checkpoint's tensors and its configuration")
@@ -120,11 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _address(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--address",
-        default=DEFAULT_ADDRESS,
-        help="of the gateway (default: %(default)s)",
-    )
+    parser.add_argument("--address", default=DEFAULT_ADDRESS, help="of the gateway (default: %(default)s)")
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -136,9 +103,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         return 0
     if config.cluster.address == "local":
         prepare_environment()
-    from cluster.serve import (
-        serve,
-    )  # Ray takes a second to import, and reads its environment then.
+    from cluster.serve import serve  # Ray takes a second to import, and reads its environment then.
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     with daemon.noted(config.gateway.address):
@@ -170,21 +135,9 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     # JAX stays out of this process: the control plane never imports it.
-    command = [
-        sys.executable,
-        "-m",
-        "workers.verify",
-        "--checkpoint",
-        str(arguments.checkpoint),
-    ]
-    command += [
-        "--golden",
-        str(arguments.golden),
-        "--mesh",
-        arguments.mesh,
-        "--hosts",
-        str(arguments.hosts),
-    ]
+    command = [sys.executable, "-m", "workers.verify"]
+    for name in ("checkpoint", "golden", "mesh", "hosts", "rules", "weights", "activations"):
+        command += [f"--{name}", str(getattr(arguments, name))]
     return subprocess.run(command, check=False).returncode
 
 

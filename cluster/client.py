@@ -25,12 +25,7 @@ import grpc.aio
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from grok.serving.v1 import (
-    cluster_pb2,
-    cluster_pb2_grpc,
-    generation_pb2,
-    generation_pb2_grpc,
-)
+from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
@@ -117,11 +112,7 @@ class Client:
         self._attempts = attempts
 
     def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        timeout: float | None = None,
-        **options: Unpack[Options],
+        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
     ) -> Iterator[Completion]:
         """Streams a completion part by part. See Options. Closing it cancels the request."""
         request = generation_pb2.GenerateRequest(completion=completion_request(prompt, **options))
@@ -142,11 +133,7 @@ class Client:
             time.sleep(pause)
 
     def complete(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        timeout: float | None = None,
-        **options: Unpack[Options],
+        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
     ) -> Completion:
         """A whole completion. See Options."""
         request = generation_pb2.GenerateOnceRequest(completion=completion_request(prompt, **options))
@@ -154,13 +141,7 @@ class Client:
 
     def tokenize(self, text: str, *, timeout: float | None = None) -> list[int]:
         """The tokens of a text."""
-        return list(
-            self._retry(
-                self._generation.Tokenize,
-                generation_pb2.TokenizeRequest(text=text),
-                timeout,
-            ).ids
-        )
+        return list(self._retry(self._generation.Tokenize, generation_pb2.TokenizeRequest(text=text), timeout).ids)
 
     def detokenize(self, ids: Sequence[int], *, timeout: float | None = None) -> str:
         """The text of tokens."""
@@ -188,18 +169,12 @@ class Client:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 
     def _retry(
-        self,
-        method: grpc.UnaryUnaryMultiCallable[Request, Response],
-        request: Request,
-        timeout: float | None,
+        self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request, timeout: float | None
     ) -> Response:
         for attempt in range(1, self._attempts):
             try:
@@ -222,11 +197,7 @@ class AsyncClient:
         self._attempts = attempts
 
     async def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        timeout: float | None = None,
-        **options: Unpack[Options],
+        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
     ) -> AsyncIterator[Completion]:
         """As Client.generate."""
         request = generation_pb2.GenerateRequest(completion=completion_request(prompt, **options))
@@ -247,11 +218,7 @@ class AsyncClient:
             await asyncio.sleep(pause)
 
     async def complete(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        timeout: float | None = None,
-        **options: Unpack[Options],
+        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
     ) -> Completion:
         """As Client.complete."""
         request = generation_pb2.GenerateOnceRequest(completion=completion_request(prompt, **options))
@@ -289,18 +256,12 @@ class AsyncClient:
         return self
 
     async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
 
     async def _retry(
-        self,
-        method: grpc.aio.UnaryUnaryMultiCallable[Request, Response],
-        request: Request,
-        timeout: float | None,
+        self, method: grpc.aio.UnaryUnaryMultiCallable[Request, Response], request: Request, timeout: float | None
     ) -> Response:
         for attempt in range(1, self._attempts):
             try:
@@ -313,9 +274,7 @@ class AsyncClient:
         return await method(request, timeout=timeout)
 
 
-def _part(
-    response: generation_pb2.GenerateResponse | generation_pb2.GenerateOnceResponse,
-) -> Completion:
+def _part(response: generation_pb2.GenerateResponse | generation_pb2.GenerateOnceResponse) -> Completion:
     reason = None
     if response.finish_reason:
         reason = generation_pb2.FinishReason.Name(response.finish_reason).removeprefix("FINISH_REASON_").lower()
@@ -323,11 +282,7 @@ def _part(
         request_id=response.request_id,
         text=response.text,
         tokens=tuple(
-            Token(
-                token.id,
-                token.logprob,
-                tuple((top.id, top.logprob) for top in token.top),
-            )
+            Token(token.id, token.logprob, tuple((top.id, top.logprob) for top in token.top))
             for token in response.tokens
         ),
         finish_reason=reason,

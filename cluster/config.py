@@ -15,6 +15,8 @@ from workers.assignment import EngineSpec, MeshSpec, ModelSpec
 from workers.model.config import GrokConfig
 
 PLATFORMS = ("cpu", "gpu", "tpu")
+WEIGHTS = ("int8", "bfloat16", "float32")
+ACTIVATIONS = ("float32", "bfloat16")
 RULES = ("tensor", "batch", "xai")
 
 
@@ -171,10 +173,7 @@ def load_config(path: pathlib.Path) -> Config:
         raise ConfigError(f"{path}: nested too deeply") from error
     reader = _Reader(path)
     config: Config = reader.section(Config, root, "")
-    model = dataclasses.replace(
-        config.model,
-        checkpoint=(path.parent / config.model.checkpoint.expanduser()).resolve(),
-    )
+    model = dataclasses.replace(config.model, checkpoint=(path.parent / config.model.checkpoint.expanduser()).resolve())
     config = dataclasses.replace(config, model=model)
     reader.check(config)
     return config
@@ -265,26 +264,20 @@ class _Reader:
             if value is not None and value < 1:
                 self.fail(name, f"{name}={value} must be at least 1")
         for name, choices in (
-            ("model.weights", ("int8", "bfloat16", "float32")),
-            ("model.activations", ("float32", "bfloat16")),
+            ("model.weights", WEIGHTS),
+            ("model.activations", ACTIVATIONS),
             ("cluster.platform", PLATFORMS),
             ("mesh.rules", RULES),
         ):
             if _lookup(config, name) not in choices:
-                self.fail(
-                    name,
-                    f"{name}={_lookup(config, name)} is unknown; use {', '.join(choices)}",
-                )
+                self.fail(name, f"{name}={_lookup(config, name)} is unknown; use {', '.join(choices)}")
         for name in ("gateway.address", "telemetry.metrics_address"):
             host, _, port = _lookup(config, name).rpartition(":")
             if not host or not port.isdecimal() or int(port) > 65535:
                 self.fail(name, f"{name}={_lookup(config, name)} is no host:port")
         drain = config.gateway.drain_seconds
         if not (math.isfinite(drain) and drain >= 0):
-            self.fail(
-                "gateway.drain_seconds",
-                f"gateway.drain_seconds={drain} must be a number of seconds",
-            )
+            self.fail("gateway.drain_seconds", f"gateway.drain_seconds={drain} must be a number of seconds")
         mesh = config.mesh
         devices = mesh.hosts * mesh.devices_per_host
         if mesh.data * mesh.model != devices:
@@ -294,10 +287,7 @@ class _Reader:
                 f"the devices of mesh.hosts={mesh.hosts} x mesh.devices_per_host={mesh.devices_per_host}",
             )
         if mesh.rules != "tensor" and config.engine.slots % mesh.data:
-            self.fail(
-                "engine.slots",
-                f"engine.slots={config.engine.slots} must be a multiple of mesh.data={mesh.data}",
-            )
+            self.fail("engine.slots", f"engine.slots={config.engine.slots} must be a multiple of mesh.data={mesh.data}")
         if not config.model.name:
             self.fail("model.name", "model.name is empty")
 

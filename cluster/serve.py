@@ -118,11 +118,6 @@ def _ray(config: Config) -> Iterator[None]:
             hosts = config.replicas * config.mesh.hosts
             print(f"starting a local Ray cluster of {hosts} hosts", flush=True)
             address = stack.enter_context(local_cluster(hosts, config.cluster.cpus_per_host))
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            namespace="grokmesh",
-        )
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="grokmesh")
         stack.callback(ray.shutdown)
         yield

@@ -40,13 +40,7 @@ class HostView:
 class Replica:
     """One replica and its epochs. `state`, `epoch`, `hosts` and `last_failure` tell how it is."""
 
-    def __init__(
-        self,
-        index: int,
-        config: Config,
-        router: Router,
-        on_progress: Callable[[Replica], None],
-    ) -> None:
+    def __init__(self, index: int, config: Config, router: Router, on_progress: Callable[[Replica], None]) -> None:
         self.index = index
         self.state: cluster_pb2.ReplicaState.ValueType = cluster_pb2.REPLICA_STATE_PLACING
         self.epoch = 0
@@ -70,12 +64,7 @@ class Replica:
             self._enter(cluster_pb2.REPLICA_STATE_FAILED)
             healthy = served and asyncio.get_running_loop().time() - began > HEALTHY_SECONDS
             failures = 1 if healthy else failures + 1
-            _LOG.error(
-                "replica %d: epoch %d ended: %s",
-                self.index,
-                self.epoch,
-                self.last_failure,
-            )
+            _LOG.error("replica %d: epoch %d ended: %s", self.index, self.epoch, self.last_failure)
             metrics.REBUILDS.labels(str(self.index)).inc()
             await asyncio.sleep(BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1])
 

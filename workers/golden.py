@@ -91,13 +91,7 @@ class Verdict:
     problems: tuple[str, ...]
 
 
-def judge_forward(
-    golden: GoldenSet,
-    case: Mapping[str, Any],
-    logits: Array,
-    gaps: Array,
-    float32: bool,
-) -> Verdict:
+def judge_forward(golden: GoldenSet, case: Mapping[str, Any], logits: Array, gaps: Array, float32: bool) -> Verdict:
     """Judges the logits [T, V] of a prompt.
 
     Against `exact` the rms error must be at most 1.5 times the original's own (+ 1e-3) and, with float32 activations, every
@@ -128,23 +122,11 @@ def judge_forward(
         problems.append(f"a logit of the original is {outlier:.2g} away; its rms error is {own:.2g}")
     argmax = float((logits.argmax(-1) == exact.argmax(-1)).mean())
     worst_judged = float(np.abs(error[judged]).max(initial=0.0))
-    return Verdict(
-        case["name"],
-        int(judged.sum()),
-        rms,
-        worst_judged,
-        argmax,
-        None,
-        tuple(problems),
-    )
+    return Verdict(case["name"], int(judged.sum()), rms, worst_judged, argmax, None, tuple(problems))
 
 
 def judge_run(
-    golden: GoldenSet,
-    case: Mapping[str, Any],
-    tokens: list[int] | None,
-    logits: Array,
-    gaps: Array,
+    golden: GoldenSet, case: Mapping[str, Any], tokens: list[int] | None, logits: Array, gaps: Array
 ) -> Verdict:
     """Judges a generation.
 

@@ -20,12 +20,7 @@ class Leader:
     tokens of the plan before, so that devices never wait for Python."""
 
     def __init__(
-        self,
-        runtime: Runtime,
-        scheduler: Scheduler,
-        server: LeaderServer,
-        epoch: int,
-        compilations: Callable[[], int],
+        self, runtime: Runtime, scheduler: Scheduler, server: LeaderServer, epoch: int, compilations: Callable[[], int]
     ) -> None:
         self._runtime = runtime
         self._scheduler = scheduler

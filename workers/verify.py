@@ -18,15 +18,7 @@ from workers.checkpoint.errors import CheckpointError
 from workers.engine.plan import Admission, Chunk, Plan, Sampling
 from workers.engine.request import Request
 from workers.engine.scheduler import Scheduler
-from workers.golden import (
-    Array,
-    GoldenError,
-    GoldenSet,
-    Verdict,
-    judge_checkpoint,
-    judge_forward,
-    judge_run,
-)
+from workers.golden import Array, GoldenError, GoldenSet, Verdict, judge_checkpoint, judge_forward, judge_run
 from workers.model.config import ConfigError
 from workers.runtime.runtime import Runtime
 from workers.worker import Worker
@@ -143,14 +135,7 @@ def _worker(arguments: argparse.Namespace, data: int, model: int) -> Worker:
             coordinator=arguments.coordinator,
             leader="",
             model=ModelSpec(str(arguments.checkpoint), arguments.weights, arguments.activations),
-            mesh=MeshSpec(
-                "cpu",
-                arguments.hosts,
-                data * model // arguments.hosts,
-                data,
-                model,
-                arguments.rules,
-            ),
+            mesh=MeshSpec("cpu", arguments.hosts, data * model // arguments.hosts, data, model, arguments.rules),
             engine=EngineSpec(_SLOTS * data, _PAGE, _CHUNK, None, None, 0),
             compilation_cache=None,
         )
@@ -160,16 +145,7 @@ def _worker(arguments: argparse.Namespace, data: int, model: int) -> Worker:
 def _start_others(arguments: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
     """Starts ranks 1 and on; they say nothing but errors, and end with rank 0."""
     command = [sys.executable, "-m", "workers.verify"]
-    for name in (
-        "checkpoint",
-        "golden",
-        "mesh",
-        "hosts",
-        "rules",
-        "weights",
-        "activations",
-        "coordinator",
-    ):
+    for name in ("checkpoint", "golden", "mesh", "hosts", "rules", "weights", "activations", "coordinator"):
         command += [f"--{name}", str(getattr(arguments, name))]
     return [
         subprocess.Popen([*command, "--rank", str(rank)], stderr=subprocess.DEVNULL)

@@ -114,11 +114,7 @@ def event_from_proto(message: engine_pb2.TokenEvent) -> TokenEvent:
     """From a message."""
     token = message.token
     top = tuple(zip(token.top_ids, token.top_logprobs, strict=True))
-    return TokenEvent(
-        message.request_id,
-        Token(token.id, token.logprob, top),
-        _FINISH_BACK[message.finish],
-    )
+    return TokenEvent(message.request_id, Token(token.id, token.logprob, top), _FINISH_BACK[message.finish])
 
 
 def load_to_proto(load: Load, slots: int, compilations: int) -> engine_pb2.Load:

@@ -25,10 +25,7 @@ class Admission:
             raise unavailable("the gateway is shutting down")
         if self.in_flight >= self._limit:
             metrics.REJECTIONS.labels("full").inc()
-            raise exhausted(
-                f"{self.in_flight} requests are in the gateway already",
-                retry_seconds=1.0,
-            )
+            raise exhausted(f"{self.in_flight} requests are in the gateway already", retry_seconds=1.0)
         self.in_flight += 1
         metrics.IN_FLIGHT.set(self.in_flight)
         try:

@@ -60,32 +60,17 @@ class GatewayError(Exception):
 def invalid(violations: list[Violation]) -> GatewayError:
     """INVALID_ARGUMENT for fields of a request."""
     message = "; ".join(f"{v.field}: {v.problem}" for v in violations)
-    return GatewayError(
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "INVALID_FIELD",
-        message,
-        violations=tuple(violations),
-    )
+    return GatewayError(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", message, violations=tuple(violations))
 
 
 def unavailable(message: str, retry_seconds: float = 1.0) -> GatewayError:
     """UNAVAILABLE: the same call may succeed later."""
-    return GatewayError(
-        grpc.StatusCode.UNAVAILABLE,
-        "REPLICA_UNAVAILABLE",
-        message,
-        retry_seconds=retry_seconds,
-    )
+    return GatewayError(grpc.StatusCode.UNAVAILABLE, "REPLICA_UNAVAILABLE", message, retry_seconds=retry_seconds)
 
 
 def exhausted(message: str, retry_seconds: float) -> GatewayError:
     """RESOURCE_EXHAUSTED: too much is asked at once."""
-    return GatewayError(
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        "OVERLOADED",
-        message,
-        retry_seconds=retry_seconds,
-    )
+    return GatewayError(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", message, retry_seconds=retry_seconds)
 
 
 def _pack(

@@ -49,9 +49,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         name = method.rsplit("/", 1)[1]
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                _streamed(name, handler.unary_stream),
-                deserialize,
-                handler.response_serializer,
+                _streamed(name, handler.unary_stream), deserialize, handler.response_serializer
             )
         return grpc.unary_unary_rpc_method_handler(
             _single(name, handler.unary_unary), deserialize, handler.response_serializer
@@ -91,9 +89,7 @@ class _Outcome:
     def check(self, request: Any) -> None:
         if isinstance(request, _Malformed):
             raise GatewayError(
-                grpc.StatusCode.INVALID_ARGUMENT,
-                "MALFORMED_MESSAGE",
-                "the request is no protobuf of its type",
+                grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE", "the request is no protobuf of its type"
             )
 
     async def __aexit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
@@ -110,8 +106,4 @@ class _Outcome:
         if error is None or isinstance(error, (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError)):
             return None
         _LOG.error("%s failed", self._name, exc_info=error)
-        return GatewayError(
-            grpc.StatusCode.INTERNAL,
-            "INTERNAL",
-            "an error within the gateway; see its log",
-        ).status()
+        return GatewayError(grpc.StatusCode.INTERNAL, "INTERNAL", "an error within the gateway; see its log").status()

@@ -9,13 +9,7 @@ import logging
 import struct
 from collections.abc import Callable
 
-from cluster.gateway.errors import (
-    GatewayError,
-    Violation,
-    exhausted,
-    invalid,
-    unavailable,
-)
+from cluster.gateway.errors import GatewayError, Violation, exhausted, invalid, unavailable
 from cluster.gateway.session import Session
 from cluster.telemetry import metrics
 from grok.engine.v1 import engine_pb2
@@ -42,12 +36,7 @@ class LeaderAddress:
 class ReplicaLink:
     """The stream to one replica's leader in one epoch, and the sessions that it carries."""
 
-    def __init__(
-        self,
-        leader: LeaderAddress,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-    ) -> None:
+    def __init__(self, leader: LeaderAddress, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.leader = leader
         self.load = engine_pb2.Load()
         self.sessions: dict[str, Session] = {}
@@ -87,11 +76,7 @@ class ReplicaLink:
             while True:
                 (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
                 if length > MAX_FRAME:
-                    _LOG.error(
-                        "replica %d sent a frame of %d bytes",
-                        self.leader.replica,
-                        length,
-                    )
+                    _LOG.error("replica %d sent a frame of %d bytes", self.leader.replica, length)
                     return
                 self._hear(engine_pb2.LeaderOutput.FromString(await self._reader.readexactly(length)))
 
@@ -104,11 +89,7 @@ class ReplicaLink:
 
     def _hear(self, output: engine_pb2.LeaderOutput) -> None:
         if output.epoch != self.leader.epoch:
-            _LOG.warning(
-                "ignored a frame of epoch %d in epoch %d",
-                output.epoch,
-                self.leader.epoch,
-            )
+            _LOG.warning("ignored a frame of epoch %d in epoch %d", output.epoch, self.leader.epoch)
             return
         self.load = output.load
         for message in output.tokens:
@@ -169,10 +150,7 @@ class Router:
         """Sends a session to the least busy replica. Raises GatewayError (UNAVAILABLE) when none is ready."""
         if not self._links:
             raise unavailable("no replica is ready", retry_seconds=2.0)
-        link = min(
-            self._links.values(),
-            key=lambda link: (len(link.sessions), link.leader.replica),
-        )
+        link = min(self._links.values(), key=lambda link: (len(link.sessions), link.leader.replica))
         link.submit(session)
         return link
 

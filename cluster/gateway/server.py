@@ -12,12 +12,7 @@ from cluster.gateway.interceptor import ErrorInterceptor
 from cluster.gateway.router import Router
 from cluster.gateway.service import GenerationService
 from cluster.gateway.validation import Limits
-from grok.serving.v1 import (
-    cluster_pb2,
-    cluster_pb2_grpc,
-    generation_pb2,
-    generation_pb2_grpc,
-)
+from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
 from workers.model.parameters import parameter_table
 from workers.tokenizer import Tokenizer
 
@@ -42,18 +37,14 @@ class Gateway:
         self.admission = Admission(config.max_requests)
         self._server = grpc.aio.server(
             interceptors=[ErrorInterceptor()],
-            options=[
-                ("grpc.max_receive_message_length", config.max_message_bytes),
-                ("grpc.so_reuseport", 0),
-            ],
+            options=[("grpc.max_receive_message_length", config.max_message_bytes), ("grpc.so_reuseport", 0)],
         )
         service = GenerationService(limits, tokenizer, router, self.admission, describe(model_name, limits))
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, self._server)
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
-            (GENERATION, CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME),
-            self._server,
+            (GENERATION, CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
         self.port = self._server.add_insecure_port(config.address)
 

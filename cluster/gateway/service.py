@@ -58,9 +58,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 )
 
     async def GenerateOnce(
-        self,
-        request: generation_pb2.GenerateOnceRequest,
-        context: grpc.aio.ServicerContext[Any, Any],
+        self, request: generation_pb2.GenerateOnceRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> generation_pb2.GenerateOnceResponse:
         """Returns a whole completion."""
         completion = request.completion
@@ -85,28 +83,17 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return generation_pb2.TokenizeResponse(ids=ids, pieces=[self._tokenizer.piece(id) for id in ids])
 
     async def Detokenize(
-        self,
-        request: generation_pb2.DetokenizeRequest,
-        context: grpc.aio.ServicerContext[Any, Any],
+        self, request: generation_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> generation_pb2.DetokenizeResponse:
         """Text of tokens."""
         vocab_size = self._limits.model.vocab_size
         outside = [id for id in request.ids if id >= vocab_size]
         if outside:
-            raise invalid(
-                [
-                    Violation(
-                        "ids",
-                        f"has token {outside[0]}; the vocabulary has {vocab_size}",
-                    )
-                ]
-            )
+            raise invalid([Violation("ids", f"has token {outside[0]}; the vocabulary has {vocab_size}")])
         return generation_pb2.DetokenizeResponse(text=self._tokenizer.decode(request.ids))
 
     async def CountTokens(
-        self,
-        request: generation_pb2.CountTokensRequest,
-        context: grpc.aio.ServicerContext[Any, Any],
+        self, request: generation_pb2.CountTokensRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> generation_pb2.CountTokensResponse:
         """Number of tokens of a text."""
         return generation_pb2.CountTokensResponse(tokens=len(self._tokenizer.encode(request.text)))

@@ -35,12 +35,7 @@ class Limits:
     context: int
 
 
-def to_request(
-    completion: generation_pb2.Completion,
-    limits: Limits,
-    tokenizer: Tokenizer,
-    request_id: str,
-) -> Request:
+def to_request(completion: generation_pb2.Completion, limits: Limits, tokenizer: Tokenizer, request_id: str) -> Request:
     """The engine's request for a completion. Raises GatewayError (INVALID_ARGUMENT) with all violations."""
     violations: list[Violation] = []
 
@@ -65,10 +60,7 @@ def to_request(
             f"of {limits.context}",
         )
     if not 0 <= completion.top_logprobs <= ALTERNATIVES:
-        wrong(
-            "top_logprobs",
-            f"is {completion.top_logprobs}; must be from 0 to {ALTERNATIVES}",
-        )
+        wrong("top_logprobs", f"is {completion.top_logprobs}; must be from 0 to {ALTERNATIVES}")
     if len(completion.stop) > MAX_STOP_TEXTS:
         wrong("stop", f"has {len(completion.stop)} texts; at most {MAX_STOP_TEXTS}")
     for i, text in enumerate(completion.stop):
@@ -81,12 +73,7 @@ def to_request(
     return Request(request_id, tuple(prompt), max_tokens, sampling, stop_tokens)
 
 
-def _prompt(
-    completion: generation_pb2.Completion,
-    limits: Limits,
-    tokenizer: Tokenizer,
-    wrong: _Wrong,
-) -> list[int]:
+def _prompt(completion: generation_pb2.Completion, limits: Limits, tokenizer: Tokenizer, wrong: _Wrong) -> list[int]:
     kind = completion.WhichOneof("prompt")
     if kind is None:
         wrong("prompt", "is missing; set text or tokens")
@@ -101,20 +88,14 @@ def _prompt(
         wrong("tokens", "is empty")
     outside = [token for token in prompt if token >= limits.model.vocab_size]
     if outside:
-        wrong(
-            "tokens",
-            f"has token {outside[0]}; the vocabulary has {limits.model.vocab_size}",
-        )
+        wrong("tokens", f"has token {outside[0]}; the vocabulary has {limits.model.vocab_size}")
     return prompt
 
 
 def _sampling(params: generation_pb2.SamplingParams, vocab_size: int, wrong: _Wrong) -> Sampling:
     temperature = params.temperature if params.HasField("temperature") else 1.0
     if not 0 <= temperature <= MAX_TEMPERATURE:  # also false for NaN
-        wrong(
-            "sampling.temperature",
-            f"is {temperature}; must be a number from 0 to {MAX_TEMPERATURE:g}",
-        )
+        wrong("sampling.temperature", f"is {temperature}; must be a number from 0 to {MAX_TEMPERATURE:g}")
     top_p = params.top_p if params.HasField("top_p") else 1.0
     if not 0 < top_p <= 1:
         wrong("sampling.top_p", f"is {top_p:g}; must be more than 0 and at most 1")
@@ -122,21 +103,12 @@ def _sampling(params: generation_pb2.SamplingParams, vocab_size: int, wrong: _Wr
         wrong("sampling.top_k", f"is {params.top_k}; must be at least 0")
     for token, bias in params.logit_bias.items():
         if token >= vocab_size:
-            wrong(
-                "sampling.logit_bias",
-                f"has token {token}; the vocabulary has {vocab_size}",
-            )
+            wrong("sampling.logit_bias", f"has token {token}; the vocabulary has {vocab_size}")
         if not (math.isfinite(bias) and abs(bias) <= MAX_BIAS):
-            wrong(
-                "sampling.logit_bias",
-                f"is {bias} for token {token}; must be from -{MAX_BIAS:g} to {MAX_BIAS:g}",
-            )
+            wrong("sampling.logit_bias", f"is {bias} for token {token}; must be from -{MAX_BIAS:g} to {MAX_BIAS:g}")
     outside = [token for token in params.allowed_tokens if token >= vocab_size]
     if outside:
-        wrong(
-            "sampling.allowed_tokens",
-            f"has token {outside[0]}; the vocabulary has {vocab_size}",
-        )
+        wrong("sampling.allowed_tokens", f"has token {outside[0]}; the vocabulary has {vocab_size}")
     return Sampling(
         temperature=temperature,
         top_p=top_p,

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    disable_created_metrics,
-)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 
 #: All metrics of this process, without those of other kinds of process that share its code.
 REGISTRY = CollectorRegistry()
@@ -36,48 +29,18 @@ REQUEST_DURATION = Histogram(
     buckets=_SECONDS,
     registry=REGISTRY,
 )
-REQUESTS = Counter(
-    "grokmesh_gateway_requests",
-    "Calls that ended.",
-    ["method", "code"],
-    registry=REGISTRY,
-)
+REQUESTS = Counter("grokmesh_gateway_requests", "Calls that ended.", ["method", "code"], registry=REGISTRY)
 REJECTIONS = Counter(
-    "grokmesh_gateway_rejections",
-    "Completions that were not admitted.",
-    ["reason"],
-    registry=REGISTRY,
+    "grokmesh_gateway_rejections", "Completions that were not admitted.", ["reason"], registry=REGISTRY
 )
-PROMPT_TOKENS = Counter(
-    "grokmesh_gateway_prompt_tokens",
-    "Prompt tokens of admitted completions.",
-    registry=REGISTRY,
-)
-COMPLETION_TOKENS = Counter(
-    "grokmesh_gateway_completion_tokens",
-    "Tokens received for completions.",
-    registry=REGISTRY,
-)
-IN_FLIGHT = Gauge(
-    "grokmesh_gateway_requests_in_flight",
-    "Completions in the gateway.",
-    registry=REGISTRY,
-)
+PROMPT_TOKENS = Counter("grokmesh_gateway_prompt_tokens", "Prompt tokens of admitted completions.", registry=REGISTRY)
+COMPLETION_TOKENS = Counter("grokmesh_gateway_completion_tokens", "Tokens received for completions.", registry=REGISTRY)
+IN_FLIGHT = Gauge("grokmesh_gateway_requests_in_flight", "Completions in the gateway.", registry=REGISTRY)
 QUEUED = Gauge(
-    "grokmesh_gateway_queued_requests",
-    "Completions in the gateway that have no token yet.",
-    registry=REGISTRY,
+    "grokmesh_gateway_queued_requests", "Completions in the gateway that have no token yet.", registry=REGISTRY
 )
 REPLICAS_READY = Gauge("grokmesh_replicas_ready", "Replicas that serve.", registry=REGISTRY)
-EPOCH = Gauge(
-    "grokmesh_replica_epoch",
-    "Epoch of a replica's mesh.",
-    ["replica"],
-    registry=REGISTRY,
-)
+EPOCH = Gauge("grokmesh_replica_epoch", "Epoch of a replica's mesh.", ["replica"], registry=REGISTRY)
 REBUILDS = Counter(
-    "grokmesh_replica_rebuilds",
-    "Meshes that were formed again after a failure.",
-    ["replica"],
-    registry=REGISTRY,
+    "grokmesh_replica_rebuilds", "Meshes that were formed again after a failure.", ["replica"], registry=REGISTRY
 )

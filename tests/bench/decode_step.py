@@ -1,6 +1,6 @@
 """How long a decode step of the demo takes on one process and on two hosts with the same four devices, and where it goes.
 
-    python -m tests.bench.decode_step
+python -m tests.bench.decode_step
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from tests.conftest import GOLDEN
 NANO = GOLDEN / "nano-s1"
 
 
-def _verify(checkpoint: pathlib.Path, golden: pathlib.Path, mesh: str = "1x1", hosts: int = 1) -> int:
+def _verify(checkpoint: pathlib.Path, golden: pathlib.Path, mesh: str = "1x1", hosts: int = 1, *more: str) -> int:
     arguments = ["--checkpoint", str(checkpoint), "--golden", str(golden), "--mesh", mesh, "--hosts", str(hosts)]
-    return main(["verify", *arguments])
+    return main(["verify", *arguments, *more])
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,14 @@ def test_golden_sets_pass(name: str, mesh: str, hosts: int, capfd: pytest.Captur
     shown = capfd.readouterr().out
     assert f"on mesh {mesh}, {hosts} host(s)" in shown
     assert shown.endswith("\nwithin tolerance\n")
+
+
+def test_bfloat16_activations_err_no_more_than_the_original() -> None:
+    assert _verify(NANO, NANO, "1x2", 1, "--activations", "bfloat16", "--weights", "bfloat16") == 0
+
+
+def test_the_rules_of_xai_give_the_same_numbers() -> None:
+    assert _verify(NANO, NANO, "2x2", 1, "--rules", "xai") == 0
 
 
 def _change_array(file: str, name: str, index: tuple[int, ...], by: float) -> Callable[[pathlib.Path], None]:

@@ -51,8 +51,7 @@ def open_checkpoint(directory: pathlib.Path) -> Checkpoint:
     table = parameter_table(config)
     if len(files) != len(table):
         raise CheckpointError(
-            directory / "ckpt-0",
-            f"holds {len(files)} tensors; a model of {config.num_layers} layers has {len(table)}",
+            directory / "ckpt-0", f"holds {len(files)} tensors; a model of {config.num_layers} layers has {len(table)}"
         )
     tensors = []
     for info, path in zip(table, files, strict=True):
@@ -71,10 +70,7 @@ def _tensor_files(directory: pathlib.Path) -> list[pathlib.Path]:
         if not re.fullmatch(r"tensor\d{5}_\d{3}", path.name):
             raise CheckpointError(path, "is no tensor file; expected names such as tensor00000_000")
         if path.name != f"tensor{i:05d}_000":
-            raise CheckpointError(
-                folder / f"tensor{i:05d}_000",
-                f"is missing (the next file is {path.name})",
-            )
+            raise CheckpointError(folder / f"tensor{i:05d}_000", f"is missing (the next file is {path.name})")
     if not files:
         raise CheckpointError(folder, "holds no tensor files")
     return files
@@ -93,11 +89,7 @@ def _infer(directory: pathlib.Path, files: list[pathlib.Path]) -> GrokConfig:
     def shape(index: int, name: str, rank: int) -> tuple[int, ...]:
         found = read_header(files[index], name).values.shape
         if len(found) != rank:
-            raise CheckpointError(
-                files[index],
-                f"has shape {found}; expected {rank} dimensions",
-                tensor=name,
-            )
+            raise CheckpointError(files[index], f"has shape {found}; expected {rank} dimensions", tensor=name)
         return found
 
     vocab, emb = shape(0, "embeddings", 2)
@@ -128,9 +120,7 @@ def _infer(directory: pathlib.Path, files: list[pathlib.Path]) -> GrokConfig:
 def _check(info: ParameterInfo, file: TensorFile) -> None:
     if file.values.shape != info.shape:
         raise CheckpointError(
-            file.path,
-            f"has shape {file.values.shape}; the configuration needs {info.shape}",
-            tensor=info.path,
+            file.path, f"has shape {file.values.shape}; the configuration needs {info.shape}", tensor=info.path
         )
     if file.scales is None:
         return
@@ -140,7 +130,5 @@ def _check(info: ParameterInfo, file: TensorFile) -> None:
     *scale_lead, groups, scale_columns = file.scales.shape if len(file.scales.shape) > 1 else (0, 0)
     if scale_lead != lead or scale_columns != columns or groups == 0 or rows % groups:
         raise CheckpointError(
-            file.path,
-            f"scales of shape {file.scales.shape} do not fit values of shape {info.shape}",
-            tensor=info.path,
+            file.path, f"scales of shape {file.scales.shape} do not fit values of shape {info.shape}", tensor=info.path
         )

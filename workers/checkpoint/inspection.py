@@ -25,10 +25,7 @@ def describe(directory: pathlib.Path) -> str:
         )
     parameters = sum(info.size for info, _ in checkpoint.tensors)
     source = "inferred from the tensors, multipliers of Grok-1" if checkpoint.inferred else "from config.json"
-    lines += [
-        "",
-        f"{len(checkpoint.tensors)} tensors, {parameters:,} parameters, {checkpoint.nbytes:,} bytes",
-    ]
+    lines += ["", f"{len(checkpoint.tensors)} tensors, {parameters:,} parameters, {checkpoint.nbytes:,} bytes"]
     lines += [f"configuration ({source}):"]
     lines += [f"  {name}: {value}" for name, value in dataclasses.asdict(checkpoint.config).items()]
     return "\n".join(lines)

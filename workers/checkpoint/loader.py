@@ -128,11 +128,7 @@ class _Reader:
         return self._place(values.shape, partition, info.axes, shard)
 
     def _place(
-        self,
-        shape: tuple[int, ...],
-        partition: Partition,
-        axes: Axes,
-        shard: Callable[[Index], Array],
+        self, shape: tuple[int, ...], partition: Partition, axes: Axes, shard: Callable[[Index], Array]
     ) -> jax.Array:
         def callback(index: Index | None) -> Array:
             assert index is not None

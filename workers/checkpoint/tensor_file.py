@@ -18,12 +18,7 @@ import numpy as np
 
 from workers.checkpoint.errors import CheckpointError
 
-_RECONSTRUCT = frozenset(
-    {
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-    }
-)
+_RECONSTRUCT = frozenset({("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")})
 _NDARRAY = ("numpy", "ndarray")
 _DTYPE = ("numpy", "dtype")
 _BFLOAT16 = ("ml_dtypes", "bfloat16")
@@ -247,24 +242,9 @@ class _Walk:
 
     def _build(self, target: Any, state: Any) -> None:
         match target, state:
-            case _Dtype(built=False), (
-                3,
-                "|" | "<",
-                None,
-                None,
-                None,
-                int(),
-                int(),
-                int(),
-            ):
+            case _Dtype(built=False), (3, "|" | "<", None, None, None, int(), int(), int()):
                 target.built = True
-            case _Array(span=None), (
-                1,
-                tuple() as shape,
-                _Dtype(built=True, name=name),
-                False,
-                _Bytes() as payload,
-            ):
+            case _Array(span=None), (1, tuple() as shape, _Dtype(built=True, name=name), False, _Bytes() as payload):
                 target.span = self._span(shape, _DTYPES[name], payload)
             case _Quantized(fields=None), {
                 "weight": _Array(span=ArraySpan() as w),

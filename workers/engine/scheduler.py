@@ -82,11 +82,7 @@ class Scheduler:
         if self._pages(request) > shape.pages - 1:
             raise Refused(f"needs {self._pages(request)} pages; the cache has {shape.pages - 1}")
         sampling = request.sampling
-        ids = (
-            *request.prompt,
-            *(token for token, _ in sampling.logit_bias),
-            *sampling.allowed_tokens,
-        )
+        ids = (*request.prompt, *(token for token, _ in sampling.logit_bias), *sampling.allowed_tokens)
         if not all(0 <= token < self._vocab_size for token in ids):
             raise Refused(f"a token is outside the vocabulary of {self._vocab_size}")
         if len(self._waiting) >= self._max_waiting:
@@ -122,13 +118,7 @@ class Scheduler:
             prefills=(tuple(chunk for _, chunk in chunks),) if chunks else (),
             decode=tuple(sequence.slot for sequence in decoding),
         )
-        self._in_flight.append(
-            (
-                plan.number,
-                [sequence for sequence, chunk in chunks if chunk.last],
-                decoding,
-            )
-        )
+        self._in_flight.append((plan.number, [sequence for sequence, chunk in chunks if chunk.last], decoding))
         self._next_number += 1
         return plan
 

@@ -60,18 +60,13 @@ class MultiHeadAttention(hk.Module):
     Shapes: B sequences, T positions, D emb_size, H query heads, K key heads, C key_size.
     """
 
-    def __init__(
-        self,
-        config: GrokConfig,
-        partition: Partition,
-        name: str = "multi_head_attention",
-    ) -> None:
+    def __init__(self, config: GrokConfig, partition: Partition, name: str = "multi_head_attention") -> None:
         super().__init__(name=name)
         self._config = config
         self._partition = partition
 
     def __call__(self, x: jax.Array, positions: jax.Array, layer: int, attend: Attend) -> jax.Array:
-        """[B, T, D], [B, T] -> [B, T, D]."""
+        """[B, T, D], [B, T] -> [B, T, D] float32. Products are taken in x's dtype."""
         c, partition = self._config, self._partition
         batch, length, _ = x.shape
 

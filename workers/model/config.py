@@ -83,14 +83,7 @@ class GrokConfig:
                     f"config.json: {name}={value!r} is not {'an integer' if wanted is int else 'a number'}"
                 )
             known[name] = wanted(value)
-        shapes = (
-            "emb_size",
-            "num_layers",
-            "num_q_heads",
-            "num_kv_heads",
-            "key_size",
-            "vocab_size",
-        )
+        shapes = ("emb_size", "num_layers", "num_q_heads", "num_kv_heads", "key_size", "vocab_size")
         missing = [name for name in shapes if name not in known]
         if missing:
             raise ConfigError(f"config.json: missing {', '.join(missing)}")

@@ -35,7 +35,7 @@ class Linear(hk.Module):
         self._partition = partition
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, K] -> [B, T, N]."""
+        """[B, T, K] -> [B, T, N] float32."""
         weight = weight_parameter((x.shape[-1], self._output_size))
         return self._partition.matmul(x, weight, self._axes)
 
@@ -43,9 +43,9 @@ class Linear(hk.Module):
 class RMSNorm(hk.Module):
     """x / sqrt(mean(x^2) + 1e-5) * scale over the last dimension, computed in float32 (https://arxiv.org/abs/1910.07467)."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D] of the same dtype."""
+    def __call__(self, x: jax.Array, dtype: jnp.dtype | type = jnp.float32) -> jax.Array:
+        """[..., D] -> [..., D] of `dtype`."""
         scale = hk.get_parameter("scale", [x.shape[-1]], jnp.float32, init=jnp.ones)
         wide = x.astype(jnp.float32)
         normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + NORM_EPSILON)
-        return (normed * scale).astype(x.dtype)
+        return (normed * scale).astype(dtype)

@@ -31,16 +31,12 @@ class Router(hk.Module):
         self._config = config
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[M, D] -> gates [M, S] float32, experts [M, S] int32, probabilities [M, E] float32."""
+        """[M, D] float -> gates [M, S] float32, experts [M, S] int32, probabilities [M, E] float32."""
         c = self._config
         init = hk.initializers.TruncatedNormal(1.0 / c.emb_size**0.5)
         weight = hk.get_parameter("w", [c.emb_size, c.num_experts], jnp.float32, init=init)
         # The highest precision: accelerators otherwise multiply float32 as bfloat16, and choose other experts.
-        logits = jnp.matmul(
-            x.astype(jnp.float32),
-            weight.astype(jnp.float32),
-            precision=lax.Precision.HIGHEST,
-        )
+        logits = jnp.matmul(x.astype(jnp.float32), weight.astype(jnp.float32), precision=lax.Precision.HIGHEST)
         probabilities = jax.nn.softmax(logits)
         gates, experts = lax.top_k(probabilities, c.num_selected_experts)
         return gates, experts, probabilities
@@ -53,11 +49,7 @@ class Experts(hk.Module):
     """
 
     def __init__(
-        self,
-        config: GrokConfig,
-        partition: Partition,
-        grouped_matmul: GroupedMatmul,
-        name: str = "moe",
+        self, config: GrokConfig, partition: Partition, grouped_matmul: GroupedMatmul, name: str = "moe"
     ) -> None:
         super().__init__(name=name)
         self._config = config
@@ -74,13 +66,10 @@ class Experts(hk.Module):
           valid: [M] bool.
 
         Returns:
-          [M, D] of x's dtype.
+          [M, D] float32. Products are taken in x's dtype.
         """
         c = self._config
-        widen, narrow = (
-            (c.num_experts, c.emb_size, c.ffn_size),
-            (c.num_experts, c.ffn_size, c.emb_size),
-        )
+        widen, narrow = ((c.num_experts, c.emb_size, c.ffn_size), (c.num_experts, c.ffn_size, c.emb_size))
         gate = _Weight("linear")(widen)
         up = _Weight("linear_v")(widen)
         down = _Weight("linear_1")(narrow)
@@ -137,7 +126,7 @@ class Experts(hk.Module):
         results = jnp.where(ours[:, None], results, 0.0).reshape(*experts.shape, -1)  # [M, S, D]
         mixed = jnp.sum(results * gates[..., None], axis=1)  # [M, D]
         over = (*partition.axes("ffn"), *expert_axes)
-        return (lax.psum(mixed, over) if over else mixed).astype(x.dtype)
+        return lax.psum(mixed, over) if over else mixed
 
 
 class _Weight(hk.Module):

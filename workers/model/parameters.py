@@ -42,11 +42,7 @@ def parameter_table(config: GrokConfig) -> tuple[ParameterInfo, ...]:
     d, f, e, c = config.emb_size, config.ffn_size, config.num_experts, config.key_size
     q, kv = config.num_q_heads * c, config.num_kv_heads * c
     table = [
-        ParameterInfo(
-            "language_model/in_out_embed/embeddings",
-            (config.vocab_size, d),
-            ("vocab", "table_embed"),
-        ),
+        ParameterInfo("language_model/in_out_embed/embeddings", (config.vocab_size, d), ("vocab", "table_embed")),
         ParameterInfo("language_model/rms_norm/scale", (d,), (None,)),
     ]
     for layer in sorted(range(config.num_layers), key=str):
@@ -54,13 +50,7 @@ def parameter_table(config: GrokConfig) -> tuple[ParameterInfo, ...]:
         attention = f"{prefix}/multi_head_attention"
         table += [
             ParameterInfo(f"{prefix}/moe/linear/w", (e, d, f), ("expert", "embed", "ffn"), True),
-            ParameterInfo(
-                f"{prefix}/moe/linear_1/w",
-                (e, f, d),
-                ("expert", "ffn", "embed"),
-                True,
-                True,
-            ),
+            ParameterInfo(f"{prefix}/moe/linear_1/w", (e, f, d), ("expert", "ffn", "embed"), True, True),
             ParameterInfo(f"{prefix}/moe/linear_v/w", (e, d, f), ("expert", "embed", "ffn"), True),
             ParameterInfo(f"{attention}/key/w", (d, kv), ("embed", "kv_heads"), True),
             ParameterInfo(f"{attention}/linear/w", (q, d), ("q_heads", "embed"), True, True),

@@ -162,16 +162,13 @@ class Partition:
         return jax.shard_map(
             local,
             mesh=self.mesh,
-            in_specs=(
-                self.spec((*lead, "table_embed")),
-                self.spec(("vocab", "table_embed")),
-            ),
+            in_specs=(self.spec((*lead, "table_embed")), self.spec(("vocab", "table_embed"))),
             out_specs=self.spec((*lead, "vocab")),
             check_vma=False,
         )(hidden, table)
 
     def matmul(self, x: jax.Array, weight: Weight, axes: Axes) -> jax.Array:
-        """`x` [B, T, K] times a weight [K, N] with logical `axes`: [B, T, N] of x's dtype, N split as the weight's.
+        """`x` [B, T, K] times a weight [K, N] with logical `axes`: [B, T, N] float32, N split as the weight's.
 
         Each device multiplies its part; a split K ends in one sum over its mesh axes. Rows stay split as the batch is,
         unless the weight is split over the same mesh axes.
@@ -182,7 +179,7 @@ class Partition:
         def local(x: jax.Array, weight: Weight) -> jax.Array:
             product = jnp.matmul(x, dequantize(weight, x.dtype), preferred_element_type=jnp.float32)
             over = self.axes(axes[0])
-            return (lax.psum(product, over) if over else product).astype(x.dtype)
+            return lax.psum(product, over) if over else product
 
         if self.mesh is None:
             return local(x, weight)

@@ -22,18 +22,10 @@ LayerPages = tuple[jax.Array, jax.Array]
 
 
 def allocate_pages(
-    config: GrokConfig,
-    shape: EngineShape,
-    partition: Partition,
-    dtype: jnp.dtype | type,
+    config: GrokConfig, shape: EngineShape, partition: Partition, dtype: jnp.dtype | type
 ) -> tuple[LayerPages, ...]:
     """Zeroed pages of keys and values, [groups * pages, page_size, K, C] each, a pair a layer."""
-    dims = (
-        shape.groups * shape.pages,
-        shape.page_size,
-        config.num_kv_heads,
-        config.key_size,
-    )
+    dims = (shape.groups * shape.pages, shape.page_size, config.num_kv_heads, config.key_size)
     sharding = partition.sharding(PAGE_AXES)
     zeros = jax.jit(lambda: jnp.zeros(dims, dtype), out_shardings=sharding)
     return tuple((zeros(), zeros()) for _ in range(config.num_layers))
@@ -68,11 +60,7 @@ class PagedAttend:
                 spec(TABLE_AXES),
                 spec(TABLE_AXES),
             ),
-            out_specs=(
-                spec(("batch", None, "q_heads", None)),
-                spec(PAGE_AXES),
-                spec(PAGE_AXES),
-            ),
+            out_specs=(spec(("batch", None, "q_heads", None)), spec(PAGE_AXES), spec(PAGE_AXES)),
             check_vma=False,
         )
         mixed, key_pages, value_pages = operation(query, key, value, key_pages, value_pages, self.table, self.positions)

@@ -16,8 +16,4 @@ def make_mesh(data: int, model: int) -> Mesh:
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if len(devices) != data * model:
         raise ValueError(f"a mesh of {data} x {model} needs {data * model} devices; {len(devices)} are there")
-    return Mesh(
-        np.array(devices).reshape(data, model),
-        ("data", "model"),
-        axis_types=(AxisType.Auto, AxisType.Auto),
-    )
+    return Mesh(np.array(devices).reshape(data, model), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))

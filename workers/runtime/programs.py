@@ -30,13 +30,7 @@ class Programs:
     Everything that is not a parameter or a page lies whole on every device.
     """
 
-    def __init__(
-        self,
-        config: GrokConfig,
-        shape: EngineShape,
-        partition: Partition,
-        dtype: jnp.dtype | type,
-    ) -> None:
+    def __init__(self, config: GrokConfig, shape: EngineShape, partition: Partition, dtype: jnp.dtype | type) -> None:
         assert partition.mesh is not None
         self._config = config
         self._shape = shape
@@ -49,12 +43,7 @@ class Programs:
         self.set_bias = jax.jit(self._set_bias, donate_argnums=(0,))
 
     def _decode(
-        self,
-        params: Params,
-        pages: Pages,
-        tokens: jax.Array,
-        bias: jax.Array,
-        packed: jax.Array,
+        self, params: Params, pages: Pages, tokens: jax.Array, bias: jax.Array, packed: jax.Array
     ) -> tuple[Pages, jax.Array, jax.Array]:
         """One token for each active slot.
 
@@ -75,12 +64,7 @@ class Programs:
         return pages, self._replicate(tokens), samples
 
     def _prefill(
-        self,
-        params: Params,
-        pages: Pages,
-        tokens: jax.Array,
-        bias: jax.Array,
-        packed: jax.Array,
+        self, params: Params, pages: Pages, tokens: jax.Array, bias: jax.Array, packed: jax.Array
     ) -> tuple[Pages, jax.Array, jax.Array]:
         """A chunk of one prompt a group; rows that draw leave their first token in `tokens`.
 
@@ -124,22 +108,11 @@ class Programs:
         return packed[:, packed.shape[1] - self._shape.chunk :]
 
     def _forward(
-        self,
-        params: Params,
-        pages: Pages,
-        tokens: jax.Array,
-        packed: jax.Array,
-        read: Callable[[jax.Array], jax.Array],
+        self, params: Params, pages: Pages, tokens: jax.Array, packed: jax.Array, read: Callable[[jax.Array], jax.Array]
     ) -> tuple[Output, Pages]:
         where = positions(packed, tokens.shape[1])
         table = packed[:, PAGES : PAGES + self._shape.table_width]
-        attend = PagedAttend(
-            list(pages),
-            table,
-            where,
-            self._config.attn_output_multiplier,
-            self._partition,
-        )
+        attend = PagedAttend(list(pages), table, where, self._config.attn_output_multiplier, self._partition)
         model: Any = hk.without_apply_rng(
             hk.transform(functools.partial(forward, self._config, self._partition, dtype=self._dtype, read=read))
         )

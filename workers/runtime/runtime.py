@@ -10,14 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from workers.checkpoint.loader import Params
-from workers.engine.plan import (
-    ALTERNATIVES,
-    EngineShape,
-    Plan,
-    Sampling,
-    StepTokens,
-    Token,
-)
+from workers.engine.plan import ALTERNATIVES, EngineShape, Plan, Sampling, StepTokens, Token
 from workers.model.config import GrokConfig
 from workers.model.partition import Partition
 from workers.runtime.cache import allocate_pages
@@ -83,21 +76,13 @@ class Runtime:
         prefills = []
         for chunks in plan.prefills:
             self._pages, self._tokens, packed = self._prefill(
-                self._params,
-                self._pages,
-                self._tokens,
-                self._bias,
-                self._slots.prefill(chunks),
+                self._params, self._pages, self._tokens, self._bias, self._slots.prefill(chunks)
             )
             prefills.append(packed)
         decoded = None
         if plan.decode:
             self._pages, self._tokens, decoded = self._decode(
-                self._params,
-                self._pages,
-                self._tokens,
-                self._bias,
-                self._slots.decode(plan.decode),
+                self._params, self._pages, self._tokens, self._bias, self._slots.decode(plan.decode)
             )
         return Pending(plan, tuple(prefills), decoded)
 
@@ -151,8 +136,4 @@ def _token(row: Array) -> Token:
     """Unpacks a row of `programs._pack`."""
     floats = row.view(np.float32)
     ids = row[2 : 2 + ALTERNATIVES].tolist()
-    return Token(
-        int(row[0]),
-        float(floats[1]),
-        tuple(zip(ids, floats[2 + ALTERNATIVES :].tolist(), strict=True)),
-    )
+    return Token(int(row[0]), float(floats[1]), tuple(zip(ids, floats[2 + ALTERNATIVES :].tolist(), strict=True)))

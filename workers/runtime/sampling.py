@@ -68,11 +68,7 @@ def sample(logits: jax.Array, bias: jax.Array, rows: SamplingRows) -> Sampled:
     def draw() -> jax.Array:
         scaled = adjusted / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
         filtered = (rows.top_p < 1) | (rows.top_k > 0)
-        kept = lax.cond(
-            jnp.any(filtered),
-            lambda: filter_logits(scaled, rows.top_p, rows.top_k),
-            lambda: scaled,
-        )
+        kept = lax.cond(jnp.any(filtered), lambda: filter_logits(scaled, rows.top_p, rows.top_k), lambda: scaled)
         kept = jnp.where(filtered[:, None], kept, scaled)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, (logits.shape[-1],)))(_keys(rows))
         return jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)

@@ -34,14 +34,8 @@ class SlotTable:
         row, sampling = self._rows[admission.slot], admission.sampling
         row[POSITION:] = 0
         row[TOP_K] = sampling.top_k
-        row[SEED_LOW : SEED_HIGH + 1].view(np.uint32)[:] = (
-            sampling.seed & 0xFFFFFFFF,
-            sampling.seed >> 32,
-        )
-        row[TEMPERATURE : TOP_P + 1].view(np.float32)[:] = (
-            sampling.temperature,
-            sampling.top_p,
-        )
+        row[SEED_LOW : SEED_HIGH + 1].view(np.uint32)[:] = (sampling.seed & 0xFFFFFFFF, sampling.seed >> 32)
+        row[TEMPERATURE : TOP_P + 1].view(np.float32)[:] = (sampling.temperature, sampling.top_p)
         row[PAGES : PAGES + len(admission.pages)] = admission.pages
 
     def prefill(self, chunks: tuple[Chunk, ...]) -> IntArray:
