@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import pathlib
 import random
 
 import jax
@@ -12,11 +14,14 @@ import pytest
 from jax.sharding import Mesh
 
 from tests.conftest import GOLDEN
-from workers.checkpoint.checkpoint import open_checkpoint
+from workers.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from workers.checkpoint.loader import load_parameters
-from workers.engine.plan import EngineShape, Sampling, Token
+from workers.checkpoint.writer import write_array, write_quantized
+from workers.engine.plan import Admission, Chunk, EngineShape, Plan, Sampling, Token
 from workers.engine.request import Request
 from workers.engine.scheduler import Scheduler
+from workers.model.config import GrokConfig
+from workers.model.parameters import parameter_table
 from workers.model.partition import Partition
 from workers.runtime.runtime import Pending, Runtime
 
@@ -104,3 +109,43 @@ def test_a_mask_is_gone_from_a_slot_with_its_request(runtime: Runtime) -> None:
     masked = _run(runtime, [Request("masked", prompt, 8, Sampling(allowed_tokens=(7, 9)))])["masked"]
     assert {token.id for token in masked} <= {7, 9}
     assert _run(runtime, [free])["free"] == before
+
+
+def _odd_checkpoint(directory: pathlib.Path) -> Checkpoint:
+    """Random weights in a shape that no mesh of two, three, four or eight devices divides."""
+    shape = {
+        "emb_size": 90, "num_layers": 2, "num_q_heads": 6, "num_kv_heads": 2, "key_size": 10, "ffn_size": 120,
+        "vocab_size": 1003, "num_experts": 5, "num_selected_experts": 2, "sequence_len": 50,
+        "embedding_multiplier_scale": 9.0, "attn_output_multiplier": 0.3,
+    }  # fmt: skip
+    (directory / "ckpt-0").mkdir()
+    (directory / "config.json").write_text(json.dumps(shape))
+    rng = np.random.default_rng(0)
+    for i, info in enumerate(parameter_table(GrokConfig.from_json(shape))):
+        path = directory / "ckpt-0" / f"tensor{i:05d}_000"
+        if info.quantized:
+            groups = 5 if info.grouped and info.shape[-2] % 5 == 0 else 1
+            scales = rng.uniform(0.001, 0.003, (*info.shape[:-2], groups, info.shape[-1])).astype(np.float32)
+            write_quantized(path, rng.integers(-127, 128, info.shape, np.int8), scales)
+        else:
+            write_array(path, rng.standard_normal(info.shape, np.float32) * 0.3)
+    return open_checkpoint(directory)
+
+
+def test_shapes_that_divide_nothing_give_the_same_numbers_on_any_mesh(tmp_path: pathlib.Path) -> None:
+    checkpoint = _odd_checkpoint(tmp_path)
+    prompt = tuple(random.Random(0).randrange(1003) for _ in range(14))
+    logits = []
+    for data, model, rules in [(1, 1, "tensor"), (1, 8, "tensor"), (2, 2, "batch"), (3, 2, "xai")]:
+        mesh = Mesh(np.array(jax.devices()[: data * model]).reshape(data, model), ("data", "model"))
+        partition = Partition.create(checkpoint.config, mesh, rules)
+        params, _ = load_parameters(checkpoint, partition)
+        groups = partition.batch_groups
+        shape = EngineShape(slots=6, groups=groups, pages=20, page_size=7, chunk=14, context=50)
+        runtime = Runtime(checkpoint.config, shape, partition, params)
+        runtime.warm_up()
+        admission = Admission(0, tuple(range(1, 1 + shape.table_width)), Sampling())
+        chunk = Chunk(0, 0, prompt, last=False)
+        logits.append(runtime.score(Plan(1, (admission,), ((chunk,),), ()))[0])
+    for other in logits[1:]:
+        np.testing.assert_allclose(other, logits[0], atol=1e-4 * logits[0].std())

@@ -1,0 +1,101 @@
+"""The client tries again where that is safe, and only there."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+
+from cluster.client import Client
+from cluster.gateway.errors import GatewayError, Violation, exhausted, invalid, unavailable
+from grok.serving.v1 import generation_pb2, generation_pb2_grpc
+
+
+class _Server(generation_pb2_grpc.GenerationServiceServicer):
+    """Answers calls with what a script says: errors, or a response. A stream fails after its first response if `broken`."""
+
+    def __init__(self, script: list[GatewayError | None], broken: bool = False) -> None:
+        self.script = script
+        self.broken = broken
+        self.calls = 0
+
+    def _next(self, context: Any) -> None:
+        self.calls += 1
+        error = self.script.pop(0) if self.script else None
+        if error is not None:
+            context.abort_with_status(error.status())
+
+    def CountTokens(self, request: Any, context: Any) -> generation_pb2.CountTokensResponse:  # noqa: N802
+        self._next(context)
+        return generation_pb2.CountTokensResponse(tokens=3)
+
+    def Generate(self, request: Any, context: Any) -> Iterator[generation_pb2.GenerateResponse]:  # noqa: N802
+        self._next(context)
+        yield generation_pb2.GenerateResponse(text="a")
+        if self.broken:
+            context.abort_with_status(unavailable("lost").status())
+        yield generation_pb2.GenerateResponse(text="b", finish_reason=generation_pb2.FINISH_REASON_EOS)
+
+
+def _server(script: list[GatewayError | None], broken: bool = False) -> _Server:
+    return _Server(script, broken)  # type: ignore[abstract]  # the other methods are never called
+
+
+@contextlib.contextmanager
+def _serving(servicer: _Server) -> Iterator[Client]:
+    server = grpc.server(concurrent.futures.ThreadPoolExecutor(2))
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with Client(f"127.0.0.1:{port}", attempts=3) as client:
+            yield client
+    finally:
+        server.stop(0).wait()
+
+
+def _text(client: Client) -> str:
+    return "".join(part.text for part in client.generate("x"))
+
+
+def _count(client: Client) -> int:
+    return client.count_tokens("x")
+
+
+@pytest.mark.parametrize("call", [_text, _count])
+def test_unavailable_is_tried_again_not_before_the_server_wants(call: Callable[[Client], object]) -> None:
+    servicer = _server([unavailable("not yet", retry_seconds=0.6), None])
+    with _serving(servicer) as client:
+        began = time.monotonic()
+        assert call(client) in ("ab", 3)
+        assert time.monotonic() - began >= 0.6
+    assert servicer.calls == 2
+
+
+@pytest.mark.parametrize("call", [_text, _count])
+def test_it_gives_up_after_its_attempts(call: Callable[[Client], object]) -> None:
+    servicer = _server([unavailable("never", retry_seconds=0.0)] * 9)
+    with _serving(servicer) as client, pytest.raises(grpc.RpcError):
+        call(client)
+    assert servicer.calls == 3
+
+
+@pytest.mark.parametrize("call", [_text, _count])
+@pytest.mark.parametrize("error", [invalid([Violation("f", "p")]), exhausted("full", 0.1)])
+def test_other_errors_are_told_at_once(call: Callable[[Client], object], error: GatewayError) -> None:
+    servicer = _server([error])
+    with _serving(servicer) as client, pytest.raises(grpc.RpcError):
+        call(client)
+    assert servicer.calls == 1
+
+
+def test_a_stream_that_has_begun_is_not_begun_again() -> None:
+    servicer = _server([], broken=True)
+    with _serving(servicer) as client, pytest.raises(grpc.RpcError):
+        _text(client)
+    assert servicer.calls == 1
