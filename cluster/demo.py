@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ import yaml
 from cluster import daemon
 from cluster.cli import format_status
 from cluster.client import Client
+from workers.link import free_port
 
 PROMPT = "In the beginning God created the heaven and the earth. And the"
 MAX_TOKENS = 96
@@ -50,7 +50,7 @@ def main() -> int:
 def _configuration(source: pathlib.Path, folder: pathlib.Path) -> tuple[pathlib.Path, str]:
     """The project's configuration on free ports, so that the demo disturbs no running service."""
     values = yaml.safe_load(source.read_text())
-    address, metrics = (f"127.0.0.1:{_free_port()}" for _ in range(2))
+    address, metrics = (f"127.0.0.1:{free_port('127.0.0.1')}" for _ in range(2))
     values["model"]["checkpoint"] = str((source.parent / values["model"]["checkpoint"]).resolve())
     values["gateway"]["address"] = address
     values["telemetry"]["metrics_address"] = metrics
@@ -72,12 +72,6 @@ def _show(address: str) -> None:
         rate = (count - 1) / (time.monotonic() - began - first)
         print(f"\n\n{count} tokens at {rate:.1f} tokens/s, first after {first * 1000:.0f} ms\n")
         print(format_status(client.status(), model.name))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

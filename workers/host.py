@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import prometheus_client
 import ray
 
 from workers import metrics
 from workers.assignment import Assignment, Endpoint, Progress
+from workers.link import free_port
 from workers.worker import Worker
 
 
@@ -51,11 +51,3 @@ class Host:
     def progress(self) -> Progress:
         """What the worker is doing."""
         return self._worker.progress if self._worker else Progress("starting", 0.0)
-
-
-def free_port(address: str) -> int:
-    """A port of `address` that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        port: int = probe.getsockname()[1]
-        return port

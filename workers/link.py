@@ -210,3 +210,11 @@ def connect(address: str, hello: engine_pb2.Hello, seconds: float) -> Link:
     link.send(hello.SerializeToString())
     link.settimeout(None)
     return link
+
+
+def free_port(address: str) -> int:
+    """A port of `address` that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        port: int = probe.getsockname()[1]
+        return port

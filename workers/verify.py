@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import pathlib
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ from workers.engine.plan import Admission, Chunk, Plan, Sampling
 from workers.engine.request import Request
 from workers.engine.scheduler import Scheduler
 from workers.golden import Array, GoldenError, GoldenSet, Verdict, judge_checkpoint, judge_forward, judge_run
+from workers.link import free_port
 from workers.model.config import ConfigError
 from workers.runtime.runtime import Runtime
 from workers.worker import Worker
@@ -44,7 +44,7 @@ def main() -> int:
     if not shape or "0" in shape.groups() or arguments.hosts < 1 or int(shape[1]) * int(shape[2]) % arguments.hosts:
         parser.error(f"--mesh {arguments.mesh} is no DATAxMODEL of which --hosts {arguments.hosts} have equal parts")
     data, model = int(shape[1]), int(shape[2])
-    arguments.coordinator = arguments.coordinator or f"127.0.0.1:{_free_port()}"
+    arguments.coordinator = arguments.coordinator or f"127.0.0.1:{free_port('127.0.0.1')}"
     others = _start_others(arguments) if arguments.rank == 0 else []
     try:
         golden = GoldenSet.load(arguments.golden)
@@ -151,12 +151,6 @@ def _start_others(arguments: argparse.Namespace) -> list[subprocess.Popen[bytes]
         subprocess.Popen([*command, "--rank", str(rank)], stderr=subprocess.DEVNULL)
         for rank in range(1, arguments.hosts)
     ]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

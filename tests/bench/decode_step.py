@@ -8,10 +8,9 @@ from __future__ import annotations
 import asyncio
 import pathlib
 import tempfile
-import urllib.request
 
 from cluster.client import AsyncClient
-from tests.cluster.service import Service, running
+from tests.cluster.service import Service, read_metrics, running
 
 TOKENS = 200
 ROUNDS = 3
@@ -21,9 +20,7 @@ OURS = ("plan", "broadcast", "deliver")
 
 
 def _leader_metrics(service: Service) -> dict[str, float]:
-    with urllib.request.urlopen(service.status().replicas[0].hosts[0].metrics_url, timeout=5) as response:
-        lines = response.read().decode().splitlines()
-    return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
+    return read_metrics(service.status().replicas[0].hosts[0].metrics_url)
 
 
 async def _stream(address: str, batch: int) -> None:

@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from cluster import daemon
 from cluster.client import Client
 from grok.serving.v1 import cluster_pb2
 from tests.conftest import DEMO
-from workers.host import free_port
+from workers.link import free_port
 
 START_SECONDS = 180.0
 
@@ -69,3 +70,10 @@ def running(folder: pathlib.Path, **sections: Any) -> Iterator[Service]:
         process.terminate()
         code = process.wait(timeout=60)
     assert code == 0, log.read_text()
+
+
+def read_metrics(url: str) -> dict[str, float]:
+    """The samples of a Prometheus endpoint by name and labels."""
+    with urllib.request.urlopen(url, timeout=5) as response:
+        lines = response.read().decode().splitlines()
+    return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}

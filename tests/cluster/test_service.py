@@ -9,7 +9,6 @@ import pathlib
 import signal
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +22,7 @@ from grpc_status import rpc_status
 from cluster.cli import main
 from cluster.client import AsyncClient, Client, completion_request
 from grok.serving.v1 import cluster_pb2, generation_pb2, generation_pb2_grpc
-from tests.cluster.service import Service, running
+from tests.cluster.service import Service, read_metrics, running
 from tests.conftest import DEMO
 from tests.load import cases, run
 from workers.checkpoint.checkpoint import open_checkpoint
@@ -239,22 +238,16 @@ def test_under_load_each_request_gets_what_it_gets_alone(service: Service) -> No
     assert result.status.replicas[0].compilations == 0
 
 
-def _metrics(url: str) -> dict[str, float]:
-    with urllib.request.urlopen(url, timeout=5) as response:
-        lines = response.read().decode().splitlines()
-    return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
-
-
 def test_every_metric_moves(service: Service, client: Client) -> None:
     client.complete(PROMPT, max_tokens=8, ignore_eos=True)
     status = service.status()
-    gateway = _metrics(status.metrics_url)
+    gateway = read_metrics(status.metrics_url)
     assert gateway['grokmesh_gateway_requests_total{code="OK",method="GenerateOnce"}'] > 0
     assert gateway["gen_ai_server_time_to_first_token_seconds_count"] > 0
     assert gateway["gen_ai_server_time_per_output_token_seconds_sum"] > 0
     assert gateway["grokmesh_gateway_completion_tokens_total"] >= 8
     assert gateway["grokmesh_replicas_ready"] == 1
-    leader, follower = (_metrics(host.metrics_url) for host in status.replicas[0].hosts)
+    leader, follower = (read_metrics(host.metrics_url) for host in status.replicas[0].hosts)
     assert leader["grokmesh_engine_generated_tokens_total"] >= 8
     assert leader["grokmesh_engine_kv_pages"] == status.replicas[0].pages_total > 0
     assert leader["grokmesh_engine_step_seconds_count"] > 0

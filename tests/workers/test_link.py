@@ -14,8 +14,7 @@ from grok.engine.v1 import engine_pb2
 from workers import wire
 from workers.engine.plan import Admission, Chunk, Plan, Sampling
 from workers.engine.request import Request
-from workers.host import free_port
-from workers.link import MAX_FRAME, LeaderServer, Link, LinkError, connect
+from workers.link import MAX_FRAME, LeaderServer, Link, LinkError, connect, free_port
 
 SECRET = b"a secret of the epoch"
 
