@@ -27,6 +27,9 @@ JUDGED_MARGIN = 1.0
 RMS_FACTOR, RMS_ALLOWANCE = 1.5, 1e-3
 #: Bounds for float32 activations, in standard deviations of the logits.
 FLOAT32_MAX = 1e-3
+#: Bounds for the original's largest logits, in standard deviations: of the median error where no earlier flip shows, and
+#: of the largest error at such a place.
+CALM, OUTLYING = 0.02, 0.2
 #: How far one of the original's logits may lie from float32 arithmetic, in its own rms errors.
 OUTLIER = 12.0
 
@@ -137,8 +140,9 @@ def judge_run(
       logits: [n, V], ours at the places where the original drew its tokens, given all its earlier ones.
       gaps: [n] router gaps there.
 
-    Greedy tokens must be equal where the original's choices were clear. The original's eight largest logits at each judged
-    place must be ours within its rounding.
+    Greedy tokens must be equal where the original's choices were clear, and be those of its own largest logits. Its eight
+    largest logits at each judged place must be ours within its rounding, but for places where an expert that it flipped
+    earlier moves all of them.
     """
     name = f"run/{case['name']}"
     expected = golden.array(golden.reference, f"{name}/tokens")
@@ -150,16 +154,21 @@ def judge_run(
     worst = float(np.abs(error[judged]).max(initial=0.0))
     spread = float(logits.std())
     problems = []
-    # Rounding to bfloat16 errs by less than a percent of the logits' spread; earlier flips of experts add to it.
-    if not rms <= 0.05 * spread:
-        problems.append(f"rms error {rms:.2g} of the original's largest logits exceeds {0.05 * spread:.2g}")
-    if not worst <= 0.3 * spread:
-        problems.append(f"one of the original's largest logits is {worst:.2g} away; at most {0.3 * spread:.2g}")
+    calm = judged & (np.median(np.abs(error), axis=-1) <= CALM * spread)
+    if not calm.sum() >= 0.2 * judged.sum():  # after a flip most later places may be moved
+        problems.append(f"the original's largest logits are away at {judged.sum() - calm.sum()} of {judged.sum()} places")
+    outlier = float(np.abs(error[calm]).max(initial=0.0))
+    if not outlier <= OUTLYING * spread:
+        problems.append(f"one of the original's largest logits is {outlier:.2g} away; at most {OUTLYING * spread:.2g}")
     agreement = None
     if tokens is not None:
-        agreement = float((np.array(tokens) == expected).mean())
-        if case["min_margin_exact"] > JUDGED_MARGIN and agreement < 1:
-            problems.append(f"greedy tokens differ from token {int(np.argmin(np.array(tokens) == expected))} on")
+        equal = np.array(tokens) == expected
+        agreement = float(equal.mean())
+        if case.get("min_margin_exact", 0.0) > JUDGED_MARGIN and agreement < 1:
+            problems.append(f"greedy tokens differ from token {int(np.argmin(equal))} on")
+        own = expected == ids[:, 0]
+        if not own.all():
+            problems.append(f"the original's token {int(np.argmin(own))} is not that of its largest logit")
     argmax = float((logits.argmax(-1) == ids[:, 0]).mean())
     return Verdict(case["name"], int(judged.sum()), rms, worst, argmax, agreement, tuple(problems))
 

@@ -218,6 +218,8 @@ class _Walk:
                 self._fail(f"pickle opcode {opcode!r} has no place in a tensor file; nothing was executed")
 
     def _global(self, module: Any, name: Any) -> _Global:
+        if not (isinstance(module, str) and isinstance(name, str)):
+            self._fail("a class or function whose name is no text")
         found = (module, name)
         if found in _RECONSTRUCT or found in _QUANTIZED or found in (_NDARRAY, _DTYPE, _BFLOAT16):
             return _Global(found)
