@@ -156,7 +156,9 @@ def judge_run(
     problems = []
     calm = judged & (np.median(np.abs(error), axis=-1) <= CALM * spread)
     if not calm.sum() >= 0.2 * judged.sum():  # after a flip most later places may be moved
-        problems.append(f"the original's largest logits are away at {judged.sum() - calm.sum()} of {judged.sum()} places")
+        problems.append(
+            f"the original's largest logits are away at {judged.sum() - calm.sum()} of {judged.sum()} places"
+        )
     outlier = float(np.abs(error[calm]).max(initial=0.0))
     if not outlier <= OUTLYING * spread:
         problems.append(f"one of the original's largest logits is {outlier:.2g} away; at most {OUTLYING * spread:.2g}")

@@ -81,8 +81,9 @@ class Leader:
         try:
             self._scheduler.submit(wire.request_from_proto(message))
             self._owners[message.request_id] = gateway
-        except Refused as refused:
-            refusal = engine_pb2.Refusal(request_id=message.request_id, reason=str(refused), full=refused.full)
+        except (Refused, ValueError) as error:  # a ValueError is a message that makes no request
+            full = isinstance(error, Refused) and error.full
+            refusal = engine_pb2.Refusal(request_id=message.request_id, reason=str(error), full=full)
             self._refusals.setdefault(gateway, []).append(refusal)
 
     def _drop(self, gateway: GatewayLink) -> None:
