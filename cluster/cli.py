@@ -14,9 +14,9 @@ from typing import Any
 import grpc
 
 from cluster import daemon
-from cluster.client import DEFAULT_ADDRESS, Client, Options
+from cluster.client import DEFAULT_ADDRESS, Client, Options, completion_request
 from cluster.config import ACTIVATIONS, RULES, WEIGHTS, ConfigError, load_config
-from cluster.local import prepare_environment
+from cluster.local import LocalClusterError, prepare_environment
 from grok.serving.v1 import cluster_pb2
 from workers.checkpoint.errors import CheckpointError
 from workers.model.config import ConfigError as ModelConfigError
@@ -31,7 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result: int = parsed.run(parsed)
         return result
-    except (ConfigError, CheckpointError, ModelConfigError, TokenizerError, daemon.DaemonError) as error:
+    except (
+        ConfigError,
+        CheckpointError,
+        ModelConfigError,
+        TokenizerError,
+        daemon.DaemonError,
+        LocalClusterError,
+    ) as error:
         print(f"grokmesh: {error}", file=sys.stderr)
         return 2
     except grpc.RpcError as error:
@@ -40,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (KeyboardInterrupt, BrokenPipeError):
         return 130
+    except OSError as error:  # a port in use, a file that can't be read
+        print(f"grokmesh: {error}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, help="only so many likeliest tokens (default: all)")
     generate.add_argument("--seed", type=int, help="for the same tokens again (default: random)")
     generate.add_argument("--stop", action="append", help="text that ends the completion; may be repeated")
-    generate.add_argument("--timeout", type=float, help="seconds that the request may take")
+    generate.add_argument("--timeout", type=float, help="seconds that an attempt of the request may take")
     generate.set_defaults(run=_generate)
 
     verify = commands.add_parser("verify", help="compare a checkpoint's logits and tokens with a golden set")
@@ -114,6 +124,11 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
     options: Options = {name: value for name in names if (value := getattr(arguments, name)) is not None}  # type: ignore[assignment]
+    try:
+        completion_request(arguments.prompt, **options)
+    except ValueError as error:  # a number that its field can't hold
+        print(f"grokmesh: {error}", file=sys.stderr)
+        return 2
     with Client(arguments.address) as client:
         began = time.monotonic()
         first, tokens, seed = 0.0, 0, 0

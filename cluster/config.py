@@ -85,7 +85,7 @@ class EngineSection:
       page_size: positions of a KV page.
       prefill_chunk: prompt positions of one prefill call.
       context: longest sequence; the model's own if absent.
-      kv_pages: KV pages; as many as all slots can fill if absent.
+      kv_pages: KV pages over all batch groups, one of each for padding; as many as all slots can fill if absent.
       max_waiting: requests that may wait for a slot.
     """
 
@@ -193,6 +193,13 @@ def check_model(config: Config, model: GrokConfig, path: pathlib.Path) -> None:
     context = config.engine.context
     if context is not None and context > model.sequence_len:
         raise ConfigError(f"{path}: engine.context={context} exceeds the model's {model.sequence_len}")
+    pages, groups = config.engine.kv_pages, 1 if mesh.rules == "tensor" else mesh.data
+    needed = groups * (1 + -(-(context or model.sequence_len) // config.engine.page_size))
+    if pages is not None and pages < needed:
+        raise ConfigError(
+            f"{path}: engine.kv_pages={pages} can't hold one sequence of the whole context in each of {groups} group(s); "
+            f"use at least {needed}, or a shorter engine.context"
+        )
 
 
 class _Reader:

@@ -1,8 +1,9 @@
-"""A service that runs in the background: started, found and stopped again by the port of its gateway."""
+"""A service that runs in the background: started, found and stopped again by the address of its gateway."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import IO
 
 from cluster.config import Config
 
@@ -31,18 +33,32 @@ def state_directory() -> pathlib.Path:
 
 
 def _note(address: str) -> pathlib.Path:
-    return state_directory() / f"serve-{address.rsplit(':', 1)[1]}.json"
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise DaemonError(f"{address} is no host:port")
+    return state_directory() / f"serve-{host.replace('/', '_')}-{port}.json"
 
 
 @contextlib.contextmanager
 def noted(address: str) -> Iterator[None]:
-    """Notes this process as the service at `address` while the block runs."""
-    note = _note(address)
-    note.write_text(json.dumps({"pid": os.getpid(), "address": address}))
-    try:
+    """Notes this process as the service at `address` while the block runs. The note is locked as long as it is true, however
+    this process ends. Raises DaemonError if another process holds it."""
+    with _note(address).open("a+") as note:
+        if not _lock(note):
+            raise DaemonError(f"a service runs at {address} already; grokmesh stop ends it")
+        note.truncate(0)
+        note.write(json.dumps({"pid": os.getpid()}))
+        note.flush()
         yield
-    finally:
-        note.unlink(missing_ok=True)
+        note.truncate(0)
+
+
+def _lock(note: IO[str]) -> bool:
+    try:
+        fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def start(config: Config, path: pathlib.Path, timeout: float) -> pathlib.Path:
@@ -88,11 +104,10 @@ def follow(process: subprocess.Popen[bytes], log: pathlib.Path, timeout: float) 
 def running(address: str) -> int | None:
     """The process id of the service at `address` that this user runs here, or None."""
     try:
-        pid = int(json.loads(_note(address).read_text())["pid"])
-        os.kill(pid, 0)
-    except (OSError, ValueError, KeyError, TypeError):
+        with _note(address).open("r+") as note:
+            return None if _lock(note) else int(json.load(note)["pid"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return pid
 
 
 def stop(address: str) -> None:

@@ -24,8 +24,6 @@ from grok.serving.v1 import cluster_pb2
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.tokenizer import Tokenizer
 
-_LOG = logging.getLogger(__name__)
-
 
 def serve(config: Config, path: pathlib.Path) -> None:
     """Serves until SIGTERM or SIGINT, then drains and cleans up.
@@ -51,7 +49,10 @@ async def _serve(config: Config, limits: Limits, tokenizer: Tokenizer) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     host, port = config.telemetry.metrics_address.rsplit(":", 1)
-    metrics_server, _ = prometheus_client.start_http_server(int(port), host, registry=metrics.REGISTRY)
+    try:
+        metrics_server, _ = prometheus_client.start_http_server(int(port), host, registry=metrics.REGISTRY)
+    except OSError as error:
+        raise OSError(f"telemetry.metrics_address={host}:{port} can't be listened on: {error.strerror}") from error
     metrics_url = f"http://{host}:{metrics_server.server_port}/metrics"
 
     readiness: asyncio.Queue[bool] = asyncio.Queue()

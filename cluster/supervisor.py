@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import logging
+import math
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
@@ -46,6 +46,7 @@ class Replica:
         self.epoch = 0
         self.hosts: list[HostView] = []
         self.last_failure = ""
+        self._ready_at = math.inf
         self._config = config
         self._router = router
         self._on_progress = on_progress
@@ -54,15 +55,17 @@ class Replica:
         """Keeps the replica alive until cancelled."""
         failures = 0
         while True:
-            began = asyncio.get_running_loop().time()
+            self._ready_at = math.inf
             try:
                 await self._epoch()
                 self.last_failure = "the leader ended"
             except (ray.exceptions.RayError, OSError) as error:
                 self.last_failure = _summary(error)
-            served = self.state == cluster_pb2.REPLICA_STATE_READY
+            except Exception as error:  # whatever went wrong in this replica, the others go on
+                _LOG.exception("replica %d", self.index)
+                self.last_failure = _summary(error)
+            healthy = asyncio.get_running_loop().time() - self._ready_at > HEALTHY_SECONDS
             self._enter(cluster_pb2.REPLICA_STATE_FAILED)
-            healthy = served and asyncio.get_running_loop().time() - began > HEALTHY_SECONDS
             failures = 1 if healthy else failures + 1
             _LOG.error("replica %d: epoch %d ended: %s", self.index, self.epoch, self.last_failure)
             metrics.REBUILDS.labels(str(self.index)).inc()
@@ -92,8 +95,7 @@ class Replica:
         """Serves until any host ends. The first of them decides: a mesh without one host is none."""
         loops = [asyncio.ensure_future(_result(h.serve.remote())) for h in placement.hosts]
         address = LeaderAddress(self.index, self.epoch, leader.leader, leader.secret)
-        ready = functools.partial(self._enter, cluster_pb2.REPLICA_STATE_READY)
-        stream = asyncio.ensure_future(self._router.serve(address, ready))
+        stream = asyncio.ensure_future(self._router.serve(address, self._ready))
         try:
             done, _ = await asyncio.wait([*loops, stream], return_when=asyncio.FIRST_COMPLETED)
             # Of several that end at once, the one with an error tells more.
@@ -131,6 +133,10 @@ class Replica:
         progress = await asyncio.gather(*(h.progress.remote() for h in placement.hosts))
         self.hosts = [HostView(view.endpoint, p) for view, p in zip(self.hosts, progress, strict=True)]
         self._on_progress(self)
+
+    def _ready(self) -> None:
+        self._ready_at = asyncio.get_running_loop().time()
+        self._enter(cluster_pb2.REPLICA_STATE_READY)
 
     def _enter(self, state: cluster_pb2.ReplicaState.ValueType) -> None:
         self.state = state

@@ -67,7 +67,7 @@ class Assignment:
       secret: of the epoch; who connects to the leader must know it.
       rank: of this host; 0 leads.
       coordinator: `host:port` where JAX's coordination service listens, on rank 0.
-      leader: `host:port` where the leader listens.
+      leader: `host:port` where the leader listens; empty for nowhere.
       compilation_cache: directory of compiled programs kept between starts, or None.
     """
 
@@ -109,11 +109,9 @@ class Progress:
       fraction: of the phase, 0 to 1.
       devices: local devices, once known.
       bytes_read: of the checkpoint.
-      bytes_total: of the checkpoint.
     """
 
     phase: str
     fraction: float
     devices: int = 0
     bytes_read: int = 0
-    bytes_total: int = 0

@@ -36,7 +36,8 @@ class Leader:
         pending: Pending | None = None
         clock = _Clock()
         while True:
-            idle = pending is None
+            # With nothing in flight the head of the queue can always be admitted, so this does not spin.
+            idle = pending is None and self._scheduler.load.waiting == 0
             self._hear(block=idle)
             if idle:
                 clock.restart()
@@ -89,6 +90,7 @@ class Leader:
     def _drop(self, gateway: GatewayLink) -> None:
         """Nobody waits any more for what a lost gateway asked for."""
         self._gateways.discard(gateway)
+        self._refusals.pop(gateway, None)
         for request_id in [id for id, owner in self._owners.items() if owner is gateway]:
             self._scheduler.cancel(request_id)
             del self._owners[request_id]

@@ -22,10 +22,11 @@ from grok.engine.v1 import engine_pb2
 _LOG = logging.getLogger(__name__)
 _LENGTH = struct.Struct(">I")
 
-#: A request with a full context of Grok-1 takes 40 kB; more than this is no frame.
+#: A plan that admits a full context of Grok-1 with every bias allowed takes 100 kB; more than this is no frame.
 MAX_FRAME = 16 * 1024 * 1024
-#: Seconds that a new connection has to say Hello.
+#: Seconds that a new connection has to say Hello, and the most bytes that it may take.
 HELLO_TIMEOUT = 5.0
+MAX_HELLO = 1024
 #: Frames to a gateway that may wait before it is given up.
 MAX_OUTGOING = 10_000
 
@@ -43,19 +44,21 @@ class Link:
         self._buffer = bytearray()
 
     def send(self, frame: bytes) -> None:
-        """Sends one frame. Raises LinkError when the peer is gone."""
+        """Sends one frame. Raises LinkError when the peer is gone or the frame is longer than MAX_FRAME."""
+        if len(frame) > MAX_FRAME:
+            raise LinkError(f"a frame of {len(frame)} bytes")
         try:
             self._connection.sendall(_LENGTH.pack(len(frame)) + frame)
         except OSError as error:
             raise LinkError(f"peer is gone: {error}") from error
 
-    def receive(self) -> bytes | None:
+    def receive(self, longest: int = MAX_FRAME) -> bytes | None:
         """The next frame, or None when the peer has closed the stream. Raises LinkError when it broke."""
         header = self._read(_LENGTH.size)
         if header is None:
             return None
         (length,) = _LENGTH.unpack(header)
-        if length > MAX_FRAME:
+        if length > longest:
             raise LinkError(f"a frame of {length} bytes")
         frame = self._read(length)
         if frame is None and length:
@@ -93,7 +96,7 @@ class GatewayLink:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._outgoing: queue.Queue[bytes | None] = queue.Queue(MAX_OUTGOING)
+        self._outgoing: queue.Queue[bytes] = queue.Queue(MAX_OUTGOING)
         self.open = True
         threading.Thread(target=self._write, daemon=True, name="gateway-writer").start()
 
@@ -115,7 +118,7 @@ class GatewayLink:
             with contextlib.suppress(queue.Empty):
                 frame = self._outgoing.get(timeout=1.0)
                 try:
-                    self._link.send(frame or b"")
+                    self._link.send(frame)
                 except LinkError:
                     self.open = False
 
@@ -132,6 +135,7 @@ class LeaderServer:
         self._epoch = epoch
         self._secret = secret
         self._followers: dict[int, Link] = {}
+        self._closed = False
         self._joined = threading.Condition()
         self.inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
         self._listener = socket.create_server((host, int(port)), backlog=64)
@@ -151,6 +155,9 @@ class LeaderServer:
 
     def close(self) -> None:
         """Ends all followers' streams and takes no more connections."""
+        self._closed = True
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes a blocked accept
         self._listener.close()
         for link in self._followers.values():
             link.close()
@@ -160,24 +167,35 @@ class LeaderServer:
             try:
                 connection, _ = self._listener.accept()
             except OSError:
-                return
+                if self._closed:
+                    return
+                time.sleep(0.05)  # out of descriptors, or a peer that gave up: others may still come
+                continue
             threading.Thread(target=self._greet, args=(connection,), daemon=True, name="leader-greet").start()
 
     def _greet(self, connection: socket.socket) -> None:
         link = Link(connection)
         try:
-            link.settimeout(HELLO_TIMEOUT)
-            hello = engine_pb2.Hello.FromString(link.receive() or b"")
+            # A timer, since a socket's timeout would begin anew with each byte.
+            patience = threading.Timer(HELLO_TIMEOUT, link.close)
+            patience.start()
+            try:
+                hello = engine_pb2.Hello.FromString(link.receive(MAX_HELLO) or b"")
+            finally:
+                patience.cancel()
             if hello.epoch != self._epoch or not hmac.compare_digest(hello.secret, self._secret):
                 raise LinkError("wrong epoch or secret")
-            link.settimeout(None)
         except (LinkError, DecodeError) as error:
             _LOG.warning("refused a connection: %s", error)
             link.close()
             return
         if hello.HasField("rank"):
             with self._joined:
-                self._followers[hello.rank] = link
+                if hello.rank in self._followers:
+                    _LOG.warning("refused a second follower of rank %d", hello.rank)
+                    link.close()
+                    return
+                self._followers = {**self._followers, hello.rank: link}
                 self._joined.notify_all()
         else:
             self._read_gateway(link)

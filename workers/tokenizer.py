@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import sentencepiece
 
@@ -30,19 +30,20 @@ class Tokenizer:
             self._processor.Load(str(path))
         except (OSError, RuntimeError) as error:
             raise TokenizerError(f"{path}: no SentencePiece model: {error}") from error
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens."""
-        return int(self._processor.GetPieceSize())
+        #: Number of tokens.
+        self.vocab_size = int(self._processor.GetPieceSize())
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""
         return list(self._processor.EncodeAsIds(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens. Those outside of the vocabulary stand for nothing."""
-        return str(self._processor.DecodeIds([id for id in ids if id < self.vocab_size]))
+        """The text of tokens."""
+        return str(self._processor.DecodeIds([id for id in ids if not self.has_no_text(id)]))
+
+    def has_no_text(self, id: int) -> bool:
+        """Whether a token stands for no text at all: one that ends or pads, or is outside of the vocabulary."""
+        return id >= self.vocab_size or bool(self._processor.IsControl(id))
 
     def piece(self, id: int) -> str:
         """The piece of text that a token stands for, with U+2581 for a space."""
@@ -52,33 +53,38 @@ class Tokenizer:
 class Detokenizer:
     """Turns a completion into text token by token. The pieces joined are the text that the completion adds to its prompt.
 
-    Each step decodes a short window: the tokens since the last text was told, and those that told it before.
+    Each step decodes a short window: some tokens whose text was told (or is the prompt's), and those since. A character that
+    is not complete yet stands as U+FFFD, one a byte, at the end of the window's text, and is held back.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._window = list(prompt[-_CONTEXT:])
-        self._told = len(self._window)
+        self._window = [id for id in prompt if not tokenizer.has_no_text(id)][-_CONTEXT:]
+        self._told = self._certain(tokenizer.decode(self._window))
 
     def push(self, token: int) -> str:
         """The text that is certain now and was not before; none while a character is incomplete."""
-        self._window.append(token)
-        before, text = self._decode()
-        fresh = text[len(before) :]
-        missing = len(fresh) - len(fresh.rstrip(_REPLACEMENT))  # one for each byte of an incomplete character
-        if not fresh or 0 < missing < _LONGEST_CHARACTER:
+        if self._tokenizer.has_no_text(token):
             return ""
-        return self._tell(before, text)
+        self._window.append(token)
+        return self._tell(self._certain)
 
     def flush(self) -> str:
         """The rest, however incomplete."""
-        return self._tell(*self._decode())
+        return self._tell(len)
 
-    def _decode(self) -> tuple[str, str]:
-        return self._tokenizer.decode(self._window[: self._told]), self._tokenizer.decode(self._window)
+    def _tell(self, certain: Callable[[str], int]) -> str:
+        text = self._tokenizer.decode(self._window)
+        end = max(certain(text), self._told)
+        fresh = text[self._told : end]
+        self._told = end
+        if end == len(text) and len(self._window) >= 2 * _CONTEXT:
+            self._window = self._window[-_CONTEXT:]
+            self._told = len(self._tokenizer.decode(self._window))
+        return fresh
 
-    def _tell(self, before: str, text: str) -> str:
-        fresh = self._window[self._told :]
-        self._window = self._window[self._told :] if len(fresh) >= _CONTEXT else self._window[-_CONTEXT:]
-        self._told = len(self._window)
-        return text[len(before) :]
+    @staticmethod
+    def _certain(text: str) -> int:
+        """Length of a text without the incomplete character at its end."""
+        missing = len(text) - len(text.rstrip(_REPLACEMENT))
+        return len(text) if missing >= _LONGEST_CHARACTER else len(text) - missing

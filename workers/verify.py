@@ -15,7 +15,7 @@ import numpy as np
 from workers.assignment import Assignment, EngineSpec, MeshSpec, ModelSpec
 from workers.checkpoint.errors import CheckpointError
 from workers.engine.plan import Admission, Chunk, Plan, Sampling
-from workers.engine.request import Request
+from workers.engine.request import Refused, Request
 from workers.engine.scheduler import Scheduler
 from workers.golden import Array, GoldenError, GoldenSet, Verdict, judge_checkpoint, judge_forward, judge_run
 from workers.link import free_port
@@ -52,18 +52,18 @@ def main() -> int:
         worker.form()
         worker.warm_up()
         verdicts = _verdicts(golden, arguments, worker)
-    except (GoldenError, CheckpointError, ConfigError, ValueError) as error:
+        if arguments.rank:
+            list(verdicts)
+            return 0
+        print(
+            f"{arguments.golden} on mesh {arguments.mesh}, {arguments.hosts} host(s), {arguments.activations} activations"
+        )
+        return _report(verdicts)
+    except (GoldenError, CheckpointError, ConfigError, ValueError, KeyError, OSError, Refused) as error:
         print(f"grokmesh: {error}", file=sys.stderr)
         for process in others:
             process.kill()
         return 2
-    if arguments.rank:
-        list(verdicts)
-        return 0
-    print(
-        f"{arguments.golden} on mesh {arguments.mesh}, {arguments.hosts} host(s), {arguments.activations} activations"
-    )
-    return _report(verdicts)
 
 
 def _verdicts(golden: GoldenSet, arguments: argparse.Namespace, worker: Worker) -> Iterable[Verdict]:
@@ -143,7 +143,7 @@ def _worker(arguments: argparse.Namespace, data: int, model: int) -> Worker:
 
 
 def _start_others(arguments: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
-    """Starts ranks 1 and on; they say nothing but errors, and end with rank 0."""
+    """Starts ranks 1 and on; they are silent, since rank 0 says the same, and end with it."""
     command = [sys.executable, "-m", "workers.verify"]
     for name in ("checkpoint", "golden", "mesh", "hosts", "rules", "weights", "activations", "coordinator"):
         command += [f"--{name}", str(getattr(arguments, name))]

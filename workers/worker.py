@@ -27,7 +27,7 @@ def configure_jax(mesh: MeshSpec, compilation_cache: str | None) -> None:
         jax.config.update("jax_num_cpu_devices", mesh.devices_per_host)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", compilation_cache)
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
@@ -37,6 +37,7 @@ class Worker:
 
     def __init__(self, assignment: Assignment) -> None:
         self._assignment = assignment
+        self._server: LeaderServer | None = None
         self._compilations = 0
         self._compilations_before_serving = 0
         self.progress = Progress("starting", 0.0)
@@ -50,6 +51,9 @@ class Worker:
         """
         a = self._assignment
         self._report("joining the mesh", 0.0)
+        if a.leader and a.rank == 0:
+            # Before the long work, in which somebody else might take the port.
+            self._server = LeaderServer(a.leader, a.epoch, a.secret)
         configure_jax(a.mesh, a.compilation_cache)
         import jax
         import jax.numpy as jnp
@@ -58,6 +62,7 @@ class Worker:
         if a.mesh.hosts > 1:
             jax.distributed.initialize(
                 coordinator_address=a.coordinator,
+                coordinator_bind_address=a.coordinator if a.rank == 0 else None,
                 num_processes=a.mesh.hosts,
                 process_id=a.rank,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
@@ -79,7 +84,7 @@ class Worker:
         def loaded(progress: LoadProgress) -> None:
             metrics.CHECKPOINT_BYTES.inc(progress.read - self.progress.bytes_read)
             fraction = progress.tensors / len(checkpoint.tensors)
-            self.progress = Progress("loading", fraction, devices, progress.read, progress.total)
+            self.progress = Progress("loading", fraction, devices, progress.read)
 
         params, _ = load_parameters(checkpoint, partition, weights=a.model.weights, dtype=dtype, report=loaded)
         self._report("compiling", 0.0)
@@ -105,12 +110,12 @@ class Worker:
             return
         runtime = self.runtime
         scheduler = Scheduler(runtime.shape, runtime.config.vocab_size, a.engine.max_waiting)
-        server = LeaderServer(a.leader, a.epoch, a.secret)
+        assert self._server is not None
         try:
-            server.wait_for_followers(a.mesh.hosts - 1, JOIN_SECONDS)
-            Leader(runtime, scheduler, server, a.epoch, self._compilations_while_serving).run()
+            self._server.wait_for_followers(a.mesh.hosts - 1, JOIN_SECONDS)
+            Leader(runtime, scheduler, self._server, a.epoch, self._compilations_while_serving).run()
         finally:
-            server.close()
+            self._server.close()
 
     def _compilations_while_serving(self) -> int:
         return self._compilations - self._compilations_before_serving
@@ -123,7 +128,7 @@ class Worker:
 
     def _report(self, phase: str, fraction: float) -> None:
         before = self.progress
-        self.progress = Progress(phase, fraction, before.devices, before.bytes_read, before.bytes_total)
+        self.progress = Progress(phase, fraction, before.devices, before.bytes_read)
 
 
 def engine_shape(assignment: Assignment, model_context: int, groups: int) -> EngineShape:

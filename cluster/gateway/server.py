@@ -46,7 +46,10 @@ class Gateway:
         reflection.enable_server_reflection(
             (GENERATION, CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
-        self.port = self._server.add_insecure_port(config.address)
+        try:
+            self._server.add_insecure_port(config.address)
+        except RuntimeError as error:
+            raise OSError(f"gateway.address={config.address} can't be listened on") from error
 
     async def start(self) -> None:
         """Listens. Not serving until `set_ready`."""

@@ -1,5 +1,5 @@
-"""A completion in the making. It outlives any worker: prompt, parameters and the tokens so far are all that is needed to
-go on elsewhere, since sampling depends on seed and position alone."""
+"""A completion in the making: prompt, parameters and the tokens so far. That is all that is needed to go on elsewhere, since
+sampling depends on seed and position alone."""
 
 from __future__ import annotations
 

@@ -18,6 +18,8 @@ _Wrong = Callable[[str, str], None]
 
 MAX_STOP_TEXTS = 16
 MAX_STOP_BYTES = 1024
+MAX_BIASES = 1024
+MAX_ALLOWED_TOKENS = 4096
 MAX_TEMPERATURE = 100.0
 MAX_BIAS = 100.0
 
@@ -101,6 +103,12 @@ def _sampling(params: generation_pb2.SamplingParams, vocab_size: int, wrong: _Wr
         wrong("sampling.top_p", f"is {top_p:g}; must be more than 0 and at most 1")
     if params.top_k < 0:
         wrong("sampling.top_k", f"is {params.top_k}; must be at least 0")
+    for field, entries, most in (
+        ("logit_bias", params.logit_bias, MAX_BIASES),
+        ("allowed_tokens", params.allowed_tokens, MAX_ALLOWED_TOKENS),
+    ):
+        if len(entries) > most:
+            wrong(f"sampling.{field}", f"has {len(entries)} entries; at most {most}")
     for token, bias in params.logit_bias.items():
         if token >= vocab_size:
             wrong("sampling.logit_bias", f"has token {token}; the vocabulary has {vocab_size}")

@@ -64,6 +64,13 @@ def test_a_mesh_that_splits_heads_is_refused(tmp_path: pathlib.Path) -> None:
         check_model(load_config(path), GrokConfig(), path)
 
 
+def test_pages_that_hold_no_whole_sequence_are_refused(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "ray_config.yaml"
+    path.write_text(MINIMAL + "engine:\n  context: 160\n  kv_pages: 10\n")
+    with pytest.raises(ConfigError, match=r"kv_pages=10 can't hold one sequence .* use at least 11"):
+        check_model(load_config(path), GrokConfig(), path)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=80))
 def test_no_text_gives_anything_but_a_configuration_or_an_error(text: str) -> None:

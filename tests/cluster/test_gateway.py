@@ -57,6 +57,8 @@ def _request(prompt: str | list[int], **options: object) -> Request:
         ("x", {"top_k": -1}, "sampling.top_k", "is -1; must be at least 0"),
         ("x", {"logit_bias": {9999: 1.0}}, "sampling.logit_bias", "has token 9999"),
         ("x", {"logit_bias": {9: math.inf}}, "sampling.logit_bias", "is inf for token 9"),
+        ("x", {"allowed_tokens": [7] * 4097}, "sampling.allowed_tokens", "has 4097 entries; at most 4096"),
+        ("x", {"logit_bias": dict.fromkeys(range(1025), 1.0)}, "sampling.logit_bias", "has 1025 entries; at most 1024"),
         ("x", {"allowed_tokens": [2048]}, "sampling.allowed_tokens", "has token 2048"),
         ("x", {"top_logprobs": 9}, "top_logprobs", "is 9; must be from 0 to 8"),
         ("x", {"stop": [""]}, "stop[0]", "must have 1 to 1024 bytes"),

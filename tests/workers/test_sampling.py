@@ -83,6 +83,10 @@ def test_temperature_0_takes_the_most_likely_token() -> None:
     assert _draw_many(_logits(), temperature=0.0)[_logits().argmax()] == 1.0
 
 
+def test_a_temperature_next_to_0_is_next_to_greedy() -> None:
+    assert _draw_many(_logits(), temperature=2e-38)[_logits().argmax()] == 1.0
+
+
 def test_a_row_without_filters_is_not_touched_by_those_of_another() -> None:
     logits = jnp.tile(_logits(), (2, 1))
     rows = _rows(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -99,6 +100,11 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: pathlib.Path) -> None:
         (tmp_path / "t").write_bytes(content[:length])
         with pytest.raises(CheckpointError):
             read_header(tmp_path / "t")
+
+
+def test_an_error_survives_the_way_from_a_worker(tmp_path: pathlib.Path) -> None:
+    error = CheckpointError(tmp_path, "is wrong", tensor="layer/w", offset=7)
+    assert str(copy.copy(error)) == str(error) == f"{tmp_path} (layer/w) at byte 7: is wrong"
 
 
 def test_what_follows_the_tensor_is_refused(tmp_path: pathlib.Path) -> None:

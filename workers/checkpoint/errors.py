@@ -13,7 +13,12 @@ class CheckpointError(ValueError):
     ) -> None:
         where = f"{path}" + (f" ({tensor})" if tensor else "") + (f" at byte {offset}" if offset is not None else "")
         super().__init__(f"{where}: {problem}")
-        self.path = path
-        self.tensor = tensor
-        self.offset = offset
-        self.problem = problem
+        self._arguments = (path, problem, tensor, offset)
+
+    def __reduce__(self) -> tuple[object, tuple[pathlib.Path, str, str | None, int | None]]:
+        """Lets Ray carry the error from a worker to the supervisor."""
+        return _again, self._arguments
+
+
+def _again(path: pathlib.Path, problem: str, tensor: str | None, offset: int | None) -> CheckpointError:
+    return CheckpointError(path, problem, tensor=tensor, offset=offset)

@@ -240,7 +240,7 @@ class _Walk:
                 return _Dtype(code)
             case _Global(name=name), (_Global(name=kind), False, True) if name == _DTYPE and kind == _BFLOAT16:
                 return _Dtype("bfloat16")
-        self._fail(f"calls {function!r} with {arguments!r}, which makes no array of a known type; nothing was executed")
+        self._fail(f"calls {_named(function)}, which makes no array of a known type so; nothing was executed")
 
     def _build(self, target: Any, state: Any) -> None:
         match target, state:
@@ -256,11 +256,11 @@ class _Walk:
                     self._fail(f"a QuantizedWeight8bit with fields {sorted(state)}; expected weight and scales")
                 target.fields = {"weight": w, "scales": s}
             case _:
-                self._fail(f"an object state that is not an array's: {str(state)[:100]}")
+                self._fail(f"an object state that is not an array's, but a {type(state).__name__}")
 
     def _span(self, shape: tuple[Any, ...], dtype: np.dtype[Any], payload: _Bytes) -> ArraySpan:
         if not all(type(n) is int and 0 < n < 2**40 for n in shape):
-            self._fail(f"array shape {shape}")
+            self._fail("an array shape that is none")
         span = ArraySpan(shape, dtype, payload.offset)
         if span.nbytes != payload.length:
             self._fail(f"array of shape {shape} and type {dtype} has {payload.length} bytes; needs {span.nbytes}")
@@ -334,3 +334,8 @@ class _Walk:
 
     def _fail(self, problem: str) -> NoReturn:
         raise CheckpointError(self._path, problem, tensor=self._tensor, offset=self._opcode_at)
+
+
+def _named(function: Any) -> str:
+    """What is called, by name only: arguments may share parts, and be endless to print."""
+    return ".".join(function.name) if isinstance(function, _Global) else type(function).__name__

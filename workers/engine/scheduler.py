@@ -82,6 +82,8 @@ class Scheduler:
         if self._pages(request) > shape.pages - 1:
             raise Refused(f"needs {self._pages(request)} pages; the cache has {shape.pages - 1}")
         sampling = request.sampling
+        if not 0 <= sampling.top_k <= self._vocab_size:
+            raise Refused(f"top_k={sampling.top_k} is outside the vocabulary of {self._vocab_size}")
         ids = (*request.prompt, *(token for token, _ in sampling.logit_bias), *sampling.allowed_tokens)
         if not all(0 <= token < self._vocab_size for token in ids):
             raise Refused(f"a token is outside the vocabulary of {self._vocab_size}")

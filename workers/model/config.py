@@ -78,7 +78,12 @@ class GrokConfig:
             if name not in fields:
                 continue
             wanted: type = float if fields[name].type == "float" else int
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or wanted(value) != value:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not math.isfinite(value)
+                or wanted(value) != value
+            ):
                 raise ConfigError(
                     f"config.json: {name}={value!r} is not {'an integer' if wanted is int else 'a number'}"
                 )
@@ -89,7 +94,7 @@ class GrokConfig:
             raise ConfigError(f"config.json: missing {', '.join(missing)}")
         if "ffn_size" not in known:
             factor = values.get("widening_factor")
-            if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+            if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
                 raise ConfigError("config.json: needs ffn_size or widening_factor")
             known["ffn_size"] = ffn_size(known["emb_size"], factor)
         return cls(**known)

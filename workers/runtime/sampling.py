@@ -66,7 +66,9 @@ def sample(logits: jax.Array, bias: jax.Array, rows: SamplingRows) -> Sampled:
     greedy = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
 
     def draw() -> jax.Array:
-        scaled = adjusted / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+        # Relative to the largest, so that no temperature, however small, makes more than one infinite.
+        temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+        scaled = (adjusted - jnp.max(adjusted, axis=-1, keepdims=True)) / temperature
         filtered = (rows.top_p < 1) | (rows.top_k > 0)
         kept = lax.cond(jnp.any(filtered), lambda: filter_logits(scaled, rows.top_p, rows.top_k), lambda: scaled)
         kept = jnp.where(filtered[:, None], kept, scaled)

@@ -119,11 +119,11 @@ class SamplingParams(_message.Message):
     """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Added to the logits of tokens, from -100 to 100."""
+        """Added to the logits of up to 1,024 tokens, from -100 to 100."""
 
     @_builtins.property
     def allowed_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """If there are any, no other tokens are drawn."""
+        """If there are any (up to 4,096), no other tokens are drawn."""
 
     def __init__(
         self,
