@@ -70,6 +70,12 @@ def test_heads_that_can_not_be_those_of_grok_1_need_a_config_json(tmp_path: path
         open_checkpoint(tmp_path)
 
 
+def test_integers_without_scales_are_refused(copy: pathlib.Path) -> None:
+    write_array(copy / "ckpt-0" / "tensor00005_000", np.zeros((128, 64), np.int8))
+    with pytest.raises(CheckpointError, match=r"tensor00005_000 \(.*key/w\): holds integers without scales"):
+        open_checkpoint(copy)
+
+
 def test_a_missing_file_is_named(copy: pathlib.Path) -> None:
     (copy / "ckpt-0" / "tensor00007_000").unlink()
     with pytest.raises(CheckpointError, match="tensor00007_000: is missing"):

@@ -123,6 +123,8 @@ def _check(info: ParameterInfo, file: TensorFile) -> None:
             file.path, f"has shape {file.values.shape}; the configuration needs {info.shape}", tensor=info.path
         )
     if file.scales is None:
+        if file.values.dtype.kind == "i":
+            raise CheckpointError(file.path, "holds integers without scales", tensor=info.path)
         return
     if not info.quantized:
         raise CheckpointError(file.path, "is an 8-bit weight; expected a bare array", tensor=info.path)
