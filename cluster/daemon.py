@@ -70,16 +70,20 @@ def start(config: Config, path: pathlib.Path, timeout: float) -> pathlib.Path:
     if running(config.gateway.address):
         raise DaemonError(f"a service runs at {config.gateway.address} already; grokmesh stop ends it")
     log = _note(config.gateway.address).with_suffix(".log")
+    follow(launch(path, log, detached=True), log, timeout)
+    return log
+
+
+def launch(path: pathlib.Path, log: pathlib.Path, *, detached: bool) -> subprocess.Popen[bytes]:
+    """Runs `grokmesh serve` with the configuration `path`, its words in `log`; detached, it outlives a closed terminal."""
     with log.open("wb") as output:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "cluster.cli", "serve", "--config", str(path)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=detached,
         )
-    follow(process, log, timeout)
-    return log
 
 
 def follow(process: subprocess.Popen[bytes], log: pathlib.Path, timeout: float) -> None:

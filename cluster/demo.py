@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,13 +25,7 @@ def main() -> int:
         path, address = _configuration(pathlib.Path("ray_config.yaml"), pathlib.Path(folder))
         log = pathlib.Path(folder) / "serve.log"
         began = time.monotonic()
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.cli", "serve", "--config", str(path)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+        process = daemon.launch(path, log, detached=False)
         try:
             daemon.follow(process, log, START_SECONDS)
             print(f"ready after {time.monotonic() - began:.0f} s\n")

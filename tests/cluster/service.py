@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import pathlib
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -56,13 +55,7 @@ def running(folder: pathlib.Path, **sections: Any) -> Iterator[Service]:
     }
     path, log = folder / "ray_config.yaml", folder / "serve.log"
     path.write_text(yaml.safe_dump(config))
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli", "serve", "--config", str(path)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+    process = daemon.launch(path, log, detached=False)
     try:
         daemon.follow(process, log, START_SECONDS)
         yield Service(address, process)

@@ -69,29 +69,21 @@ class Experts(hk.Module):
           [M, D] float32. Products are taken in x's dtype.
         """
         c = self._config
-        widen, narrow = ((c.num_experts, c.emb_size, c.ffn_size), (c.num_experts, c.ffn_size, c.emb_size))
+        widen, narrow = (c.num_experts, c.emb_size, c.ffn_size), (c.num_experts, c.ffn_size, c.emb_size)
         gate = _Weight("linear")(widen)
         up = _Weight("linear_v")(widen)
         down = _Weight("linear_1")(narrow)
         partition = self._partition
-        if partition.mesh is None:
-            return self._local(x, gates, experts, valid, gate, up, down)
         rows = PartitionSpec(None, partition.axes("embed") or None)
-        return jax.shard_map(
-            self._local,
-            mesh=partition.mesh,
-            in_specs=(
-                rows,
-                PartitionSpec(),
-                PartitionSpec(),
-                PartitionSpec(),
-                partition.weight_spec(gate, WIDEN_AXES),
-                partition.weight_spec(up, WIDEN_AXES),
-                partition.weight_spec(down, NARROW_AXES),
-            ),
-            out_specs=rows,
-            check_vma=False,
-        )(x, gates, experts, valid, gate, up, down)
+        specs = (
+            rows,
+            *(PartitionSpec(),) * 3,
+            partition.weight_spec(gate, WIDEN_AXES),
+            partition.weight_spec(up, WIDEN_AXES),
+            partition.weight_spec(down, NARROW_AXES),
+        )
+        mixed: jax.Array = partition.on_parts(self._local, specs, rows)(x, gates, experts, valid, gate, up, down)
+        return mixed
 
     def _local(
         self,

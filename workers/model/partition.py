@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,12 @@ class Partition:
         """`x`, told to lie as `axes` say."""
         return x if self.mesh is None else lax.with_sharding_constraint(x, self.sharding(axes))
 
+    def on_parts(self, local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`local` as a function of whole arrays: each device calls it on its parts. Without a mesh, `local` itself."""
+        if self.mesh is None:
+            return local
+        return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
     def scale_groups(self, groups: int, row_axis: str | None) -> int:
         """The number of scale groups to keep of a weight with `groups`, so that each part of its rows has whole ones.
 
@@ -138,15 +145,9 @@ class Partition:
             columns = self.axes("table_embed")
             return lax.all_gather(rows, columns, axis=2, tiled=True) if columns else rows
 
-        if self.mesh is None:
-            return local(table, tokens)
-        return jax.shard_map(
-            local,
-            mesh=self.mesh,
-            in_specs=(self.spec(("vocab", "table_embed")), self.spec((None, None))),
-            out_specs=self.spec((None, None, None)),
-            check_vma=False,
-        )(table, tokens)
+        specs = (self.spec(("vocab", "table_embed")), self.spec((None, None)))
+        result: jax.Array = self.on_parts(local, specs, self.spec((None, None, None)))(table, tokens)
+        return result
 
     def tied_logits(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
         """`hidden` [..., D] times the transposed `table` [V, D]: [..., V] float32, split as the table's vocabulary."""
@@ -157,15 +158,9 @@ class Partition:
             over = self.axes("table_embed")
             return lax.psum(product, over) if over else product
 
-        if self.mesh is None:
-            return local(hidden, table)
-        return jax.shard_map(
-            local,
-            mesh=self.mesh,
-            in_specs=(self.spec((*lead, "table_embed")), self.spec(("vocab", "table_embed"))),
-            out_specs=self.spec((*lead, "vocab")),
-            check_vma=False,
-        )(hidden, table)
+        specs = (self.spec((*lead, "table_embed")), self.spec(("vocab", "table_embed")))
+        result: jax.Array = self.on_parts(local, specs, self.spec((*lead, "vocab")))(hidden, table)
+        return result
 
     def matmul(self, x: jax.Array, weight: Weight, axes: Axes) -> jax.Array:
         """`x` [B, T, K] times a weight [K, N] with logical `axes`: [B, T, N] float32, N split as the weight's.
@@ -181,12 +176,6 @@ class Partition:
             over = self.axes(axes[0])
             return lax.psum(product, over) if over else product
 
-        if self.mesh is None:
-            return local(x, weight)
-        return jax.shard_map(
-            local,
-            mesh=self.mesh,
-            in_specs=(self.spec((rows, None, axes[0])), self.weight_spec(weight, axes)),
-            out_specs=self.spec((rows, None, axes[1])),
-            check_vma=False,
-        )(x, weight)
+        specs = (self.spec((rows, None, axes[0])), self.weight_spec(weight, axes))
+        result: jax.Array = self.on_parts(local, specs, self.spec((rows, None, axes[1])))(x, weight)
+        return result

@@ -48,10 +48,9 @@ class PagedAttend:
         """[B, T, H, C], [B, T, K, C] twice -> [B, T, H, C]."""
         key_pages, value_pages = self.pages[layer]
         spec = self.partition.spec
-        operation = jax.shard_map(
+        operation = self.partition.on_parts(
             self._local,
-            mesh=self.partition.mesh,
-            in_specs=(
+            (
                 spec(("batch", None, "q_heads", None)),
                 spec(ROW_AXES),
                 spec(ROW_AXES),
@@ -60,9 +59,9 @@ class PagedAttend:
                 spec(TABLE_AXES),
                 spec(TABLE_AXES),
             ),
-            out_specs=(spec(("batch", None, "q_heads", None)), spec(PAGE_AXES), spec(PAGE_AXES)),
-            check_vma=False,
+            (spec(("batch", None, "q_heads", None)), spec(PAGE_AXES), spec(PAGE_AXES)),
         )
+        mixed: jax.Array
         mixed, key_pages, value_pages = operation(query, key, value, key_pages, value_pages, self.table, self.positions)
         self.pages[layer] = (key_pages, value_pages)
         return mixed
