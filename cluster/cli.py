@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
+import os
 import pathlib
 import subprocess
 import sys
@@ -14,10 +14,12 @@ from typing import Any
 import grpc
 
 from cluster import daemon
-from cluster.client import DEFAULT_ADDRESS, Client, Options, completion_request
+from cluster.client import API_KEY_VARIABLE, DEFAULT_ADDRESS, Client, Options, completion_request
 from cluster.config import ACTIVATIONS, RULES, WEIGHTS, ConfigError, load_config
+from cluster.gateway.keys import KeysError, new_key
 from cluster.local import LocalClusterError, prepare_environment
 from grok.serving.v1 import cluster_pb2
+from workers import logs
 from workers.checkpoint.errors import CheckpointError
 from workers.model.config import ConfigError as ModelConfigError
 from workers.tokenizer import TokenizerError
@@ -37,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ModelConfigError,
         TokenizerError,
         daemon.DaemonError,
+        KeysError,
         LocalClusterError,
     ) as error:
         print(f"grokmesh: {error}", file=sys.stderr)
@@ -60,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--config", type=pathlib.Path, default=CONFIG, help="configuration (default: %(default)s)")
     serve.add_argument("--detach", action="store_true", help="leave it running in the background, once it serves")
     serve.add_argument("--timeout", type=float, default=600, help="seconds that --detach waits (default: %(default)s)")
+    serve.add_argument(
+        "--replace", action="store_true", help="take over from the running service, once this one is ready to serve"
+    )
     serve.set_defaults(run=_serve)
 
     generate = commands.add_parser("generate", help="stream a completion of a prompt")
@@ -94,6 +100,18 @@ def _parser() -> argparse.ArgumentParser:
     _address(status)
     status.set_defaults(run=_status)
 
+    profile = commands.add_parser("profile", help="trace steps on all hosts of a replica with JAX's profiler")
+    _address(profile)
+    profile.add_argument("--replica", type=int, default=0, help="number of the replica (default: %(default)s)")
+    profile.add_argument("--steps", type=int, default=20, help="steps to trace (default: %(default)s)")
+    profile.add_argument("--timeout", type=float, default=60, help="seconds that they may take (default: %(default)s)")
+    profile.add_argument("--output", type=pathlib.Path, default=pathlib.Path("profile"), help="folder for the traces")
+    profile.set_defaults(run=_profile)
+
+    key = commands.add_parser("key", help="make an API key")
+    key.add_argument("name", help="of its owner, as metrics and logs show it")
+    key.set_defaults(run=_key)
+
     stop = commands.add_parser("stop", help="drain and end the service that runs on this machine")
     _address(stop)
     stop.set_defaults(run=_stop)
@@ -104,20 +122,23 @@ def _address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default=DEFAULT_ADDRESS, help="of the gateway (default: %(default)s)")
 
 
+def _client(arguments: argparse.Namespace, **options: Any) -> Client:
+    return Client(arguments.address, api_key=os.environ.get(API_KEY_VARIABLE), **options)
+
+
 def _serve(arguments: argparse.Namespace) -> int:
     path: pathlib.Path = arguments.config
     config = load_config(path)
     if arguments.detach:
-        log = daemon.start(config, path, arguments.timeout)
+        log = daemon.start(config, path, arguments.timeout, replace=arguments.replace)
         print(f"running in the background; its log is {log}, `grokmesh stop` ends it")
         return 0
     if config.cluster.address == "local":
         prepare_environment()
     from cluster.serve import serve  # Ray takes a second to import, and reads its environment then.
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    with daemon.noted(config.gateway.address):
-        serve(config, path)
+    logs.configure()
+    serve(config, path, replace=arguments.replace)
     return 0
 
 
@@ -129,7 +150,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     except ValueError as error:  # a number that its field can't hold
         print(f"grokmesh: {error}", file=sys.stderr)
         return 2
-    with Client(arguments.address) as client:
+    with _client(arguments) as client:
         began = time.monotonic()
         first, tokens, seed = 0.0, 0, 0
         for part in client.generate(arguments.prompt, timeout=arguments.timeout, **options):
@@ -164,14 +185,17 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    with Client(arguments.address, attempts=1) as client:
-        print(format_status(client.status(timeout=5), client.model(timeout=5).name))
+    with _client(arguments, attempts=1) as client:
+        print(format_status(client.status(timeout=5)))
     return 0
 
 
-def format_status(status: cluster_pb2.GetStatusResponse, model: str) -> str:
+def format_status(status: cluster_pb2.GetStatusResponse) -> str:
     """The status as lines for an operator."""
-    lines = [f"model {model}, {status.requests} requests in the gateway, metrics at {status.metrics_url}"]
+    lines = [
+        f"model {status.model}, version {status.version}, {status.requests} requests in the gateway, "
+        f"{status.wanted_replicas} replicas wanted, metrics at {status.metrics_url}"
+    ]
     for replica in status.replicas:
         state = cluster_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower()
         lines.append(
@@ -187,6 +211,28 @@ def format_status(status: cluster_pb2.GetStatusResponse, model: str) -> str:
                 f"read {host.bytes_read:,} bytes, metrics at {host.metrics_url}"
             )
     return "\n".join(lines)
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    folder: pathlib.Path = arguments.output / "plugins" / "profile" / time.strftime("%Y_%m_%d_%H_%M_%S")
+    with _client(arguments, attempts=1) as client:
+        files = client.profile(arguments.replica, arguments.steps, timeout=arguments.timeout)
+    folder.mkdir(parents=True)
+    for rank, path, content in files:
+        # A run's files lie beside each other, named by host; XProf shows the hosts of a run together.
+        ending = path.name.removeprefix(path.name.split(".")[0])
+        (folder / f"host-{rank}{ending}").write_bytes(content)
+    print(f"{len(files)} files in {folder}")
+    print(f"xprof --logdir {arguments.output} shows them; ui.perfetto.dev opens the .trace.json.gz files")
+    return 0
+
+
+def _key(arguments: argparse.Namespace) -> int:
+    key, line = new_key(arguments.name)
+    print(f"the key, which is not kept anywhere: {key}", file=sys.stderr)
+    print("the line for the file that gateway.api_keys names:", file=sys.stderr)
+    print(line)
+    return 0
 
 
 def _stop(arguments: argparse.Namespace) -> int:

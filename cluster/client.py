@@ -7,13 +7,15 @@
             print(part.text, end="")
 
 `AsyncClient` has the same methods for asyncio. A call that fails with UNAVAILABLE before its first response is tried again
-with growing pauses (at least as long as the server asks for); any other error is raised as grpc.RpcError.
+with growing pauses (at least as long as the server asks for); any other error is raised as grpc.RpcError. Where the service
+wants API keys, give yours as `api_key`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import pathlib
 import random
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -28,6 +30,8 @@ from grpc_status import rpc_status
 from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+#: Environment variable in which the `grokmesh` command looks for an API key.
+API_KEY_VARIABLE = "GROKMESH_API_KEY"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
 
 Request = TypeVar("Request")
@@ -105,8 +109,9 @@ def completion_request(prompt: str | Sequence[int], **options: Unpack[Options]) 
 class Client:
     """A connection to a gateway. Methods block; any thread may call them."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, attempts: int = 5) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None, attempts: int = 5) -> None:
         self._channel = grpc.insecure_channel(address)
+        self._metadata = _metadata(api_key)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)
         self._attempts = attempts
@@ -117,7 +122,7 @@ class Client:
         """Streams a completion part by part. See Options. Closing it cancels the request."""
         request = generation_pb2.GenerateRequest(completion=completion_request(prompt, **options))
         for attempt in range(1, self._attempts + 1):
-            call = self._generation.Generate(request, timeout=timeout)
+            call = self._generation.Generate(request, timeout=timeout, metadata=self._metadata)
             started = False
             try:
                 for response in call:
@@ -161,6 +166,16 @@ class Client:
         """Replicas, hosts and load."""
         return self._retry(self._cluster.GetStatus, cluster_pb2.GetStatusRequest(), timeout)
 
+    def profile(
+        self, replica: int, steps: int, *, timeout: float | None = None
+    ) -> list[tuple[int, pathlib.PurePosixPath, bytes]]:
+        """JAX profiler traces of a replica's next steps: rank of the host, path and content of each file."""
+        request = cluster_pb2.ProfileRequest(replica=replica, steps=steps)
+        files: dict[tuple[int, str], bytearray] = {}
+        for piece in self._cluster.Profile(request, timeout=timeout, metadata=self._metadata):
+            files.setdefault((piece.rank, piece.path), bytearray()).extend(piece.content)
+        return [(rank, pathlib.PurePosixPath(path), bytes(content)) for (rank, path), content in files.items()]
+
     def close(self) -> None:
         """Ends the connection."""
         self._channel.close()
@@ -178,20 +193,21 @@ class Client:
     ) -> Response:
         for attempt in range(1, self._attempts):
             try:
-                return method(request, timeout=timeout)
+                return method(request, timeout=timeout, metadata=self._metadata)
             except grpc.RpcError as error:
                 pause = _pause(error, attempt)
                 if pause is None:
                     raise
             time.sleep(pause)
-        return method(request, timeout=timeout)
+        return method(request, timeout=timeout, metadata=self._metadata)
 
 
 class AsyncClient:
     """As Client, for asyncio. Must be made inside a running event loop."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, attempts: int = 5) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None, attempts: int = 5) -> None:
         self._channel = grpc.aio.insecure_channel(address)
+        self._metadata = _metadata(api_key)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)
         self._attempts = attempts
@@ -202,7 +218,7 @@ class AsyncClient:
         """As Client.generate."""
         request = generation_pb2.GenerateRequest(completion=completion_request(prompt, **options))
         for attempt in range(1, self._attempts + 1):
-            call = self._generation.Generate(request, timeout=timeout)
+            call = self._generation.Generate(request, timeout=timeout, metadata=self._metadata)
             started = False
             try:
                 async for response in call:
@@ -265,13 +281,17 @@ class AsyncClient:
     ) -> Response:
         for attempt in range(1, self._attempts):
             try:
-                return await method(request, timeout=timeout)
+                return await method(request, timeout=timeout, metadata=self._metadata)
             except grpc.RpcError as error:
                 pause = _pause(error, attempt)
                 if pause is None:
                     raise
             await asyncio.sleep(pause)
-        return await method(request, timeout=timeout)
+        return await method(request, timeout=timeout, metadata=self._metadata)
+
+
+def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
 
 def _part(response: generation_pb2.GenerateResponse | generation_pb2.GenerateOnceResponse) -> Completion:

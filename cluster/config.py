@@ -59,6 +59,25 @@ class ClusterSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class AutoscalingSection:
+    """When replicas are added and taken away.
+
+    Attributes:
+      max_replicas: the most; none are ever added if absent.
+      queue_per_replica: requests without a first token, for each replica, that are too many.
+      time_to_first_token: seconds; too long if the slowest tenth of the last minute's requests took more.
+      up_seconds: how long it must be too much before a replica is added.
+      down_seconds: how long half of the slots of one replica fewer must have sufficed before one is taken away.
+    """
+
+    max_replicas: int | None = None
+    queue_per_replica: float = 8.0
+    time_to_first_token: float = 5.0
+    up_seconds: float = 10.0
+    down_seconds: float = 300.0
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshSection:
     """The device mesh of each replica.
 
@@ -106,12 +125,15 @@ class GatewaySection:
       max_requests: requests that may be in it at once; more are turned away.
       max_message_bytes: of a client's message.
       drain_seconds: how long requests may go on after the service is told to stop.
+      api_keys: file of `name: SHA-256 of the key` lines, as `grokmesh key` makes them; relative to this file. Without it
+        anybody may call.
     """
 
     address: str = "127.0.0.1:50051"
     max_requests: int = 512
     max_message_bytes: int = 4 * 1024 * 1024
     drain_seconds: float = 10.0
+    api_keys: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,19 +141,28 @@ class TelemetrySection:
     """What the service tells of itself.
 
     Attributes:
-      metrics_address: where the gateway's Prometheus metrics are; port 0 takes any.
+      address: HTTP address of the gateway's metrics, of Prometheus' service discovery and of the status page; port 0 takes any.
+      traces_endpoint: OTLP/gRPC endpoint of a trace collector, such as http://collector:4317; no traces if absent.
+      log_prompts: whether logs and traces hold what clients ask and get.
     """
 
-    metrics_address: str = "127.0.0.1:9464"
+    address: str = "127.0.0.1:9464"
+    traces_endpoint: str | None = None
+    log_prompts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole `ray_config.yaml`."""
+    """A whole `ray_config.yaml`.
+
+    Attributes:
+      replicas: meshes that serve side by side; with autoscaling, the fewest.
+    """
 
     model: ModelSection
     cluster: ClusterSection = ClusterSection()
     replicas: int = 1
+    autoscaling: AutoscalingSection = AutoscalingSection()
     mesh: MeshSection = MeshSection()
     engine: EngineSection = EngineSection()
     gateway: GatewaySection = GatewaySection()
@@ -174,7 +205,10 @@ def load_config(path: pathlib.Path) -> Config:
     reader = _Reader(path)
     config: Config = reader.section(Config, root, "")
     model = dataclasses.replace(config.model, checkpoint=(path.parent / config.model.checkpoint.expanduser()).resolve())
-    config = dataclasses.replace(config, model=model)
+    gateway = config.gateway
+    if gateway.api_keys is not None:
+        gateway = dataclasses.replace(gateway, api_keys=(path.parent / gateway.api_keys.expanduser()).resolve())
+    config = dataclasses.replace(config, model=model, gateway=gateway)
     reader.check(config)
     return config
 
@@ -265,7 +299,7 @@ class _Reader:
         for name in (
             "replicas", "cluster.cpus_per_host", "mesh.hosts", "mesh.devices_per_host", "mesh.data", "mesh.model",
             "engine.slots", "engine.page_size", "engine.prefill_chunk", "engine.context", "engine.kv_pages",
-            "engine.max_waiting", "gateway.max_requests", "gateway.max_message_bytes",
+            "engine.max_waiting", "gateway.max_requests", "gateway.max_message_bytes", "autoscaling.max_replicas",
         ):  # fmt: skip
             value = _lookup(config, name)
             if value is not None and value < 1:
@@ -278,13 +312,23 @@ class _Reader:
         ):
             if _lookup(config, name) not in choices:
                 self.fail(name, f"{name}={_lookup(config, name)} is unknown; use {', '.join(choices)}")
-        for name in ("gateway.address", "telemetry.metrics_address"):
+        for name in ("gateway.address", "telemetry.address"):
             host, _, port = _lookup(config, name).rpartition(":")
             if not host or not port.isdecimal() or int(port) > 65535:
                 self.fail(name, f"{name}={_lookup(config, name)} is no host:port")
-        drain = config.gateway.drain_seconds
-        if not (math.isfinite(drain) and drain >= 0):
-            self.fail("gateway.drain_seconds", f"gateway.drain_seconds={drain} must be a number of seconds")
+        for name in (
+            "gateway.drain_seconds", "autoscaling.queue_per_replica", "autoscaling.time_to_first_token",
+            "autoscaling.up_seconds", "autoscaling.down_seconds",
+        ):  # fmt: skip
+            value = _lookup(config, name)
+            if not (math.isfinite(value) and value >= 0):
+                self.fail(name, f"{name}={value} must be a finite number of at least 0")
+        most = config.autoscaling.max_replicas
+        if most is not None and most < config.replicas:
+            self.fail(
+                "autoscaling.max_replicas",
+                f"autoscaling.max_replicas={most} is less than replicas={config.replicas}, the fewest",
+            )
         mesh = config.mesh
         devices = mesh.hosts * mesh.devices_per_host
         if mesh.data * mesh.model != devices:

@@ -46,11 +46,27 @@ def noted(address: str) -> Iterator[None]:
     with _note(address).open("a+") as note:
         if not _lock(note):
             raise DaemonError(f"a service runs at {address} already; grokmesh stop ends it")
-        note.truncate(0)
-        note.write(json.dumps({"pid": os.getpid()}))
-        note.flush()
+        _sign(note)
         yield
         note.truncate(0)
+
+
+def inherit(address: str) -> None:
+    """Waits until the process that is noted as the service at `address` has ended, then notes this one until it ends."""
+    note = _note(address).open("a+")
+    fcntl.flock(note, fcntl.LOCK_EX)
+    _sign(note)
+    _INHERITED.append(note)
+
+
+#: Notes that stay open, and so locked, as long as this process lives.
+_INHERITED: list[IO[str]] = []
+
+
+def _sign(note: IO[str]) -> None:
+    note.truncate(0)
+    note.write(json.dumps({"pid": os.getpid()}))
+    note.flush()
 
 
 def _lock(note: IO[str]) -> bool:
@@ -61,24 +77,36 @@ def _lock(note: IO[str]) -> bool:
     return True
 
 
-def start(config: Config, path: pathlib.Path, timeout: float) -> pathlib.Path:
+def start(config: Config, path: pathlib.Path, timeout: float, *, replace: bool = False) -> pathlib.Path:
     """Starts `grokmesh serve` in the background, shows what it says until it serves, and returns its log.
 
+    Args:
+      config: of the service.
+      path: of its configuration.
+      timeout: seconds that it has until it serves; 0 does not wait for it.
+      replace: take over from the one that runs.
+
     Raises:
-      DaemonError: one is there already, or it ended or did not serve within `timeout` seconds.
+      DaemonError: one is there already (with `replace`: none is there), or it ended or did not serve in time.
     """
-    if running(config.gateway.address):
-        raise DaemonError(f"a service runs at {config.gateway.address} already; grokmesh stop ends it")
-    log = _note(config.gateway.address).with_suffix(".log")
-    follow(launch(path, log, detached=True), log, timeout)
+    address = config.gateway.address
+    if not replace and running(address):
+        raise DaemonError(f"a service runs at {address} already; grokmesh stop ends it, serve --replace replaces it")
+    if replace and not running(address):
+        raise DaemonError(f"no service of yours runs at {address} to be replaced")
+    log = _note(address).with_suffix(".log")
+    log.unlink(missing_ok=True)  # a predecessor goes on writing to its own
+    process = launch(path, log, detached=True, replace=replace)
+    if timeout:
+        follow(process, log, timeout)
     return log
 
 
-def launch(path: pathlib.Path, log: pathlib.Path, *, detached: bool) -> subprocess.Popen[bytes]:
+def launch(path: pathlib.Path, log: pathlib.Path, *, detached: bool, replace: bool = False) -> subprocess.Popen[bytes]:
     """Runs `grokmesh serve` with the configuration `path`, its words in `log`; detached, it outlives a closed terminal."""
     with log.open("wb") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli", "serve", "--config", str(path)],
+            [sys.executable, "-m", "cluster.cli", "serve", "--config", str(path), *(["--replace"] if replace else [])],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -87,14 +115,15 @@ def launch(path: pathlib.Path, log: pathlib.Path, *, detached: bool) -> subproce
 
 
 def follow(process: subprocess.Popen[bytes], log: pathlib.Path, timeout: float) -> None:
-    """Copies a starting service's log to standard output until it says that it serves. Raises DaemonError."""
+    """Shows the messages of a starting service's log until it says that it serves. Raises DaemonError."""
     deadline = time.monotonic() + timeout
     with log.open() as lines:
         while True:
             line = lines.readline()
             if line:
-                print(line, end="", flush=True)
-                if line.strip() == "serving":
+                message = _message(line)
+                print(message, flush=True)
+                if message == "serving":
                     return
             elif process.poll() is not None:
                 raise DaemonError(f"the service ended with code {process.returncode}; its log is {log}")
@@ -103,6 +132,21 @@ def follow(process: subprocess.Popen[bytes], log: pathlib.Path, timeout: float) 
                 raise DaemonError(f"the service was not ready after {timeout:.0f} s; its log is {log}")
             else:
                 time.sleep(0.05)
+
+
+def _message(line: str) -> str:
+    """What a line of a log says."""
+    with contextlib.suppress(ValueError):
+        parsed = json.loads(line)
+        if isinstance(parsed, dict) and "message" in parsed:
+            return "\n".join(str(parsed[key]) for key in ("message", "error") if key in parsed)
+    return line.rstrip("\n")
+
+
+def terminate(pid: int) -> None:
+    """Tells a service to drain and end."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
 
 
 def running(address: str) -> int | None:
@@ -119,9 +163,9 @@ def stop(address: str) -> None:
     pid = running(address)
     if pid is None:
         raise DaemonError(f"no service of yours runs at {address} on this machine")
-    os.kill(pid, signal.SIGTERM)
+    terminate(pid)
     deadline = time.monotonic() + STOP_SECONDS
-    while running(address):
+    while running(address) == pid:
         if time.monotonic() > deadline:
             raise DaemonError(f"process {pid} does not end; see {_note(address).with_suffix('.log')}")
         time.sleep(0.1)

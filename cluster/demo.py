@@ -46,7 +46,7 @@ def _configuration(source: pathlib.Path, folder: pathlib.Path) -> tuple[pathlib.
     address, metrics = (f"127.0.0.1:{free_port('127.0.0.1')}" for _ in range(2))
     values["model"]["checkpoint"] = str((source.parent / values["model"]["checkpoint"]).resolve())
     values["gateway"]["address"] = address
-    values["telemetry"]["metrics_address"] = metrics
+    values["telemetry"]["address"] = metrics
     path = folder / source.name
     path.write_text(yaml.safe_dump(values))
     return path, address
@@ -64,7 +64,7 @@ def _show(address: str) -> None:
             print(part.text, end="", flush=True)
         rate = (count - 1) / (time.monotonic() - began - first)
         print(f"\n\n{count} tokens at {rate:.1f} tokens/s, first after {first * 1000:.0f} ms\n")
-        print(format_status(client.status(), model.name))
+        print(format_status(client.status()))
 
 
 if __name__ == "__main__":

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.metadata
 import logging
 import pathlib
 import signal
+import threading
+import time
 from collections.abc import Iterator
 
-import prometheus_client
 import ray
 
+from cluster import daemon
 from cluster.config import Config, ConfigError, check_model
+from cluster.fleet import Fleet
+from cluster.gateway.keys import Keys
+from cluster.gateway.latency import RecentLatency
 from cluster.gateway.router import Router
 from cluster.gateway.server import Gateway
 from cluster.gateway.validation import Limits
@@ -20,16 +26,31 @@ from cluster.local import local_cluster
 from cluster.status import ClusterService
 from cluster.supervisor import Replica
 from cluster.telemetry import metrics
+from cluster.telemetry.traces import make_tracer
+from cluster.telemetry.web import WebServer
 from grok.serving.v1 import cluster_pb2
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.tokenizer import Tokenizer
 
+_LOG = logging.getLogger(__name__)
 
-def serve(config: Config, path: pathlib.Path) -> None:
-    """Serves until SIGTERM or SIGINT, then drains and cleans up.
+#: Seconds that Ray may take to be there, when this process starts beside it.
+RAY_SECONDS = 120.0
+WATCH_SECONDS = 2.0
+
+
+def serve(config: Config, path: pathlib.Path, *, replace: bool = False) -> None:
+    """Serves until SIGTERM or SIGINT, or until the Ray cluster is gone, then drains and cleans up.
+
+    Args:
+      config: what to serve.
+      path: of the configuration, for errors.
+      replace: take over from the service that runs at the address: once this one's replicas are ready, the two listen side
+        by side, and the other is told to drain.
 
     Raises:
-      ConfigError, CheckpointError, TokenizerError: before anything is started, if the model can't be served so.
+      ConfigError, KeysError, CheckpointError, TokenizerError: before anything is started, if the model can't be served so.
+      DaemonError: a service runs at the address already, or there is none to replace.
     """
     checkpoint = open_checkpoint(config.model.checkpoint)
     check_model(config, checkpoint.config, path)
@@ -39,61 +60,114 @@ def serve(config: Config, path: pathlib.Path) -> None:
             f"{config.model.checkpoint}: the tokenizer has {tokenizer.vocab_size} pieces, "
             f"the model embeds {checkpoint.config.vocab_size}"
         )
+    keys = Keys.load(config.gateway.api_keys)
     limits = Limits(checkpoint.config, config.engine.context or checkpoint.config.sequence_len)
-    with _ray(config):
-        asyncio.run(_serve(config, limits, tokenizer))
+    with contextlib.ExitStack() as stack:
+        predecessor = daemon.running(config.gateway.address) if replace else None
+        if replace and predecessor is None:
+            raise daemon.DaemonError(f"no service of yours runs at {config.gateway.address} to be replaced")
+        if predecessor is None:
+            stack.enter_context(daemon.noted(config.gateway.address))
+        stack.enter_context(_ray(config))
+        asyncio.run(_serve(config, limits, tokenizer, keys, predecessor))
 
 
-async def _serve(config: Config, limits: Limits, tokenizer: Tokenizer) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    host, port = config.telemetry.metrics_address.rsplit(":", 1)
-    try:
-        metrics_server, _ = prometheus_client.start_http_server(int(port), host, registry=metrics.REGISTRY)
-    except OSError as error:
-        raise OSError(f"telemetry.metrics_address={host}:{port} can't be listened on: {error.strerror}") from error
-    metrics_url = f"http://{host}:{metrics_server.server_port}/metrics"
+async def _serve(
+    config: Config, limits: Limits, tokenizer: Tokenizer, keys: Keys | None, predecessor: int | None
+) -> None:
+    await _Service(config, limits, tokenizer, keys, predecessor).run()  # gRPC wants to be made within the loop
 
-    readiness: asyncio.Queue[bool] = asyncio.Queue()
-    router = Router(on_change=lambda ready: readiness.put_nowait(ready > 0))
-    metrics.QUEUED.set_function(lambda: router.queued)
-    reporter = _Reporter()
-    replicas = [Replica(i, config, router, reporter.report) for i in range(config.replicas)]
-    status = ClusterService(config.mesh, replicas, router, lambda: gateway.admission.in_flight, metrics_url)
-    gateway = Gateway(config.gateway, config.model.name, limits, tokenizer, router, status)
-    await gateway.start()
-    print(f"gateway at {config.gateway.address}, metrics at {metrics_url}", flush=True)
 
-    async def follow_readiness() -> None:
+class _Service:
+    """The parts of a service, and the order in which they start and stop."""
+
+    def __init__(
+        self, config: Config, limits: Limits, tokenizer: Tokenizer, keys: Keys | None, predecessor: int | None
+    ) -> None:
+        version = importlib.metadata.version("grokmesh")
+        self._config = config
+        self._predecessor = predecessor
+        self._tracer, self._end_traces = make_tracer(config.telemetry.traces_endpoint, config.model.name, version)
+        self._readiness: asyncio.Queue[bool] = asyncio.Queue()
+        self._router = Router(on_change=lambda ready: self._readiness.put_nowait(ready > 0))
+        latency = RecentLatency()
+        self._fleet = Fleet(config, self._router, latency, _Reporter().report)
+        self._metrics_url = f"http://{config.telemetry.address}/metrics"
+        status = ClusterService(
+            config, version, self._fleet, self._router, lambda: self._gateway.admission.in_flight, self._metrics_url
+        )
+        self._gateway = Gateway(config, keys, limits, tokenizer, self._router, latency, status, self._tracer)
+        self._web = WebServer(config.telemetry.address, status.status)
+        metrics.begin(config.model.name, version)
+        metrics.QUEUED.set_function(lambda: self._router.queued)
+
+    async def run(self) -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        if self._predecessor is None:
+            await self._listen()
+        work = [self._fleet.run(), self._follow_readiness(), _watch_ray()]
+        tasks = [asyncio.ensure_future(part) for part in (stop.wait(), *work)]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            _LOG.info("stopping")
+            # The addresses first: a successor may wait for them.
+            await self._web.stop()
+            await self._gateway.stop()
+        finally:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            self._end_traces()
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+
+    async def _listen(self) -> None:
+        await self._web.start(wait=self._predecessor is not None)
+        await self._gateway.start()
+        _LOG.info("gateway at %s, metrics at %s", self._config.gateway.address, self._metrics_url)
+
+    async def _follow_readiness(self) -> None:
         while True:
-            ready = await readiness.get()
-            await gateway.set_ready(ready)
-            print("serving" if ready else "not serving: no replica is ready", flush=True)
+            ready = await self._readiness.get()
+            if ready and self._predecessor is not None:
+                await self._take_over(self._predecessor)
+            await self._gateway.set_ready(ready)
+            _LOG.info("serving" if ready else "not serving: no replica is ready")
 
-    tasks = [asyncio.ensure_future(replica.run()) for replica in replicas]
-    tasks.append(asyncio.ensure_future(follow_readiness()))
-    stopped = asyncio.ensure_future(stop.wait())
-    await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
-    print("stopping", flush=True)
-    await gateway.stop()
-    for task in (stopped, *tasks):
-        task.cancel()
-    results = await asyncio.gather(stopped, *tasks, return_exceptions=True)
-    metrics_server.shutdown()
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
+    async def _take_over(self, predecessor: int) -> None:
+        """Listens beside the predecessor, tells it to end, and takes its place in the notes when it has."""
+        await self._gateway.start()
+        await self._gateway.set_ready(True)
+        _LOG.info("ready to replace process %d, which drains now", predecessor)
+        daemon.terminate(predecessor)
+        await self._web.start(wait=True)
+        self._predecessor = None
+        inherit = threading.Thread(target=daemon.inherit, args=(self._config.gateway.address,), daemon=True)
+        inherit.start()
+
+
+async def _watch_ray() -> None:
+    """Ends when the Ray cluster is gone."""
+    while await asyncio.to_thread(_ray_answers):
+        await asyncio.sleep(WATCH_SECONDS)
+    _LOG.error("the Ray cluster is gone")
+
+
+def _ray_answers() -> bool:
+    return bool(ray.is_initialized() and ray.nodes())
 
 
 class _Reporter:
-    """Prints what replicas are doing, each change once."""
+    """Logs what replicas are doing, each change once."""
 
     def __init__(self) -> None:
         self._said: dict[int, str] = {}
 
     def report(self, replica: Replica) -> None:
-        """Prints the replica's state, if it is news."""
+        """Logs the replica's state, if it is news."""
         state = cluster_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower()
         if replica.state == cluster_pb2.REPLICA_STATE_STARTING:
             phases = [
@@ -107,7 +181,7 @@ class _Reporter:
         line = f"replica {replica.index} epoch {replica.epoch}: {text}"
         if self._said.get(replica.index) != line:
             self._said[replica.index] = line
-            print(line, flush=True)
+            _LOG.info("%s", line, extra={"replica": replica.index, "epoch": replica.epoch})
 
 
 @contextlib.contextmanager
@@ -117,8 +191,16 @@ def _ray(config: Config) -> Iterator[None]:
         address = config.cluster.address
         if address == "local":
             hosts = config.replicas * config.mesh.hosts
-            print(f"starting a local Ray cluster of {hosts} hosts", flush=True)
+            _LOG.info("starting a local Ray cluster of %d hosts", hosts)
             address = stack.enter_context(local_cluster(hosts, config.cluster.cpus_per_host))
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="grokmesh")
+        deadline = time.monotonic() + RAY_SECONDS
+        while True:
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="grokmesh")
+                break
+            except ConnectionError as error:
+                if time.monotonic() > deadline:
+                    raise OSError(f"cluster.address={address}: no Ray cluster answers: {error}") from error
+                time.sleep(1.0)
         stack.callback(ray.shutdown)
         yield

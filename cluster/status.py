@@ -1,53 +1,90 @@
-"""The ClusterService: how replicas, hosts and gateway are."""
+"""The ClusterService: how replicas, hosts and gateway are, and traces of what they compute."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import grpc
 import grpc.aio
+import ray.exceptions
 
-from cluster.config import MeshSection
+from cluster.config import Config
+from cluster.fleet import Fleet
+from cluster.gateway.errors import GatewayError, Violation, invalid
 from cluster.gateway.router import Router
-from cluster.supervisor import HostView, Replica
+from cluster.supervisor import HostView, NotReadyError, Replica
+from grok.engine.v1 import engine_pb2
 from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc
+
+DEFAULT_PROFILE_STEPS = 20
+MAX_PROFILE_STEPS = 1000
+#: Seconds that a trace may take if the call has no deadline, and seconds of a deadline that are kept for sending it.
+PROFILE_SECONDS, PROFILE_RESERVE = 60.0, 5.0
+_PIECE = 1024 * 1024
 
 
 class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
-    """Answers from what supervisor and router know; asks nobody."""
+    """Answers from what fleet and router know; asks hosts only for traces. Raises GatewayError."""
 
     def __init__(
-        self,
-        mesh: MeshSection,
-        replicas: Sequence[Replica],
-        router: Router,
-        requests: Callable[[], int],
-        metrics_url: str,
+        self, config: Config, version: str, fleet: Fleet, router: Router, requests: Callable[[], int], metrics_url: str
     ) -> None:
-        self._mesh = mesh
-        self._replicas = replicas
+        self._config = config
+        self._version = version
+        self._fleet = fleet
         self._router = router
         self._requests = requests
         self._metrics_url = metrics_url
+
+    def status(self) -> cluster_pb2.GetStatusResponse:
+        """The status now."""
+        return cluster_pb2.GetStatusResponse(
+            replicas=[self._replica(replica) for replica in self._fleet.replicas],
+            requests=self._requests(),
+            metrics_url=self._metrics_url,
+            model=self._config.model.name,
+            version=self._version,
+            wanted_replicas=self._fleet.wanted,
+        )
 
     async def GetStatus(
         self, request: cluster_pb2.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> cluster_pb2.GetStatusResponse:
         """The status now."""
-        return cluster_pb2.GetStatusResponse(
-            replicas=[self._replica(replica) for replica in self._replicas],
-            requests=self._requests(),
-            metrics_url=self._metrics_url,
-        )
+        return self.status()
+
+    async def Profile(
+        self, request: cluster_pb2.ProfileRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[cluster_pb2.ProfileResponse]:
+        """Trace files of all hosts of a replica, host by host."""
+        steps = request.steps if request.HasField("steps") else DEFAULT_PROFILE_STEPS
+        if not 1 <= steps <= MAX_PROFILE_STEPS:
+            raise invalid([Violation("steps", f"is {steps}; must be from 1 to {MAX_PROFILE_STEPS}")])
+        replica = next((r for r in self._fleet.replicas if r.index == request.replica), None)
+        if replica is None:
+            raise invalid([Violation("replica", f"is {request.replica}; there is no such replica")])
+        left = context.time_remaining()
+        seconds = PROFILE_SECONDS if left is None else max(left - PROFILE_RESERVE, 1.0)
+        try:
+            traces = await replica.profile(steps, seconds)
+        except NotReadyError as error:
+            raise GatewayError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READY", str(error)) from error
+        except ray.exceptions.RayTaskError as error:
+            raise GatewayError(grpc.StatusCode.DEADLINE_EXCEEDED, "NO_TRACE", f"no trace: {error.cause}") from error
+        for rank, files in enumerate(traces):
+            for path, content in sorted(files.items()):
+                for start in range(0, max(len(content), 1), _PIECE):
+                    yield cluster_pb2.ProfileResponse(rank=rank, path=path, content=content[start : start + _PIECE])
 
     def _replica(self, replica: Replica) -> cluster_pb2.ReplicaStatus:
-        load = self._router.load(replica.index)
+        load, mesh = self._router.load(replica.index), self._config.mesh
         return cluster_pb2.ReplicaStatus(
             index=replica.index,
             state=replica.state,
             epoch=replica.epoch,
-            mesh_data=self._mesh.data,
-            mesh_model=self._mesh.model,
+            mesh_data=mesh.data,
+            mesh_model=mesh.model,
             hosts=[_host(rank, view) for rank, view in enumerate(replica.hosts)],
             running=load.running,
             waiting=load.waiting,
@@ -56,7 +93,14 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
             pages_total=load.pages_total,
             compilations=load.compilations,
             last_failure=replica.last_failure,
+            layer_groups=[_layer_group(routing) for routing in load.routing],
         )
+
+
+def _layer_group(routing: engine_pb2.Routing) -> cluster_pb2.LayerGroup:
+    return cluster_pb2.LayerGroup(
+        first_layer=routing.first_layer, last_layer=routing.last_layer, expert_tokens=routing.expert_tokens
+    )
 
 
 def _host(rank: int, view: HostView) -> cluster_pb2.HostStatus:

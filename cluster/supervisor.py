@@ -37,6 +37,10 @@ class HostView:
     progress: Progress
 
 
+class NotReadyError(RuntimeError):
+    """A replica that is asked for something that only a serving one can do."""
+
+
 class Replica:
     """One replica and its epochs. `state`, `epoch`, `hosts` and `last_failure` tell how it is."""
 
@@ -46,13 +50,25 @@ class Replica:
         self.epoch = 0
         self.hosts: list[HostView] = []
         self.last_failure = ""
+        self._placement: Placement | None = None
         self._ready_at = math.inf
         self._config = config
         self._router = router
         self._on_progress = on_progress
 
+    def drain(self) -> None:
+        """Notes that the replica only finishes what it has; it is not built again."""
+        self._enter(cluster_pb2.REPLICA_STATE_DRAINING)
+
+    async def profile(self, steps: int, seconds: float) -> list[dict[str, bytes]]:
+        """The trace files of the next `steps` steps, of each host by their paths. Raises RayError, or NotReadyError."""
+        placement = self._placement
+        if placement is None or self.state != cluster_pb2.REPLICA_STATE_READY:
+            raise NotReadyError(f"replica {self.index} does not serve")
+        return list(await asyncio.gather(*(host.profile.remote(steps, seconds) for host in placement.hosts)))
+
     async def run(self) -> None:
-        """Keeps the replica alive until cancelled."""
+        """Keeps the replica alive until cancelled, or until it is lost while it drains."""
         failures = 0
         while True:
             self._ready_at = math.inf
@@ -62,12 +78,14 @@ class Replica:
             except (ray.exceptions.RayError, OSError) as error:
                 self.last_failure = _summary(error)
             except Exception as error:  # whatever went wrong in this replica, the others go on
-                _LOG.exception("replica %d", self.index)
+                _LOG.exception("replica %d", self.index, extra=self._fields)
                 self.last_failure = _summary(error)
+            if self.state == cluster_pb2.REPLICA_STATE_DRAINING:
+                return
             healthy = asyncio.get_running_loop().time() - self._ready_at > HEALTHY_SECONDS
             self._enter(cluster_pb2.REPLICA_STATE_FAILED)
             failures = 1 if healthy else failures + 1
-            _LOG.error("replica %d: epoch %d ended: %s", self.index, self.epoch, self.last_failure)
+            _LOG.error("replica %d: epoch %d ended: %s", self.index, self.epoch, self.last_failure, extra=self._fields)
             metrics.REBUILDS.labels(str(self.index)).inc()
             await asyncio.sleep(BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1])
 
@@ -75,9 +93,11 @@ class Replica:
         """Runs one epoch to its end. Raises RayError or OSError when it fails."""
         self.epoch += 1
         metrics.EPOCH.labels(str(self.index)).set(self.epoch)
+        metrics.REBUILDS.labels(str(self.index)).inc(0)
         self.hosts = []
         self._enter(cluster_pb2.REPLICA_STATE_PLACING)
         placement = await Placement.create(self._config.mesh_spec, self._config.cluster.cpus_per_host)
+        self._placement = placement
         try:
             endpoints: list[Endpoint] = await asyncio.gather(*(h.endpoint.remote() for h in placement.hosts))
             self.hosts = [HostView(endpoint, Progress("starting", 0.0)) for endpoint in endpoints]
@@ -89,6 +109,7 @@ class Replica:
             await self._poll(placement)
             await self._serve(placement, assignments[0])
         finally:
+            self._placement = None
             placement.remove()
 
     async def _serve(self, placement: Placement, leader: Assignment) -> None:
@@ -111,6 +132,7 @@ class Replica:
         secret = secrets.token_bytes(32)
         return [
             Assignment(
+                replica=self.index,
                 epoch=self.epoch,
                 secret=secret,
                 rank=rank,
@@ -133,6 +155,10 @@ class Replica:
         progress = await asyncio.gather(*(h.progress.remote() for h in placement.hosts))
         self.hosts = [HostView(view.endpoint, p) for view, p in zip(self.hosts, progress, strict=True)]
         self._on_progress(self)
+
+    @property
+    def _fields(self) -> dict[str, int]:
+        return {"replica": self.index, "epoch": self.epoch}
 
     def _ready(self) -> None:
         self._ready_at = asyncio.get_running_loop().time()

@@ -63,6 +63,7 @@ class Assignment:
     """A host's place in an epoch.
 
     Attributes:
+      replica: number of the replica.
       epoch: number of this forming of the mesh.
       secret: of the epoch; who connects to the leader must know it.
       rank: of this host; 0 leads.
@@ -71,6 +72,7 @@ class Assignment:
       compilation_cache: directory of compiled programs kept between starts, or None.
     """
 
+    replica: int
     epoch: int
     secret: bytes = dataclasses.field(repr=False)
     rank: int

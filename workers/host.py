@@ -7,7 +7,7 @@ import os
 import prometheus_client
 import ray
 
-from workers import metrics
+from workers import logs, metrics
 from workers.assignment import Assignment, Endpoint, Progress
 from workers.link import free_port
 from workers.worker import Worker
@@ -35,6 +35,7 @@ class Host:
 
     def form(self, assignment: Assignment) -> None:
         """See `Worker.form`."""
+        logs.configure(replica=assignment.replica, epoch=assignment.epoch, rank=assignment.rank)
         self._worker = Worker(assignment)
         self._worker.form()
 
@@ -47,6 +48,11 @@ class Host:
         """See `Worker.serve`."""
         assert self._worker is not None
         self._worker.serve()
+
+    def profile(self, steps: int, seconds: float) -> dict[str, bytes]:
+        """See `Profiler.trace`."""
+        assert self._worker is not None
+        return self._worker.profiler.trace(steps, seconds)
 
     def progress(self) -> Progress:
         """What the worker is doing."""

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import queue
+import threading
 import time
 from collections.abc import Callable
 
 from grok.engine.v1 import engine_pb2
 from workers import metrics, wire
 from workers.engine.plan import Plan
-from workers.engine.request import Refused, TokenEvent
+from workers.engine.request import Refused, Timing, TokenEvent
 from workers.engine.scheduler import Scheduler
 from workers.link import GatewayLink, LeaderServer, Link, LinkError
+from workers.model.config import GrokConfig
+from workers.runtime.profiler import Profiler
 from workers.runtime.runtime import Pending, Runtime
+
+#: Every so many plans all hosts take the time of a collective.
+PROBE_EVERY = 64
 
 
 class Leader:
@@ -20,13 +28,23 @@ class Leader:
     tokens of the plan before, so that devices never wait for Python."""
 
     def __init__(
-        self, runtime: Runtime, scheduler: Scheduler, server: LeaderServer, epoch: int, compilations: Callable[[], int]
+        self,
+        runtime: Runtime,
+        scheduler: Scheduler,
+        server: LeaderServer,
+        epoch: int,
+        compilations: Callable[[], int],
+        profiler: Profiler,
     ) -> None:
         self._runtime = runtime
         self._scheduler = scheduler
         self._server = server
         self._epoch = epoch
         self._compilations = compilations
+        self._profiler = profiler
+        self._waits: dict[str, _Wait] = {}
+        self._routing = Routing(runtime.config)
+        metrics.SLOTS.set(runtime.shape.slots)
         self._owners: dict[str, GatewayLink] = {}
         self._gateways: set[GatewayLink] = set()
         self._refusals: dict[GatewayLink, list[engine_pb2.Refusal]] = {}
@@ -47,6 +65,7 @@ class Leader:
             if plan is not None:
                 self._server.broadcast(wire.plan_to_proto(plan, self._epoch))
                 clock.lap("broadcast")
+                self._profiler.step()
                 dispatched = self._runtime.execute(plan)
                 clock.lap("dispatch")
                 self._count(plan)
@@ -55,7 +74,9 @@ class Leader:
                 tokens = self._runtime.read(pending)
                 clock.lap("device")
                 events = self._scheduler.complete(tokens)
+                self._routing.add(tokens.expert_tokens)
             pending = dispatched
+            _probe(self._runtime, pending)
             self._tell(events)
             clock.lap("deliver")
             clock.step()
@@ -76,12 +97,13 @@ class Leader:
                 self._submit(gateway, message.submit)
             elif message.HasField("cancel"):
                 self._scheduler.cancel(message.cancel.request_id)
-                self._owners.pop(message.cancel.request_id, None)
+                self._forget(message.cancel.request_id)
 
     def _submit(self, gateway: GatewayLink, message: engine_pb2.Submit) -> None:
         try:
             self._scheduler.submit(wire.request_from_proto(message))
             self._owners[message.request_id] = gateway
+            self._waits[message.request_id] = _Wait(time.monotonic())
         except (Refused, ValueError) as error:  # a ValueError is a message that makes no request
             full = isinstance(error, Refused) and error.full
             refusal = engine_pb2.Refusal(request_id=message.request_id, reason=str(error), full=full)
@@ -93,7 +115,19 @@ class Leader:
         self._refusals.pop(gateway, None)
         for request_id in [id for id, owner in self._owners.items() if owner is gateway]:
             self._scheduler.cancel(request_id)
-            del self._owners[request_id]
+            self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self._owners.pop(request_id, None)
+        self._waits.pop(request_id, None)
+
+    def _timed(self, event: TokenEvent) -> TokenEvent:
+        """A request's first token tells what it waited for."""
+        wait = self._waits.pop(event.request_id, None)
+        if wait is None:
+            return event
+        timing = Timing(wait.admitted - wait.arrived, time.monotonic() - wait.admitted)
+        return dataclasses.replace(event, timing=timing)
 
     def _tell(self, events: list[TokenEvent]) -> None:
         """One frame to each gateway: its tokens, its refusals, the load."""
@@ -103,14 +137,16 @@ class Leader:
         metrics.PAGES_USED.set(load.pages_used)
         metrics.PAGES_TOTAL.set(load.pages_total)
         metrics.GENERATED_TOKENS.inc(len(events))
-        shared = wire.load_to_proto(load, self._runtime.shape.slots, self._compilations())
+        shared = wire.load_to_proto(
+            load, self._runtime.shape.slots, self._compilations(), self._routing.messages if self._gateways else None
+        )
         by_gateway: dict[GatewayLink, list[engine_pb2.TokenEvent]] = {}
         for event in events:
             owner = self._owners.get(event.request_id)
             if owner is not None:
-                by_gateway.setdefault(owner, []).append(wire.event_to_proto(event))
+                by_gateway.setdefault(owner, []).append(wire.event_to_proto(self._timed(event)))
                 if event.finish is not None:
-                    del self._owners[event.request_id]
+                    self._forget(event.request_id)
         for gateway in self._gateways:
             gateway.send(
                 engine_pb2.LeaderOutput(
@@ -123,27 +159,86 @@ class Leader:
 
     def _count(self, plan: Plan) -> None:
         metrics.PLANS.inc()
-        metrics.PROMPT_TOKENS.inc(sum(len(chunk.tokens) for chunks in plan.prefills for chunk in chunks))
+        metrics.PROMPT_TOKENS.inc(plan.prompt_tokens)
+        metrics.ASSIGNMENTS.inc((plan.prompt_tokens + len(plan.decode)) * self._routing.assignments_per_token)
+        if plan.decode:
+            metrics.BATCH.observe(len(plan.decode))
+        now = time.monotonic()
+        for admission in plan.admissions:
+            wait = self._waits.get(admission.request_id)
+            if wait is not None:
+                wait.admitted = now
+                metrics.QUEUE_SECONDS.observe(now - wait.arrived)
 
 
-def follow(runtime: Runtime, link: Link, epoch: int) -> None:
-    """A follower's loop: carries out plans as they come, at most two ahead of the devices. Returns when the leader ends.
+class Routing:
+    """Counts the tokens of each expert by groups of layers, for Prometheus and for the gateways."""
+
+    def __init__(self, config: GrokConfig) -> None:
+        self.assignments_per_token = config.num_layers * config.num_selected_experts
+        self.messages = [
+            engine_pb2.Routing(first_layer=g.start, last_layer=g.stop - 1, expert_tokens=[0] * config.num_experts)
+            for g in config.layer_groups()
+        ]
+        self._counters = [
+            [
+                metrics.EXPERT_TOKENS.labels(f"{g.start}-{g.stop - 1}", str(expert))
+                for expert in range(config.num_experts)
+            ]
+            for g in config.layer_groups()
+        ]
+
+    def add(self, expert_tokens: tuple[tuple[int, ...], ...]) -> None:
+        """Adds a step's counts, [groups, E]."""
+        for message, counters, counts in zip(self.messages, self._counters, expert_tokens, strict=True):
+            for expert, count in enumerate(counts):
+                message.expert_tokens[expert] += count
+                counters[expert].inc(count)
+
+
+@dataclasses.dataclass
+class _Wait:
+    """Times of a request without tokens."""
+
+    arrived: float
+    admitted: float = 0.0
+
+
+def _probe(runtime: Runtime, pending: Pending | None) -> None:
+    """Takes the time of a collective, on every host after the same plans."""
+    if pending is not None and pending.plan.number % PROBE_EVERY == 0:
+        runtime.wait(pending)
+        metrics.COLLECTIVE_SECONDS.observe(runtime.probe())
+
+
+def follow(runtime: Runtime, link: Link, epoch: int, profiler: Profiler) -> None:
+    """A follower's loop: carries out plans as they come, a few ahead of the devices, and tells the leader when they are done.
+    Returns when the leader ends.
 
     Raises:
       LinkError: the stream broke, or a plan of another epoch or out of order came.
     """
-    pending: Pending | None = None
+    finished: queue.Queue[Pending] = queue.Queue(maxsize=1)
+    threading.Thread(target=_tell_done, args=(runtime, link, finished), daemon=True, name="follower-done").start()
     expected = 1
     while (frame := link.receive()) is not None:
         message = engine_pb2.Plan.FromString(frame)
         if (message.epoch, message.number) != (epoch, expected):
             raise LinkError(f"plan {message.number} of epoch {message.epoch} came; {expected} of {epoch} is due")
         expected += 1
-        dispatched = runtime.execute(wire.plan_from_proto(message))
+        profiler.step()
+        pending = runtime.execute(wire.plan_from_proto(message))
         metrics.PLANS.inc()
-        if pending is not None:
+        finished.put(pending)
+        _probe(runtime, pending)
+
+
+def _tell_done(runtime: Runtime, link: Link, finished: queue.Queue[Pending]) -> None:
+    with contextlib.suppress(LinkError):  # the loop itself notices a lost leader
+        while True:
+            pending = finished.get()
             runtime.wait(pending)
-        pending = dispatched
+            link.send(engine_pb2.Done(number=pending.plan.number).SerializeToString())
 
 
 class _Clock:

@@ -18,6 +18,7 @@ import time
 from google.protobuf.message import DecodeError
 
 from grok.engine.v1 import engine_pb2
+from workers import metrics
 
 _LOG = logging.getLogger(__name__)
 _LENGTH = struct.Struct(">I")
@@ -27,6 +28,8 @@ MAX_FRAME = 16 * 1024 * 1024
 #: Seconds that a new connection has to say Hello, and the most bytes that it may take.
 HELLO_TIMEOUT = 5.0
 MAX_HELLO = 1024
+#: Plans whose sending times are kept: no follower is ever so many behind.
+MAX_LAG = 64
 #: Frames to a gateway that may wait before it is given up.
 MAX_OUTGOING = 10_000
 
@@ -135,6 +138,8 @@ class LeaderServer:
         self._epoch = epoch
         self._secret = secret
         self._followers: dict[int, Link] = {}
+        self._sent: dict[int, float] = {}
+        self._last_sent = 0
         self._closed = False
         self._joined = threading.Condition()
         self.inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
@@ -150,6 +155,10 @@ class LeaderServer:
     def broadcast(self, plan: engine_pb2.Plan) -> None:
         """Sends a plan to all followers. Raises LinkError when one is gone."""
         frame = plan.SerializeToString()
+        self._last_sent = plan.number
+        if self._followers:
+            self._sent[plan.number] = time.perf_counter()
+            self._sent.pop(plan.number - MAX_LAG, None)
         for link in self._followers.values():
             link.send(frame)
 
@@ -197,8 +206,22 @@ class LeaderServer:
                     return
                 self._followers = {**self._followers, hello.rank: link}
                 self._joined.notify_all()
+            self._read_follower(link, hello.rank)
         else:
             self._read_gateway(link)
+
+    def _read_follower(self, link: Link, rank: int) -> None:
+        """Notes how far a follower is behind. That one is lost is noticed when the next plan is sent."""
+        done, lag, seconds = 0, metrics.PLAN_LAG.labels(str(rank)), metrics.PLAN_SECONDS.labels(str(rank))
+        lag.set_function(lambda: max(self._last_sent - done, 0))
+        try:
+            while (frame := link.receive(MAX_HELLO)) is not None:
+                done = engine_pb2.Done.FromString(frame).number
+                sent = self._sent.get(done)
+                if sent is not None:
+                    seconds.observe(time.perf_counter() - sent)
+        except (LinkError, DecodeError) as error:
+            _LOG.warning("the stream of follower %d broke: %s", rank, error)
 
     def _read_gateway(self, link: Link) -> None:
         gateway = GatewayLink(link)

@@ -9,16 +9,41 @@ REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 disable_created_metrics()
 
+_MILLISECONDS_TO_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+# Every host.
 EPOCH = Gauge("grokmesh_worker_epoch", "Epoch of the mesh that this worker belongs to.", registry=REGISTRY)
 COMPILATIONS = Counter("grokmesh_worker_compilations", "XLA programs compiled by this process.", registry=REGISTRY)
 CHECKPOINT_BYTES = Counter(
     "grokmesh_worker_checkpoint_read_bytes", "Checkpoint bytes read by this host.", registry=REGISTRY
 )
+LOAD_SECONDS = Gauge("grokmesh_worker_load_seconds", "Time that loading the checkpoint took so far.", registry=REGISTRY)
+DEVICE_BYTES = Gauge(
+    "grokmesh_worker_device_memory_bytes", "Bytes on this host's devices.", ["kind"], registry=REGISTRY
+)
 PLANS = Counter("grokmesh_worker_plans", "Plans carried out by this worker.", registry=REGISTRY)
+COLLECTIVE_SECONDS = Histogram(
+    "grokmesh_mesh_collective_seconds",
+    "Time of the smallest all-reduce over the mesh, as this host waits for it. Taken now and then while the engine is busy.",
+    buckets=_MILLISECONDS_TO_SECONDS,
+    registry=REGISTRY,
+)
+
+# The leader.
+PLAN_LAG = Gauge(
+    "grokmesh_mesh_plan_lag", "Plans sent to a follower that it has not carried out.", ["follower"], registry=REGISTRY
+)
+PLAN_SECONDS = Histogram(
+    "grokmesh_mesh_plan_seconds",
+    "From sending a plan to a follower until it says that it has carried it out.",
+    ["follower"],
+    buckets=_MILLISECONDS_TO_SECONDS,
+    registry=REGISTRY,
+)
 STEP_SECONDS = Histogram(
     "grokmesh_engine_step_seconds",
     "Time from one step's tokens to the next one's, while the engine is busy.",
-    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5),
+    buckets=_MILLISECONDS_TO_SECONDS,
     registry=REGISTRY,
 )
 HOST_SECONDS = Counter(
@@ -29,7 +54,31 @@ HOST_SECONDS = Counter(
 )
 PROMPT_TOKENS = Counter("grokmesh_engine_prompt_tokens", "Prompt positions computed.", registry=REGISTRY)
 GENERATED_TOKENS = Counter("grokmesh_engine_generated_tokens", "Tokens delivered to gateways.", registry=REGISTRY)
+BATCH = Histogram(
+    "grokmesh_engine_decode_batch_size",
+    "Sequences that decode together in a step.",
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+    registry=REGISTRY,
+)
+QUEUE_SECONDS = Histogram(
+    "grokmesh_engine_queue_seconds",
+    "From a request's arrival at the leader to its slot.",
+    buckets=(0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+    registry=REGISTRY,
+)
+SLOTS = Gauge("grokmesh_engine_slots", "Sequences that can run at once.", registry=REGISTRY)
 RUNNING = Gauge("grokmesh_engine_running_requests", "Requests that have a slot.", registry=REGISTRY)
 WAITING = Gauge("grokmesh_engine_waiting_requests", "Requests that wait for a slot.", registry=REGISTRY)
 PAGES_USED = Gauge("grokmesh_engine_kv_pages_used", "Pages of the KV cache that requests own.", registry=REGISTRY)
 PAGES_TOTAL = Gauge("grokmesh_engine_kv_pages", "Pages of the KV cache.", registry=REGISTRY)
+EXPERT_TOKENS = Counter(
+    "grokmesh_moe_expert_tokens",
+    "Tokens that an expert computed, counted on the devices and summed over a group of layers.",
+    ["layers", "expert"],
+    registry=REGISTRY,
+)
+ASSIGNMENTS = Counter(
+    "grokmesh_moe_assignments",
+    "Tokens times layers times chosen experts of the plans: what all experts together must compute, if none drops any.",
+    registry=REGISTRY,
+)

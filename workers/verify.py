@@ -129,6 +129,7 @@ def _report(verdicts: Iterable[Verdict]) -> int:
 def _worker(arguments: argparse.Namespace, data: int, model: int) -> Worker:
     return Worker(
         Assignment(
+            replica=0,
             epoch=1,
             secret=b"",
             rank=arguments.rank,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grok.engine.v1 import engine_pb2
 from workers.engine.plan import Admission, Chunk, Plan, Sampling, Token
-from workers.engine.request import Finish, Load, Request, TokenEvent
+from workers.engine.request import Finish, Load, Request, Timing, TokenEvent
 
 _FINISH = {
     None: engine_pb2.FINISH_UNSPECIFIED,
@@ -67,7 +67,9 @@ def plan_to_proto(plan: Plan, epoch: int) -> engine_pb2.Plan:
         epoch=epoch,
         number=plan.number,
         admissions=[
-            engine_pb2.Admission(slot=a.slot, pages=a.pages, sampling=sampling_to_proto(a.sampling))
+            engine_pb2.Admission(
+                slot=a.slot, pages=a.pages, sampling=sampling_to_proto(a.sampling), request_id=a.request_id
+            )
             for a in plan.admissions
         ],
         prefills=[
@@ -85,7 +87,7 @@ def plan_from_proto(message: engine_pb2.Plan) -> Plan:
     return Plan(
         number=message.number,
         admissions=tuple(
-            Admission(a.slot, tuple(a.pages), sampling_from_proto(a.sampling)) for a in message.admissions
+            Admission(a.slot, tuple(a.pages), sampling_from_proto(a.sampling), a.request_id) for a in message.admissions
         ),
         prefills=tuple(
             tuple(Chunk(c.slot, c.start, tuple(c.tokens), c.last) for c in prefill.chunks)
@@ -97,7 +99,7 @@ def plan_from_proto(message: engine_pb2.Plan) -> Plan:
 
 def event_to_proto(event: TokenEvent) -> engine_pb2.TokenEvent:
     """As a message."""
-    token = event.token
+    token, timing = event.token, event.timing
     return engine_pb2.TokenEvent(
         request_id=event.request_id,
         token=engine_pb2.Token(
@@ -107,6 +109,7 @@ def event_to_proto(event: TokenEvent) -> engine_pb2.TokenEvent:
             top_logprobs=[logprob for _, logprob in token.top],
         ),
         finish=_FINISH[event.finish],
+        timing=engine_pb2.Timing(queue_seconds=timing.queue, prefill_seconds=timing.prefill) if timing else None,
     )
 
 
@@ -114,11 +117,16 @@ def event_from_proto(message: engine_pb2.TokenEvent) -> TokenEvent:
     """From a message."""
     token = message.token
     top = tuple(zip(token.top_ids, token.top_logprobs, strict=True))
-    return TokenEvent(message.request_id, Token(token.id, token.logprob, top), _FINISH_BACK[message.finish])
+    timing = None
+    if message.HasField("timing"):
+        timing = Timing(message.timing.queue_seconds, message.timing.prefill_seconds)
+    return TokenEvent(message.request_id, Token(token.id, token.logprob, top), _FINISH_BACK[message.finish], timing)
 
 
-def load_to_proto(load: Load, slots: int, compilations: int) -> engine_pb2.Load:
-    """As a message, with the engine's slots and the programs that it compiled since warm-up."""
+def load_to_proto(
+    load: Load, slots: int, compilations: int, routing: list[engine_pb2.Routing] | None = None
+) -> engine_pb2.Load:
+    """As a message, with the engine's slots, the programs that it compiled since warm-up, and what the router did."""
     return engine_pb2.Load(
         running=load.running,
         waiting=load.waiting,
@@ -126,4 +134,5 @@ def load_to_proto(load: Load, slots: int, compilations: int) -> engine_pb2.Load:
         pages_total=load.pages_total,
         slots=slots,
         compilations=compilations,
+        routing=routing,
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import pathlib
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 
 from grok.engine.v1 import engine_pb2
 from workers import metrics
@@ -12,6 +14,11 @@ from workers.checkpoint.checkpoint import open_checkpoint
 from workers.engine.plan import EngineShape
 from workers.engine.scheduler import Scheduler
 from workers.link import LeaderServer, connect
+
+if TYPE_CHECKING:
+    from workers.runtime.profiler import Profiler
+
+_LOG = logging.getLogger(__name__)
 
 #: Seconds after which JAX's coordination service takes a silent host for dead.
 HEARTBEAT_SECONDS = 10
@@ -40,6 +47,7 @@ class Worker:
         self._server: LeaderServer | None = None
         self._compilations = 0
         self._compilations_before_serving = 0
+        self.profiler: Profiler
         self.progress = Progress("starting", 0.0)
 
     def form(self) -> None:
@@ -50,6 +58,7 @@ class Worker:
           ValueError: mesh and devices, or mesh and model, do not fit.
         """
         a = self._assignment
+        metrics.EPOCH.set(a.epoch)
         self._report("joining the mesh", 0.0)
         if a.leader and a.rank == 0:
             # Before the long work, in which somebody else might take the port.
@@ -71,6 +80,7 @@ class Worker:
         from workers.checkpoint.loader import LoadProgress, load_parameters
         from workers.model.partition import Partition
         from workers.runtime.mesh import make_mesh
+        from workers.runtime.profiler import Profiler
         from workers.runtime.runtime import Runtime
 
         mesh = make_mesh(a.mesh.data, a.mesh.model)
@@ -81,7 +91,10 @@ class Worker:
         devices = jax.local_device_count()
         dtype: Any = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[a.model.activations]
 
+        began = time.monotonic()
+
         def loaded(progress: LoadProgress) -> None:
+            metrics.LOAD_SECONDS.set(time.monotonic() - began)
             metrics.CHECKPOINT_BYTES.inc(progress.read - self.progress.bytes_read)
             fraction = progress.tensors / len(checkpoint.tensors)
             self.progress = Progress("loading", fraction, devices, progress.read)
@@ -89,6 +102,9 @@ class Worker:
         params, _ = load_parameters(checkpoint, partition, weights=a.model.weights, dtype=dtype, report=loaded)
         self._report("compiling", 0.0)
         self.runtime = Runtime(config, shape, partition, params, dtype)
+        self.profiler = Profiler()
+        for kind, size in self.runtime.device_bytes.items():
+            metrics.DEVICE_BYTES.labels(kind).set(size)
         self._report("compiled", 1.0)
 
     def warm_up(self) -> None:
@@ -101,19 +117,19 @@ class Worker:
     def serve(self) -> None:
         """Leads or follows until the epoch is over."""
         a = self._assignment
-        metrics.EPOCH.set(a.epoch)
         from workers.leader import Leader, follow
 
         if a.rank:
             hello = engine_pb2.Hello(epoch=a.epoch, secret=a.secret, rank=a.rank)
-            follow(self.runtime, connect(a.leader, hello, JOIN_SECONDS), a.epoch)
+            follow(self.runtime, connect(a.leader, hello, JOIN_SECONDS), a.epoch, self.profiler)
             return
         runtime = self.runtime
         scheduler = Scheduler(runtime.shape, runtime.config.vocab_size, a.engine.max_waiting)
         assert self._server is not None
         try:
             self._server.wait_for_followers(a.mesh.hosts - 1, JOIN_SECONDS)
-            Leader(runtime, scheduler, self._server, a.epoch, self._compilations_while_serving).run()
+            compilations = self._compilations_while_serving
+            Leader(runtime, scheduler, self._server, a.epoch, compilations, self.profiler).run()
         finally:
             self._server.close()
 
@@ -129,6 +145,7 @@ class Worker:
     def _report(self, phase: str, fraction: float) -> None:
         before = self.progress
         self.progress = Progress(phase, fraction, before.devices, before.bytes_read)
+        _LOG.info("%s", phase)
 
 
 def engine_shape(assignment: Assignment, model_context: int, groups: int) -> EngineShape:

@@ -1,5 +1,5 @@
 """Around every call: malformed messages become INVALID_ARGUMENT, GatewayErrors a status with details, anything else
-INTERNAL without its text; each call is counted and logged."""
+INTERNAL without its text; the caller's key is checked; each call is counted, traced and logged in one line."""
 
 from __future__ import annotations
 
@@ -12,20 +12,31 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
+from opentelemetry import trace
 
+from cluster.gateway import call as calls
+from cluster.gateway.call import Call
 from cluster.gateway.errors import GatewayError
+from cluster.gateway.keys import ANONYMOUS, Keys
 from cluster.telemetry import metrics
+from cluster.telemetry.traces import parent_of
 
 _LOG = logging.getLogger(__name__)
 _OURS = "/grok.serving.v1."
+#: Calls that are logged at INFO; the others, which look on, at DEBUG.
+_WORK = ("Generate", "GenerateOnce", "Profile")
 
 
 class _Malformed:
     """Stands for a message that is no protobuf of its type."""
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the handlers of our own services; health and reflection are left alone."""
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps the handlers of our own services; health and reflection are left alone, and open to all."""
+
+    def __init__(self, keys: Keys | None, tracer: trace.Tracer) -> None:
+        self._keys = keys
+        self._tracer = tracer
 
     async def intercept_service(
         self,
@@ -46,28 +57,33 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             except DecodeError:
                 return _Malformed()
 
-        name = method.rsplit("/", 1)[1]
+        def outcome(context: grpc.aio.ServicerContext[Any, Any]) -> _Outcome:
+            return _Outcome(method, context, self._keys, self._tracer)
+
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                _streamed(name, handler.unary_stream), deserialize, handler.response_serializer
+                _streamed(outcome, handler.unary_stream), deserialize, handler.response_serializer
             )
         return grpc.unary_unary_rpc_method_handler(
-            _single(name, handler.unary_unary), deserialize, handler.response_serializer
+            _single(outcome, handler.unary_unary), deserialize, handler.response_serializer
         )
 
 
-def _single(name: str, behaviour: Any) -> Any:
+_MakeOutcome = Callable[["grpc.aio.ServicerContext[Any, Any]"], "_Outcome"]
+
+
+def _single(make: _MakeOutcome, behaviour: Any) -> Any:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        async with _Outcome(name, context) as outcome:
+        async with make(context) as outcome:
             outcome.check(request)
             return await behaviour(request, context)
 
     return call
 
 
-def _streamed(name: str, behaviour: Any) -> Any:
+def _streamed(make: _MakeOutcome, behaviour: Any) -> Any:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        async with _Outcome(name, context) as outcome:
+        async with make(context) as outcome:
             outcome.check(request)
             async for response in behaviour(request, context):
                 yield response
@@ -76,27 +92,57 @@ def _streamed(name: str, behaviour: Any) -> Any:
 
 
 class _Outcome:
-    """Turns what a call raises into its status, and counts it."""
+    """Turns what a call raises into its status, and tells of it."""
 
-    def __init__(self, name: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        self._name = name
+    def __init__(
+        self, method: str, context: grpc.aio.ServicerContext[Any, Any], keys: Keys | None, tracer: trace.Tracer
+    ) -> None:
         self._context = context
-        self._began = time.monotonic()
+        self._keys = keys
+        self._call = Call(method.rsplit("/", 1)[1])
+        self._metadata: Any = context.invocation_metadata() or ()
+        self._span_scope = tracer.start_as_current_span(
+            method[1:],
+            context=parent_of(self._metadata),
+            kind=trace.SpanKind.SERVER,
+            record_exception=False,
+            set_status_on_exception=False,
+        )
 
     async def __aenter__(self) -> _Outcome:
+        calls.CURRENT.set(self._call)
+        self._span = self._span_scope.__enter__()
         return self
 
     def check(self, request: Any) -> None:
+        """Refuses callers without a key, and messages that are none."""
+        try:
+            self._call.key = self._keys.caller(self._metadata) if self._keys else ANONYMOUS
+        except GatewayError:
+            metrics.REJECTIONS.labels("unauthenticated").inc()
+            raise
         if isinstance(request, _Malformed):
             raise GatewayError(
                 grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE", "the request is no protobuf of its type"
             )
 
-    async def __aexit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    async def __aexit__(self, kind: Any, error: BaseException | None, trace_back: Any) -> None:
+        call = self._call
         status = self._status(error)
         code = status.code.name if status else "CANCELLED" if error else "OK"
-        metrics.REQUESTS.labels(self._name, code).inc()
-        _LOG.info("%s %s in %.3f s", self._name, code, time.monotonic() - self._began)
+        seconds = time.monotonic() - call.began
+        metrics.REQUESTS.labels(call.method, code).inc()
+        level = logging.INFO if call.method in _WORK else logging.DEBUG
+        fields = {**call.log_fields(), "method": call.method, "code": code, "seconds": round(seconds, 4)}
+        _LOG.log(level, "%s %s in %.3f s", call.method, code, seconds, extra=fields)
+        span = self._span
+        span.set_attributes(
+            {"rpc.system": "grpc", "rpc.method": call.method, "rpc.response.status_code": code}
+            | {f"grokmesh.{key}": value for key, value in call.log_fields().items() if value is not None}
+        )
+        if code not in ("OK", "CANCELLED"):
+            span.set_status(trace.StatusCode.ERROR, str(error))
+        self._span_scope.__exit__(None, None, None)
         if status is not None:
             await self._context.abort_with_status(status)
 
@@ -105,5 +151,5 @@ class _Outcome:
             return error.status()
         if error is None or isinstance(error, (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError)):
             return None
-        _LOG.error("%s failed", self._name, exc_info=error)
+        _LOG.error("%s failed", self._call.method, exc_info=error, extra=self._call.log_fields())
         return GatewayError(grpc.StatusCode.INTERNAL, "INTERNAL", "an error within the gateway; see its log").status()

@@ -40,6 +40,7 @@ class ReplicaLink:
         self.leader = leader
         self.load = engine_pb2.Load()
         self.sessions: dict[str, Session] = {}
+        self.draining = False
         self._reader = reader
         self._writer = writer
 
@@ -118,8 +119,8 @@ class Router:
 
     @property
     def ready(self) -> int:
-        """Number of replicas that serve."""
-        return len(self._links)
+        """Number of replicas that take sessions."""
+        return sum(not link.draining for link in self._links.values())
 
     @property
     def queued(self) -> int:
@@ -146,11 +147,29 @@ class Router:
             link.close(unavailable(f"replica {leader.replica} was lost; it is being rebuilt"))
             self._changed()
 
+    @property
+    def sessions(self) -> int:
+        """Number of sessions on all replicas."""
+        return sum(len(link.sessions) for link in self._links.values())
+
+    def busy(self, replica: int) -> bool:
+        """Whether a replica has sessions."""
+        link = self._links.get(replica)
+        return link is not None and bool(link.sessions)
+
+    def drain(self, replica: int) -> None:
+        """Sends no more sessions to a replica; those that it has go on."""
+        if (link := self._links.get(replica)) is not None:
+            link.draining = True
+            self._changed()
+
     def start(self, session: Session) -> ReplicaLink:
         """Sends a session to the least busy replica. Raises GatewayError (UNAVAILABLE) when none is ready."""
-        if not self._links:
+        links = [link for link in self._links.values() if not link.draining]
+        if not links:
+            metrics.REJECTIONS.labels("no_replica").inc()
             raise unavailable("no replica is ready", retry_seconds=2.0)
-        link = min(self._links.values(), key=lambda link: (len(link.sessions), link.leader.replica))
+        link = min(links, key=lambda link: (len(link.sessions), link.leader.replica))
         link.submit(session)
         return link
 
@@ -161,5 +180,6 @@ class Router:
 
 def _refused(refusal: engine_pb2.Refusal) -> GatewayError:
     if refusal.full:
+        metrics.REJECTIONS.labels("engine_full").inc()
         return exhausted(refusal.reason, retry_seconds=1.0)
     return invalid([Violation("completion", refusal.reason)])

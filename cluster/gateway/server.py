@@ -5,10 +5,13 @@ from __future__ import annotations
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from opentelemetry import trace
 
-from cluster.config import GatewaySection
+from cluster.config import Config
 from cluster.gateway.admission import Admission
-from cluster.gateway.interceptor import ErrorInterceptor
+from cluster.gateway.interceptor import CallInterceptor
+from cluster.gateway.keys import Keys
+from cluster.gateway.latency import RecentLatency
 from cluster.gateway.router import Router
 from cluster.gateway.service import GenerationService
 from cluster.gateway.validation import Limits
@@ -25,34 +28,46 @@ class Gateway:
 
     def __init__(
         self,
-        config: GatewaySection,
-        model_name: str,
+        config: Config,
+        keys: Keys | None,
         limits: Limits,
         tokenizer: Tokenizer,
         router: Router,
+        latency: RecentLatency,
         cluster: cluster_pb2_grpc.ClusterServiceServicer,
+        tracer: trace.Tracer,
     ) -> None:
-        self._config = config
+        self._config = config.gateway
         self._health = health.aio.HealthServicer()
-        self.admission = Admission(config.max_requests)
+        self.admission = Admission(config.gateway.max_requests)
         self._server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
-            options=[("grpc.max_receive_message_length", config.max_message_bytes), ("grpc.so_reuseport", 0)],
+            interceptors=[CallInterceptor(keys, tracer)],
+            # A successor listens on the same port before this one stops to.
+            options=[("grpc.max_receive_message_length", config.gateway.max_message_bytes), ("grpc.so_reuseport", 1)],
         )
-        service = GenerationService(limits, tokenizer, router, self.admission, describe(model_name, limits))
+        service = GenerationService(
+            limits,
+            tokenizer,
+            router,
+            self.admission,
+            latency,
+            describe(config.model.name, limits),
+            tracer,
+            config.telemetry.log_prompts,
+        )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, self._server)
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (GENERATION, CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
-        try:
-            self._server.add_insecure_port(config.address)
-        except RuntimeError as error:
-            raise OSError(f"gateway.address={config.address} can't be listened on") from error
 
     async def start(self) -> None:
-        """Listens. Not serving until `set_ready`."""
+        """Listens. Not serving until `set_ready`. Raises OSError if the address can't be had."""
+        try:
+            self._server.add_insecure_port(self._config.address)
+        except RuntimeError as error:
+            raise OSError(f"gateway.address={self._config.address} can't be listened on") from error
         await self.set_ready(False)
         await self._server.start()
 
@@ -63,7 +78,10 @@ class Gateway:
             await self._health.set(service, status)
 
     async def stop(self) -> None:
-        """Drains: health says NOT_SERVING, new completions get UNAVAILABLE, those in flight have `drain_seconds`."""
+        """Drains: health says NOT_SERVING, new completions get UNAVAILABLE, those in flight have `drain_seconds`.
+
+        Clients are told to connect anew; what they send on old connections meanwhile gRPC sends again by itself.
+        """
         self.admission.draining = True
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._config.drain_seconds if self.admission.in_flight else 0)

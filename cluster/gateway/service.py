@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc.aio
+from opentelemetry import trace
 
 from cluster.gateway.admission import Admission
-from cluster.gateway.errors import Violation, invalid
+from cluster.gateway.call import CURRENT, Call
+from cluster.gateway.errors import GatewayError, Violation, invalid
+from cluster.gateway.latency import RecentLatency
 from cluster.gateway.router import Router
 from cluster.gateway.session import Delta, Session
 from cluster.gateway.validation import Limits, to_request
-from cluster.telemetry import metrics
+from cluster.telemetry import metrics, traces
 from grok.serving.v1 import generation_pb2, generation_pb2_grpc
 from workers.engine.plan import Token
 from workers.tokenizer import Tokenizer
@@ -30,13 +32,19 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         tokenizer: Tokenizer,
         router: Router,
         admission: Admission,
+        latency: RecentLatency,
         model: generation_pb2.GetModelResponse,
+        tracer: trace.Tracer,
+        log_prompts: bool,
     ) -> None:
         self._limits = limits
         self._tokenizer = tokenizer
         self._router = router
         self._admission = admission
+        self._latency = latency
         self._model = model
+        self._tracer = tracer
+        self._log_prompts = log_prompts
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -107,26 +115,57 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     @contextlib.contextmanager
     def _session(self, completion: generation_pb2.Completion) -> Iterator[Session]:
         """An admitted session, sent to a replica; however the block ends, the replica forgets it and times are counted."""
+        call = CURRENT.get()
         with self._admission.admitted():
-            request = to_request(completion, self._limits, self._tokenizer, f"r-{secrets.token_hex(8)}")
+            request = to_request(completion, self._limits, self._tokenizer, call.request_id)
             session = Session(request, tuple(completion.stop), self._tokenizer)
             link = self._router.start(session)
-            metrics.PROMPT_TOKENS.inc(len(request.prompt))
+            call.replica, call.epoch = link.leader.replica, link.leader.epoch
+            error: BaseException | None = None
             try:
                 yield session
+            except BaseException as raised:
+                error = raised
+                raise
             finally:
                 link.cancel(session)
-                _observe(session)
+                self._tell(call, session, error)
 
-
-def _observe(session: Session) -> None:
-    ended, count = time.monotonic(), len(session.tokens)
-    metrics.COMPLETION_TOKENS.inc(count)
-    metrics.REQUEST_DURATION.observe(ended - session.began)
-    if session.first_token is not None:
-        metrics.TIME_TO_FIRST_TOKEN.observe(session.first_token - session.began)
+    def _tell(self, call: Call, session: Session, error: BaseException | None) -> None:
+        """Counts, traces and notes for the log what became of a session."""
+        ended, count, prompt = time.monotonic(), len(session.tokens), session.request.prompt
+        labels = ("text_completion", self._model.name)
+        failed = isinstance(error, GatewayError)
+        reason = _reason(session) if session.finish else "error" if failed else "cancelled"
+        metrics.COMPLETIONS.labels(call.key, reason).inc()
+        metrics.TOKENS.labels(call.key, "prompt").inc(len(prompt))
+        metrics.TOKENS.labels(call.key, "completion").inc(count)
+        metrics.PROMPT_LENGTH.observe(len(prompt))
+        metrics.COMPLETION_LENGTH.observe(count)
+        kind = error.code.name if isinstance(error, GatewayError) else "CANCELLED" if error else ""
+        metrics.REQUEST_DURATION.labels(*labels, kind).observe(ended - call.began)
+        call.details.update(prompt_tokens=len(prompt), completion_tokens=count, finish_reason=reason)
+        if self._log_prompts:
+            call.details["prompt"] = self._tokenizer.decode(prompt)
+            call.details["completion"] = self._tokenizer.decode([token.id for token in session.tokens])
+        if session.first_token is None:
+            return
+        to_first = session.first_token - call.began
+        self._latency.add(to_first)
+        metrics.TIME_TO_FIRST_TOKEN.labels(*labels).observe(to_first)
         if count > 1:
-            metrics.TIME_PER_OUTPUT_TOKEN.observe((ended - session.first_token) / (count - 1))
+            metrics.TIME_PER_OUTPUT_TOKEN.labels(*labels).observe((ended - session.first_token) / (count - 1))
+        call.details["time_to_first_token"] = round(to_first, 4)
+        if session.timing is not None:
+            slot = session.first_token - session.timing.prefill
+            traces.child(self._tracer, "queue", slot - session.timing.queue, slot)
+            traces.child(self._tracer, "prefill", slot, session.first_token)
+            traces.child(self._tracer, "decode", session.first_token, ended)
+
+
+def _reason(session: Session) -> str:
+    name: str = generation_pb2.FinishReason.Name(session.finish or generation_pb2.FINISH_REASON_UNSPECIFIED)
+    return name.removeprefix("FINISH_REASON_").lower()
 
 
 def _token(token: Token, alternatives: int) -> generation_pb2.GeneratedToken:

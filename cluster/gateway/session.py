@@ -11,7 +11,7 @@ from cluster.gateway.errors import GatewayError
 from cluster.gateway.stop import StopMatcher
 from grok.serving.v1 import generation_pb2
 from workers.engine.plan import Token
-from workers.engine.request import Finish, Request, TokenEvent
+from workers.engine.request import Finish, Request, Timing, TokenEvent
 from workers.tokenizer import Detokenizer, Tokenizer
 
 
@@ -30,8 +30,9 @@ class Session:
     def __init__(self, request: Request, stops: tuple[str, ...], tokenizer: Tokenizer) -> None:
         self.request = request
         self.tokens: list[Token] = []
-        self.began = time.monotonic()
         self.first_token: float | None = None
+        self.timing: Timing | None = None
+        self.finish: generation_pb2.FinishReason.ValueType | None = None
         self._detokenizer = Detokenizer(tokenizer, request.prompt)
         self._stop = StopMatcher(stops)
         self._arrived: asyncio.Queue[TokenEvent | GatewayError] = asyncio.Queue()
@@ -53,13 +54,15 @@ class Session:
                     break
                 raise event
             deltas.append(self._take(event))
-            if deltas[-1].finish is not None:
+            self.finish = deltas[-1].finish
+            if self.finish is not None:
                 break
         return deltas
 
     def _take(self, event: TokenEvent) -> Delta:
         if self.first_token is None:
             self.first_token = time.monotonic()
+            self.timing = event.timing
         self.tokens.append(event.token)
         if event.finish is Finish.STOP:  # the end token itself has no text
             text, stopped = self._stop.push(self._detokenizer.flush())

@@ -9,38 +9,69 @@ REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 disable_created_metrics()
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+#: Codes that a completion can end with, besides the client's own faults.
+SERVER_CODES = ("OK", "UNAVAILABLE", "INTERNAL", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "CANCELLED")
+REJECTION_REASONS = ("draining", "full", "engine_full", "no_replica", "unauthenticated")
+FINISH_REASONS = ("eos", "stop", "length", "cancelled", "error")
+
+_GEN_AI = ("gen_ai_operation_name", "gen_ai_request_model")
+_TOKENS = (1, 4, 16, 64, 256, 1024, 2048, 4096, 8192)
 
 TIME_TO_FIRST_TOKEN = Histogram(
     "gen_ai_server_time_to_first_token_seconds",
     "From a request's arrival to its first token.",
-    buckets=_SECONDS,
+    _GEN_AI,
+    buckets=(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0),
     registry=REGISTRY,
 )
 TIME_PER_OUTPUT_TOKEN = Histogram(
     "gen_ai_server_time_per_output_token_seconds",
     "Mean time between a request's tokens after the first, told once a request.",
-    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
+    _GEN_AI,
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5),
     registry=REGISTRY,
 )
 REQUEST_DURATION = Histogram(
     "gen_ai_server_request_duration_seconds",
-    "From a request's arrival to its end.",
-    buckets=_SECONDS,
+    "From a request's arrival to its end. error_type is the status code's name, empty for OK.",
+    (*_GEN_AI, "error_type"),
+    buckets=(0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92),
     registry=REGISTRY,
 )
 REQUESTS = Counter("grokmesh_gateway_requests", "Calls that ended.", ["method", "code"], registry=REGISTRY)
 REJECTIONS = Counter(
     "grokmesh_gateway_rejections", "Completions that were not admitted.", ["reason"], registry=REGISTRY
 )
-PROMPT_TOKENS = Counter("grokmesh_gateway_prompt_tokens", "Prompt tokens of admitted completions.", registry=REGISTRY)
-COMPLETION_TOKENS = Counter("grokmesh_gateway_completion_tokens", "Tokens received for completions.", registry=REGISTRY)
+COMPLETIONS = Counter(
+    "grokmesh_gateway_completions", "Admitted completions that ended.", ["key", "finish_reason"], registry=REGISTRY
+)
+TOKENS = Counter(
+    "grokmesh_gateway_tokens", "Tokens of admitted completions, by API key.", ["key", "kind"], registry=REGISTRY
+)
+PROMPT_LENGTH = Histogram(
+    "grokmesh_gateway_prompt_length_tokens", "Tokens of a prompt.", buckets=_TOKENS, registry=REGISTRY
+)
+COMPLETION_LENGTH = Histogram(
+    "grokmesh_gateway_completion_length_tokens", "Tokens of a completion.", buckets=_TOKENS, registry=REGISTRY
+)
 IN_FLIGHT = Gauge("grokmesh_gateway_requests_in_flight", "Completions in the gateway.", registry=REGISTRY)
 QUEUED = Gauge(
     "grokmesh_gateway_queued_requests", "Completions in the gateway that have no token yet.", registry=REGISTRY
 )
 REPLICAS_READY = Gauge("grokmesh_replicas_ready", "Replicas that serve.", registry=REGISTRY)
+REPLICAS_WANTED = Gauge("grokmesh_replicas_wanted", "Replicas that should serve.", registry=REGISTRY)
 EPOCH = Gauge("grokmesh_replica_epoch", "Epoch of a replica's mesh.", ["replica"], registry=REGISTRY)
 REBUILDS = Counter(
     "grokmesh_replica_rebuilds", "Meshes that were formed again after a failure.", ["replica"], registry=REGISTRY
 )
+BUILD = Gauge("grokmesh_build_info", "Always 1; the labels say what runs.", ["version", "model"], registry=REGISTRY)
+
+
+def begin(model: str, version: str) -> None:
+    """Makes the series that alerts divide by and subtract, so that they are there, at zero, before their first event."""
+    BUILD.labels(version, model).set(1)
+    for method in ("Generate", "GenerateOnce"):
+        for code in SERVER_CODES:
+            REQUESTS.labels(method, code)
+    for reason in REJECTION_REASONS:
+        REJECTIONS.labels(reason)

@@ -49,7 +49,7 @@ def running(folder: pathlib.Path, **sections: Any) -> Iterator[Service]:
     config = {
         "model": {"name": "demo", "checkpoint": str(DEMO)},
         "gateway": {"address": address},
-        "telemetry": {"metrics_address": metrics},
+        "telemetry": {"address": metrics},
         "cluster": {"compilation_cache": str(folder / "xla")},
         **sections,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ from workers.engine.plan import EngineShape, Plan, StepTokens, Token
 from workers.engine.scheduler import Scheduler
 from workers.leader import Leader
 from workers.link import LeaderServer, Link, connect, free_port
+from workers.model.config import GrokConfig
+from workers.runtime.profiler import Profiler
 
 
 class _FakeRuntime:
@@ -19,14 +22,22 @@ class _FakeRuntime:
 
     def __init__(self, shape: EngineShape) -> None:
         self.shape = shape
+        self.config = GrokConfig(num_layers=2)
 
-    def execute(self, plan: Plan) -> Plan:
-        return plan
+    def execute(self, plan: Plan) -> Any:
+        return types.SimpleNamespace(plan=plan)
 
-    def read(self, plan: Plan) -> StepTokens:
+    def read(self, pending: Any) -> StepTokens:
+        plan: Plan = pending.plan
         token = Token(5, -1.0, ())
         last = [chunk for chunks in plan.prefills for chunk in chunks if chunk.last]
-        return StepTokens(plan.number, (token,) * len(last), (token,) * len(plan.decode))
+        return StepTokens(plan.number, (token,) * len(last), (token,) * len(plan.decode), ((1,) * 8, (2,) * 8))
+
+    def wait(self, plan: Plan) -> None:
+        pass
+
+    def probe(self) -> float:
+        return 0.0
 
 
 @contextlib.contextmanager
@@ -36,7 +47,7 @@ def _leading(slots: int, max_waiting: int = 10) -> Iterator[Link]:
     shape = EngineShape(slots=slots, groups=1, pages=9, page_size=4, chunk=8, context=32)
     runtime: Any = _FakeRuntime(shape)
     server = LeaderServer(address, epoch=1, secret=b"s")
-    leader = Leader(runtime, Scheduler(shape, 100, max_waiting), server, 1, compilations=lambda: 0)
+    leader = Leader(runtime, Scheduler(shape, 100, max_waiting), server, 1, compilations=lambda: 0, profiler=Profiler())
     threading.Thread(target=leader.run, daemon=True).start()
     link = connect(address, engine_pb2.Hello(epoch=1, secret=b"s"), 5)
     link.settimeout(5)

@@ -59,7 +59,7 @@ def test_logits_are_those_of_float32_arithmetic(golden: pathlib.Path, weights: s
             if case["name"] == "logits-len32":
                 # The router's probabilities after each layer, as the original computed them in bfloat16.
                 traced = reference["trace/router_probs"]
-                assert np.median(np.abs(np.asarray(output.router_probabilities[:, 0]) - traced)) < 0.01
+                assert np.median(np.abs(np.asarray(output.routed.probabilities[:, 0]) - traced)) < 0.01
 
 
 def test_rows_of_a_weight_are_scaled_by_their_group_and_rounded_to_bfloat16() -> None:

@@ -77,6 +77,7 @@ class Admission:
     slot: int
     pages: tuple[int, ...]
     sampling: Sampling
+    request_id: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +102,11 @@ class Plan:
     prefills: tuple[tuple[Chunk, ...], ...]
     decode: tuple[int, ...]
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt positions that it computes."""
+        return sum(len(chunk.tokens) for chunks in self.prefills for chunk in chunks)
+
 
 @dataclasses.dataclass(frozen=True)
 class Token:
@@ -113,8 +119,16 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class StepTokens:
-    """The tokens of a plan: one for each last chunk, in the order of the plan, then one for each slot of `decode`."""
+    """What a plan came to.
+
+    Attributes:
+      number: of the plan.
+      prefilled: one token for each last chunk, in the order of the plan.
+      decoded: one token for each slot of `decode`.
+      expert_tokens: for each group of layers, how many tokens each expert computed, summed over the layers.
+    """
 
     number: int
     prefilled: tuple[Token, ...]
     decoded: tuple[Token, ...]
+    expert_tokens: tuple[tuple[int, ...], ...] = ()

@@ -35,12 +35,26 @@ class Finish(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
+class Timing:
+    """Where the seconds until a request's first token went.
+
+    Attributes:
+      queue: from its arrival at the leader to its slot.
+      prefill: from its slot to its first token.
+    """
+
+    queue: float
+    prefill: float
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenEvent:
-    """A request's next token; with the last one comes the reason why it is."""
+    """A request's next token; with the last one comes the reason why it is, with the first what it waited for."""
 
     request_id: str
     token: Token
     finish: Finish | None
+    timing: Timing | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -157,7 +157,7 @@ class Scheduler:
             self._free_slots.remove(slot)
             pages = self._pools[self._shape.group_of(slot)].take(request.id, self._pages(request))
             self._running[request.id] = _Sequence(request, slot)
-            admissions.append(Admission(slot, pages, request.sampling))
+            admissions.append(Admission(slot, pages, request.sampling, request.id))
         return tuple(admissions)
 
     def _slot_for(self, pages: int) -> int | None:

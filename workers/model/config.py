@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -64,6 +65,12 @@ class GrokConfig:
             )
         if self.key_size % 2:
             raise ConfigError(f"key_size={self.key_size} must be even: rotary embeddings turn pairs")
+
+    def layer_groups(self, most: int = 8) -> list[range]:
+        """The layers in at most `most` groups of consecutive ones of nearly equal size, for reports."""
+        count = min(most, self.num_layers)
+        bounds = [i * self.num_layers // count for i in range(count + 1)]
+        return [range(first, end) for first, end in itertools.pairwise(bounds)]
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> GrokConfig:

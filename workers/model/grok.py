@@ -19,16 +19,30 @@ from workers.model.partition import Partition
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Routed:
+    """What a router decides; of all layers, with a leading L.
+
+    Attributes:
+      probabilities: [B, T, E] float32.
+      experts: [B, T, S] int32, the chosen ones.
+    """
+
+    probabilities: jax.Array
+    experts: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Output:
     """What a pass over the layers gives.
 
     Attributes:
       logits: [..., V] float32 of the positions that were read.
-      router_probabilities: [L, B, T, E] float32.
+      routed: what the routers decided.
     """
 
     logits: jax.Array
-    router_probabilities: jax.Array
+    routed: Routed
 
 
 class DecoderLayer(hk.Module):
@@ -43,8 +57,8 @@ class DecoderLayer(hk.Module):
 
     def __call__(
         self, x: jax.Array, positions: jax.Array, attend: Attend, dtype: jnp.dtype | type
-    ) -> tuple[jax.Array, jax.Array]:
-        """[B, T, D], [B, T] -> [B, T, D], router probabilities [B, T, E]."""
+    ) -> tuple[jax.Array, Routed]:
+        """[B, T, D], [B, T] -> [B, T, D] and what the router decided."""
         config, partition = self._config, self._partition
         batch, length, width = x.shape
         residual_axes = ("batch", None, None)
@@ -57,7 +71,7 @@ class DecoderLayer(hk.Module):
         moe = Experts(config, partition, self._grouped_matmul)
         mixed = moe(rows.astype(dtype), gates, experts, positions.reshape(-1) >= 0).reshape(x.shape)
         x = partition.constrain(x + RMSNorm(name="rms_norm_3")(mixed), residual_axes)
-        return x, probabilities.reshape(batch, length, -1)
+        return x, Routed(probabilities.reshape(batch, length, -1), experts.reshape(batch, length, -1))
 
 
 class Transformer(hk.Module):
@@ -71,14 +85,14 @@ class Transformer(hk.Module):
 
     def __call__(
         self, x: jax.Array, positions: jax.Array, attend: Attend, dtype: jnp.dtype | type
-    ) -> tuple[jax.Array, jax.Array]:
-        """[B, T, D], [B, T] -> [B, T, D], router probabilities [L, B, T, E]."""
-        probabilities = []
+    ) -> tuple[jax.Array, Routed]:
+        """[B, T, D], [B, T] -> [B, T, D] and what the routers decided."""
+        routed = []
         for i in range(self._config.num_layers):
             layer = DecoderLayer(self._config, self._partition, i, self._grouped_matmul)
-            x, layer_probabilities = layer(x, positions, attend, dtype)
-            probabilities.append(layer_probabilities)
-        return x, jnp.stack(probabilities)
+            x, decided = layer(x, positions, attend, dtype)
+            routed.append(decided)
+        return x, jax.tree.map(lambda *layers: jnp.stack(layers), *routed)
 
 
 class Embedding(hk.Module):
@@ -134,8 +148,8 @@ class LanguageModel(hk.Module):
         """
         embedding = Embedding(self._config, self._partition)
         x = self._partition.constrain(embedding(tokens), ("batch", None, None))
-        x, probabilities = self._transformer(x, positions, attend, dtype)
-        return Output(embedding.logits(read(RMSNorm(name="rms_norm")(x, dtype))), probabilities)
+        x, routed = self._transformer(x, positions, attend, dtype)
+        return Output(embedding.logits(read(RMSNorm(name="rms_norm")(x, dtype))), routed)
 
 
 def forward(

@@ -44,7 +44,7 @@ class Programs:
 
     def _decode(
         self, params: Params, pages: Pages, tokens: jax.Array, bias: jax.Array, packed: jax.Array
-    ) -> tuple[Pages, jax.Array, jax.Array]:
+    ) -> tuple[Pages, jax.Array, jax.Array, jax.Array]:
         """One token for each active slot.
 
         Args:
@@ -55,17 +55,18 @@ class Programs:
           packed: [slots, PAGES + N], see `SlotTable.decode`.
 
         Returns:
-          pages, tokens with the new ones, and the packed samples [slots, 2 + 2 * ALTERNATIVES] int32.
+          pages, tokens with the new ones, the packed samples [slots, 2 + 2 * ALTERNATIVES] int32, and how many tokens
+          each expert computed, [L, E] int32.
         """
         packed = self._replicate(packed)
         output, pages = self._forward(params, pages, tokens[:, None], packed, lambda hidden: hidden[:, 0])
         drawn, samples = self._sample(output.logits, bias, packed)
         tokens = jnp.where(packed[:, DRAWS] == 1, drawn, tokens)
-        return pages, self._replicate(tokens), samples
+        return pages, self._replicate(tokens), samples, self._count(output, packed, 1)
 
     def _prefill(
         self, params: Params, pages: Pages, tokens: jax.Array, bias: jax.Array, packed: jax.Array
-    ) -> tuple[Pages, jax.Array, jax.Array]:
+    ) -> tuple[Pages, jax.Array, jax.Array, jax.Array]:
         """A chunk of one prompt a group; rows that draw leave their first token in `tokens`.
 
         As `_decode`, but packed is [groups, PAGES + N + chunk], and so are the samples [groups, ...].
@@ -81,7 +82,7 @@ class Programs:
         drawn, samples = self._sample(output.logits, bias[slot], packed)
         target = jnp.where(packed[:, DRAWS] == 1, slot, self._shape.slots)
         tokens = tokens.at[target].set(drawn, mode="drop")
-        return pages, self._replicate(tokens), samples
+        return pages, self._replicate(tokens), samples, self._count(output, packed, self._shape.chunk)
 
     def _score(self, params: Params, pages: Pages, packed: jax.Array) -> tuple[Pages, jax.Array, jax.Array]:
         """A chunk as in `_prefill`, with the logits of all its positions.
@@ -94,10 +95,10 @@ class Programs:
         output, pages = self._forward(params, pages, self._chunk(packed), packed, lambda hidden: hidden)
         chosen = self._config.num_selected_experts
         if chosen < self._config.num_experts:
-            top, _ = lax.top_k(output.router_probabilities, chosen + 1)  # [L, B, T, S + 1]
+            top, _ = lax.top_k(output.routed.probabilities, chosen + 1)  # [L, B, T, S + 1]
             gap = jnp.min(jnp.log(top[..., chosen - 1] / top[..., chosen]), axis=0)
         else:
-            gap = jnp.full(output.router_probabilities.shape[1:3], jnp.inf)
+            gap = jnp.full(output.routed.probabilities.shape[1:3], jnp.inf)
         return pages, self._replicate(output.logits), self._replicate(gap)
 
     def _set_bias(self, bias: jax.Array, slot: jax.Array, row: jax.Array) -> jax.Array:
@@ -132,6 +133,12 @@ class Programs:
             jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(logits, bias, packed)
         )
         return samples[:, 0], samples
+
+    def _count(self, output: Output, packed: jax.Array, length: int) -> jax.Array:
+        """[L, E] int32: how many of the positions that are no padding each expert was chosen for."""
+        chosen = jax.nn.one_hot(output.routed.experts, self._config.num_experts, dtype=jnp.int32)  # [L, B, T, S, E]
+        valid = positions(packed, length) >= 0
+        return self._replicate(jnp.sum(chosen * valid[:, :, None, None], axis=(1, 2, 3)))
 
     def _replicate(self, x: jax.Array) -> jax.Array:
         whole: jax.Array = lax.with_sharding_constraint(x, self._whole)

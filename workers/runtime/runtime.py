@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from workers.checkpoint.loader import Params
 from workers.engine.plan import ALTERNATIVES, EngineShape, Plan, Sampling, StepTokens, Token
@@ -27,6 +29,7 @@ class Pending:
     plan: Plan
     prefills: tuple[jax.Array, ...]
     decode: jax.Array | None
+    expert_counts: tuple[jax.Array, ...]
 
 
 class Runtime:
@@ -58,13 +61,33 @@ class Runtime:
         self._decode = programs.decode.lower(*state, no_slot).compile()
         self._set_bias = programs.set_bias.lower(self._bias, np.int32(0), self._bias_row(Sampling())).compile()
         self._score = programs.score
+        self._group_starts = [group.start for group in config.layer_groups()]
+        mesh = partition.mesh
+        assert mesh is not None
+        everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._ones = jax.jit(lambda: jnp.ones(mesh.size, jnp.int32), out_shardings=everywhere)()
+        self._all_reduce = jax.jit(jnp.sum, out_shardings=whole).lower(self._ones).compile()
+
+    @property
+    def device_bytes(self) -> dict[str, int]:
+        """Bytes that this host's devices hold, by what they are for."""
+        state = {"parameters": self._params, "kv_pages": self._pages, "sampling": (self._tokens, self._bias)}
+        return {name: _local_bytes(arrays) for name, arrays in state.items()}
+
+    def probe(self) -> float:
+        """Seconds of the smallest all-reduce over all devices, waiting for the slowest host included. All hosts must call
+        this between the same plans, each when its devices are idle."""
+        began = time.perf_counter()
+        jax.block_until_ready(self._all_reduce(self._ones))
+        return time.perf_counter() - began
 
     def warm_up(self) -> None:
         """Runs every program once without effect. All hosts must have compiled before any calls this."""
         self.read(self.execute(Plan(0, (), ((),), ())))
-        self._pages, self._tokens, packed = self._decode(
+        self._pages, self._tokens, packed, _ = self._decode(
             self._params, self._pages, self._tokens, self._bias, self._slots.decode(())
         )
+        self.probe()
         self._bias = self._set_bias(self._bias, np.int32(0), self._bias_row(Sampling()))
         jax.block_until_ready((packed, self._bias))
 
@@ -73,18 +96,20 @@ class Runtime:
         for admission in plan.admissions:
             self._slots.admit(admission)
             self._apply_bias(admission.slot, admission.sampling)
-        prefills = []
+        prefills, counts = [], []
         for chunks in plan.prefills:
-            self._pages, self._tokens, packed = self._prefill(
+            self._pages, self._tokens, packed, count = self._prefill(
                 self._params, self._pages, self._tokens, self._bias, self._slots.prefill(chunks)
             )
             prefills.append(packed)
+            counts.append(count)
         decoded = None
         if plan.decode:
-            self._pages, self._tokens, decoded = self._decode(
+            self._pages, self._tokens, decoded, count = self._decode(
                 self._params, self._pages, self._tokens, self._bias, self._slots.decode(plan.decode)
             )
-        return Pending(plan, tuple(prefills), decoded)
+            counts.append(count)
+        return Pending(plan, tuple(prefills), decoded, tuple(counts))
 
     def read(self, pending: Pending) -> StepTokens:
         """Waits for a plan's samples and copies them to the host."""
@@ -97,11 +122,16 @@ class Runtime:
         if pending.decode is not None:
             rows = np.asarray(pending.decode.addressable_data(0))
             decoded = tuple(_token(rows[slot]) for slot in plan.decode)
-        return StepTokens(plan.number, tuple(prefilled), decoded)
+        return StepTokens(plan.number, tuple(prefilled), decoded, self._expert_tokens(pending))
 
     def wait(self, pending: Pending) -> None:
         """Waits until the devices have finished a plan."""
         jax.block_until_ready((pending.prefills, pending.decode))
+
+    def _expert_tokens(self, pending: Pending) -> tuple[tuple[int, ...], ...]:
+        counts = [np.asarray(count.addressable_data(0)) for count in pending.expert_counts]  # [L, E] each
+        by_group = np.add.reduceat(np.sum(counts, axis=0), self._group_starts, axis=0)
+        return tuple(map(tuple, by_group.tolist()))
 
     def score(self, plan: Plan) -> tuple[Array, Array]:
         """Carries out the single chunk of a plan; logits [chunk, V] of its positions and router gaps [chunk].
@@ -130,6 +160,10 @@ class Runtime:
         for token, value in sampling.logit_bias:
             row[token] += value
         return row
+
+
+def _local_bytes(arrays: Any) -> int:
+    return sum(shard.data.nbytes for array in jax.tree.leaves(arrays) for shard in array.addressable_shards)
 
 
 def _token(row: Array) -> Token:

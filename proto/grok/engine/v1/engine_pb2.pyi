@@ -274,6 +274,7 @@ class TokenEvent(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
+    TIMING_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Of the request."""
     finish: Global___Finish.ValueType
@@ -282,20 +283,51 @@ class TokenEvent(_message.Message):
     def token(self) -> Global___Token:
         """The token."""
 
+    @_builtins.property
+    def timing(self) -> Global___Timing:
+        """Set with the first token."""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         token: Global___Token | None = ...,
         finish: Global___Finish.ValueType = ...,
+        timing: Global___Timing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "request_id", b"request_id", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "request_id", b"request_id", "timing", b"timing", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TokenEvent: _TypeAlias = TokenEvent  # noqa: Y015
+
+@_typing.final
+class Timing(_message.Message):
+    """Where the time until a request's first token went, on the leader."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
+    PREFILL_SECONDS_FIELD_NUMBER: _builtins.int
+    queue_seconds: _builtins.float
+    """From its arrival to its slot."""
+    prefill_seconds: _builtins.float
+    """From its slot to its first token."""
+    def __init__(
+        self,
+        *,
+        queue_seconds: _builtins.float = ...,
+        prefill_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prefill_seconds", b"prefill_seconds", "queue_seconds", b"queue_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Timing: _TypeAlias = Timing  # noqa: Y015
 
 @_typing.final
 class Refusal(_message.Message):
@@ -339,6 +371,7 @@ class Load(_message.Message):
     PAGES_TOTAL_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
     COMPILATIONS_FIELD_NUMBER: _builtins.int
+    ROUTING_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Sequences with a slot."""
     waiting: _builtins.int
@@ -351,6 +384,10 @@ class Load(_message.Message):
     """Slots of the engine."""
     compilations: _builtins.int
     """Programs compiled since warm-up."""
+    @_builtins.property
+    def routing(self) -> _containers.RepeatedCompositeFieldContainer[Global___Routing]:
+        """What the router did so far."""
+
     def __init__(
         self,
         *,
@@ -360,14 +397,47 @@ class Load(_message.Message):
         pages_total: _builtins.int = ...,
         slots: _builtins.int = ...,
         compilations: _builtins.int = ...,
+        routing: _abc.Iterable[Global___Routing] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compilations", b"compilations", "pages_total", b"pages_total", "pages_used", b"pages_used", "running", b"running", "slots", b"slots", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compilations", b"compilations", "pages_total", b"pages_total", "pages_used", b"pages_used", "routing", b"routing", "running", b"running", "slots", b"slots", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class Routing(_message.Message):
+    """Tokens that each expert of a group of layers has computed in this epoch, summed over the layers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    LAST_LAYER_FIELD_NUMBER: _builtins.int
+    EXPERT_TOKENS_FIELD_NUMBER: _builtins.int
+    first_layer: _builtins.int
+    """First layer of the group."""
+    last_layer: _builtins.int
+    """Last layer of the group."""
+    @_builtins.property
+    def expert_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """One count an expert."""
+
+    def __init__(
+        self,
+        *,
+        first_layer: _builtins.int = ...,
+        last_layer: _builtins.int = ...,
+        expert_tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_tokens", b"expert_tokens", "first_layer", b"first_layer", "last_layer", b"last_layer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Routing: _TypeAlias = Routing  # noqa: Y015
 
 @_typing.final
 class LeaderOutput(_message.Message):
@@ -418,8 +488,11 @@ class Admission(_message.Message):
     SLOT_FIELD_NUMBER: _builtins.int
     PAGES_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     """The slot taken."""
+    request_id: _builtins.str
+    """Of the request that it serves."""
     @_builtins.property
     def pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Its pages."""
@@ -434,10 +507,11 @@ class Admission(_message.Message):
         slot: _builtins.int = ...,
         pages: _abc.Iterable[_builtins.int] | None = ...,
         sampling: Global___Sampling | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages", "sampling", b"sampling", "slot", b"slot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages", "request_id", b"request_id", "sampling", b"sampling", "slot", b"slot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -546,3 +620,25 @@ class Plan(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Plan: _TypeAlias = Plan  # noqa: Y015
+
+@_typing.final
+class Done(_message.Message):
+    """A frame from follower to leader: a plan that it has carried out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Of the plan."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Done: _TypeAlias = Done  # noqa: Y015

@@ -35,6 +35,8 @@ class _ReplicaStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReplicaS
     """Serving."""
     REPLICA_STATE_FAILED: _ReplicaState.ValueType  # 4
     """A host was lost; the next epoch is about to begin."""
+    REPLICA_STATE_DRAINING: _ReplicaState.ValueType  # 5
+    """Finishing its requests; then it ends."""
 
 class ReplicaState(_ReplicaState, metaclass=_ReplicaStateEnumTypeWrapper):
     """State of a replica."""
@@ -49,6 +51,8 @@ REPLICA_STATE_READY: ReplicaState.ValueType  # 3
 """Serving."""
 REPLICA_STATE_FAILED: ReplicaState.ValueType  # 4
 """A host was lost; the next epoch is about to begin."""
+REPLICA_STATE_DRAINING: ReplicaState.ValueType  # 5
+"""Finishing its requests; then it ends."""
 Global___ReplicaState: _TypeAlias = ReplicaState  # noqa: Y015
 
 @_typing.final
@@ -137,6 +141,7 @@ class ReplicaStatus(_message.Message):
     PAGES_TOTAL_FIELD_NUMBER: _builtins.int
     COMPILATIONS_FIELD_NUMBER: _builtins.int
     LAST_FAILURE_FIELD_NUMBER: _builtins.int
+    LAYER_GROUPS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Number of the replica."""
     state: Global___ReplicaState.ValueType
@@ -165,6 +170,10 @@ class ReplicaStatus(_message.Message):
     def hosts(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostStatus]:
         """Its hosts in rank order."""
 
+    @_builtins.property
+    def layer_groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerGroup]:
+        """What its router did in this epoch."""
+
     def __init__(
         self,
         *,
@@ -181,14 +190,47 @@ class ReplicaStatus(_message.Message):
         pages_total: _builtins.int = ...,
         compilations: _builtins.int = ...,
         last_failure: _builtins.str = ...,
+        layer_groups: _abc.Iterable[Global___LayerGroup] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compilations", b"compilations", "epoch", b"epoch", "hosts", b"hosts", "index", b"index", "last_failure", b"last_failure", "mesh_data", b"mesh_data", "mesh_model", b"mesh_model", "pages_total", b"pages_total", "pages_used", b"pages_used", "running", b"running", "slots", b"slots", "state", b"state", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compilations", b"compilations", "epoch", b"epoch", "hosts", b"hosts", "index", b"index", "last_failure", b"last_failure", "layer_groups", b"layer_groups", "mesh_data", b"mesh_data", "mesh_model", b"mesh_model", "pages_total", b"pages_total", "pages_used", b"pages_used", "running", b"running", "slots", b"slots", "state", b"state", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReplicaStatus: _TypeAlias = ReplicaStatus  # noqa: Y015
+
+@_typing.final
+class LayerGroup(_message.Message):
+    """A group of consecutive layers, and how busy its experts were."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    LAST_LAYER_FIELD_NUMBER: _builtins.int
+    EXPERT_TOKENS_FIELD_NUMBER: _builtins.int
+    first_layer: _builtins.int
+    """First layer."""
+    last_layer: _builtins.int
+    """Last layer."""
+    @_builtins.property
+    def expert_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens that each expert has computed, summed over the layers."""
+
+    def __init__(
+        self,
+        *,
+        first_layer: _builtins.int = ...,
+        last_layer: _builtins.int = ...,
+        expert_tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_tokens", b"expert_tokens", "first_layer", b"first_layer", "last_layer", b"last_layer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerGroup: _TypeAlias = LayerGroup  # noqa: Y015
 
 @_typing.final
 class GetStatusResponse(_message.Message):
@@ -199,10 +241,19 @@ class GetStatusResponse(_message.Message):
     REPLICAS_FIELD_NUMBER: _builtins.int
     REQUESTS_FIELD_NUMBER: _builtins.int
     METRICS_URL_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    WANTED_REPLICAS_FIELD_NUMBER: _builtins.int
     requests: _builtins.int
     """Requests in the gateway."""
     metrics_url: _builtins.str
     """Where the gateway's metrics are."""
+    model: _builtins.str
+    """Name of the served model."""
+    version: _builtins.str
+    """Version of the software."""
+    wanted_replicas: _builtins.int
+    """Replicas that the autoscaler wants."""
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaStatus]:
         """All replicas."""
@@ -213,11 +264,72 @@ class GetStatusResponse(_message.Message):
         replicas: _abc.Iterable[Global___ReplicaStatus] | None = ...,
         requests: _builtins.int = ...,
         metrics_url: _builtins.str = ...,
+        model: _builtins.str = ...,
+        version: _builtins.str = ...,
+        wanted_replicas: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics_url", b"metrics_url", "replicas", b"replicas", "requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics_url", b"metrics_url", "model", b"model", "replicas", b"replicas", "requests", b"requests", "version", b"version", "wanted_replicas", b"wanted_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class ProfileRequest(_message.Message):
+    """Asks for a trace."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    replica: _builtins.int
+    """Number of the replica."""
+    steps: _builtins.int
+    """Steps to trace, 1 to 1,000. Absent: 20."""
+    def __init__(
+        self,
+        *,
+        replica: _builtins.int = ...,
+        steps: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "steps", b"steps"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "replica", b"replica", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
+    _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
+
+Global___ProfileRequest: _TypeAlias = ProfileRequest  # noqa: Y015
+
+@_typing.final
+class ProfileResponse(_message.Message):
+    """A piece of a trace file. The pieces of a file come in order, one file after another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """Rank of the host."""
+    path: _builtins.str
+    """Where the file belongs within the folder of the trace."""
+    content: _builtins.bytes
+    """The next bytes of it."""
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        path: _builtins.str = ...,
+        content: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "path", b"path", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProfileResponse: _TypeAlias = ProfileResponse  # noqa: Y015

@@ -40,6 +40,11 @@ class ClusterServiceStub:
                 request_serializer=grok_dot_serving_dot_v1_dot_cluster__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=grok_dot_serving_dot_v1_dot_cluster__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.Profile = channel.unary_stream(
+                '/grok.serving.v1.ClusterService/Profile',
+                request_serializer=grok_dot_serving_dot_v1_dot_cluster__pb2.ProfileRequest.SerializeToString,
+                response_deserializer=grok_dot_serving_dot_v1_dot_cluster__pb2.ProfileResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -53,6 +58,14 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Profile(self, request, context):
+        """Traces the next steps of a replica with JAX's profiler on all of its hosts, and streams the trace files. FAILED_PRECONDITION if
+        the replica does not serve, DEADLINE_EXCEEDED if it had too few steps to do within the call's deadline.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +73,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=grok_dot_serving_dot_v1_dot_cluster__pb2.GetStatusRequest.FromString,
                     response_serializer=grok_dot_serving_dot_v1_dot_cluster__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'Profile': grpc.unary_stream_rpc_method_handler(
+                    servicer.Profile,
+                    request_deserializer=grok_dot_serving_dot_v1_dot_cluster__pb2.ProfileRequest.FromString,
+                    response_serializer=grok_dot_serving_dot_v1_dot_cluster__pb2.ProfileResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +108,33 @@ class ClusterService:
             '/grok.serving.v1.ClusterService/GetStatus',
             grok_dot_serving_dot_v1_dot_cluster__pb2.GetStatusRequest.SerializeToString,
             grok_dot_serving_dot_v1_dot_cluster__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Profile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/grok.serving.v1.ClusterService/Profile',
+            grok_dot_serving_dot_v1_dot_cluster__pb2.ProfileRequest.SerializeToString,
+            grok_dot_serving_dot_v1_dot_cluster__pb2.ProfileResponse.FromString,
             options,
             channel_credentials,
             insecure,

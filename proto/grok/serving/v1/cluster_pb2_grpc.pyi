@@ -35,6 +35,10 @@ class ClusterServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ClusterServiceAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.GetStatusRequest, _cluster_pb2.GetStatusResponse]
     """Describes replicas, hosts and load."""
+    Profile: _grpc.UnaryStreamMultiCallable[_cluster_pb2.ProfileRequest, _cluster_pb2.ProfileResponse]
+    """Traces the next steps of a replica with JAX's profiler on all of its hosts, and streams the trace files. FAILED_PRECONDITION if
+    the replica does not serve, DEADLINE_EXCEEDED if it had too few steps to do within the call's deadline.
+    """
 
 @_typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
@@ -43,6 +47,10 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetStatusRequest, _cluster_pb2.GetStatusResponse]  # type: ignore[assignment]
     """Describes replicas, hosts and load."""
+    Profile: _aio.UnaryStreamMultiCallable[_cluster_pb2.ProfileRequest, _cluster_pb2.ProfileResponse]  # type: ignore[assignment]
+    """Traces the next steps of a replica with JAX's profiler on all of its hosts, and streams the trace files. FAILED_PRECONDITION if
+    the replica does not serve, DEADLINE_EXCEEDED if it had too few steps to do within the call's deadline.
+    """
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Tells operators how the cluster is."""
@@ -54,5 +62,15 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.GetStatusResponse, _abc.Awaitable[_cluster_pb2.GetStatusResponse]]:
         """Describes replicas, hosts and load."""
+
+    @_abc_1.abstractmethod
+    def Profile(
+        self,
+        request: _cluster_pb2.ProfileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cluster_pb2.ProfileResponse], _abc.AsyncIterator[_cluster_pb2.ProfileResponse]]:
+        """Traces the next steps of a replica with JAX's profiler on all of its hosts, and streams the trace files. FAILED_PRECONDITION if
+        the replica does not serve, DEADLINE_EXCEEDED if it had too few steps to do within the call's deadline.
+        """
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

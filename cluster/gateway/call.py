@@ -1,0 +1,42 @@
+"""What is known of the call that the current task answers: its line in the log, its span, its counts."""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import secrets
+import time
+from typing import Any
+
+from cluster.gateway.keys import ANONYMOUS
+
+
+@dataclasses.dataclass
+class Call:
+    """One call.
+
+    Attributes:
+      method: name of the method.
+      request_id: names it everywhere.
+      key: name of the caller's API key.
+      replica, epoch: that compute it, once known.
+      details: more for its line in the log.
+    """
+
+    method: str
+    request_id: str = dataclasses.field(default_factory=lambda: f"r-{secrets.token_hex(8)}")
+    key: str = ANONYMOUS
+    replica: int | None = None
+    epoch: int | None = None
+    began: float = dataclasses.field(default_factory=time.monotonic)
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def log_fields(self) -> dict[str, Any]:
+        """For a log line's `extra`."""
+        return {
+            "request_id": self.request_id, "key": self.key, "replica": self.replica, "epoch": self.epoch, **self.details,
+        }  # fmt: skip
+
+
+#: The call of the current task.
+CURRENT: contextvars.ContextVar[Call] = contextvars.ContextVar("call")

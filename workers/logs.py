@@ -1,0 +1,48 @@
+"""Logs of every process: JSON, one object a line; on a terminal, plain text."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import sys
+from typing import Any
+
+#: On every line, null where it does not apply.
+FIELDS = ("request_id", "replica", "epoch", "rank")
+
+_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as a JSON object: time (UTC), level, logger, message, FIELDS, what `extra` adds, and an error's trace."""
+
+    def __init__(self, **context: Any) -> None:
+        super().__init__()
+        self._context = context
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        time = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        line: dict[str, Any] = {
+            "time": time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **dict.fromkeys(FIELDS),
+            **self._context,
+            **{key: value for key, value in record.__dict__.items() if key not in _STANDARD},
+        }
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def configure(**context: Any) -> None:
+    """Sends this process's logs from level INFO to standard error, every line with `context`. May be called again."""
+    handler = logging.StreamHandler(sys.stderr)
+    terminal = sys.stderr.isatty()
+    handler.setFormatter(logging.Formatter("%(message)s") if terminal else JsonFormatter(**context))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for library in ("jax", "aiohttp.access", "absl"):
+        logging.getLogger(library).setLevel(logging.WARNING)
