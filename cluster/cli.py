@@ -62,7 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="start replicas and gateway as ray_config.yaml says")
     serve.add_argument("--config", type=pathlib.Path, default=CONFIG, help="configuration (default: %(default)s)")
     serve.add_argument("--detach", action="store_true", help="leave it running in the background, once it serves")
-    serve.add_argument("--timeout", type=float, default=600, help="seconds that --detach waits (default: %(default)s)")
+    serve.add_argument(
+        "--timeout",
+        type=float,
+        default=600,
+        help="seconds that --detach waits; 0: only until the gateway listens (default: %(default)s)",
+    )
     serve.add_argument(
         "--replace", action="store_true", help="take over from the running service, once this one is ready to serve"
     )

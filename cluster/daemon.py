@@ -20,6 +20,12 @@ from cluster.config import Config
 STOP_SECONDS = 120.0
 
 
+#: Seconds that a service has until its gateway listens.
+LISTEN_SECONDS = 150.0
+#: How the messages begin by which a service tells how far it is.
+LISTENING, SERVING = "gateway at", "serving"
+
+
 class DaemonError(RuntimeError):
     """A background service that does not start, is not there, or does not stop."""
 
@@ -83,7 +89,7 @@ def start(config: Config, path: pathlib.Path, timeout: float, *, replace: bool =
     Args:
       config: of the service.
       path: of its configuration.
-      timeout: seconds that it has until it serves; 0 does not wait for it.
+      timeout: seconds that it has until it serves; 0 waits for its gateway to listen, but not for its replicas.
       replace: take over from the one that runs.
 
     Raises:
@@ -99,6 +105,8 @@ def start(config: Config, path: pathlib.Path, timeout: float, *, replace: bool =
     process = launch(path, log, detached=True, replace=replace)
     if timeout:
         follow(process, log, timeout)
+    else:
+        follow(process, log, LISTEN_SECONDS, until=LISTENING)
     return log
 
 
@@ -114,8 +122,8 @@ def launch(path: pathlib.Path, log: pathlib.Path, *, detached: bool, replace: bo
         )
 
 
-def follow(process: subprocess.Popen[bytes], log: pathlib.Path, timeout: float) -> None:
-    """Shows the messages of a starting service's log until it says that it serves. Raises DaemonError."""
+def follow(process: subprocess.Popen[bytes], log: pathlib.Path, timeout: float, until: str = SERVING) -> None:
+    """Shows the messages of a starting service's log until one begins with `until`. Raises DaemonError."""
     deadline = time.monotonic() + timeout
     with log.open() as lines:
         while True:
@@ -123,7 +131,7 @@ def follow(process: subprocess.Popen[bytes], log: pathlib.Path, timeout: float) 
             if line:
                 message = _message(line)
                 print(message, flush=True)
-                if message == "serving":
+                if message.startswith(until):
                     return
             elif process.poll() is not None:
                 raise DaemonError(f"the service ended with code {process.returncode}; its log is {log}")

@@ -127,7 +127,7 @@ class _Service:
     async def _listen(self) -> None:
         await self._web.start(wait=self._predecessor is not None)
         await self._gateway.start()
-        _LOG.info("gateway at %s, metrics at %s", self._config.gateway.address, self._metrics_url)
+        _LOG.info("%s %s, metrics at %s", daemon.LISTENING, self._config.gateway.address, self._metrics_url)
 
     async def _follow_readiness(self) -> None:
         while True:
@@ -135,7 +135,7 @@ class _Service:
             if ready and self._predecessor is not None:
                 await self._take_over(self._predecessor)
             await self._gateway.set_ready(ready)
-            _LOG.info("serving" if ready else "not serving: no replica is ready")
+            _LOG.info(daemon.SERVING if ready else "not serving: no replica is ready")
 
     async def _take_over(self, predecessor: int) -> None:
         """Listens beside the predecessor, tells it to end, and takes its place in the notes when it has."""

@@ -181,10 +181,7 @@ class Routing:
             for g in config.layer_groups()
         ]
         self._counters = [
-            [
-                metrics.EXPERT_TOKENS.labels(f"{g.start}-{g.stop - 1}", str(expert))
-                for expert in range(config.num_experts)
-            ]
+            [metrics.EXPERT_TOKENS.labels(_span(g), str(expert)) for expert in range(config.num_experts)]
             for g in config.layer_groups()
         ]
 
@@ -194,6 +191,10 @@ class Routing:
             for expert, count in enumerate(counts):
                 message.expert_tokens[expert] += count
                 counters[expert].inc(count)
+
+
+def _span(layers: range) -> str:
+    return str(layers.start) if len(layers) == 1 else f"{layers.start}-{layers.stop - 1}"
 
 
 @dataclasses.dataclass

@@ -31,7 +31,7 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
             **dict.fromkeys(FIELDS),
             **self._context,
-            **{key: value for key, value in record.__dict__.items() if key not in _STANDARD},
+            **{k: v for k, v in record.__dict__.items() if k not in _STANDARD and not k.startswith("_")},
         }
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)

@@ -128,6 +128,7 @@ class Worker:
         assert self._server is not None
         try:
             self._server.wait_for_followers(a.mesh.hosts - 1, JOIN_SECONDS)
+            metrics.lead()
             compilations = self._compilations_while_serving
             Leader(runtime, scheduler, self._server, a.epoch, compilations, self.profiler).run()
         finally:

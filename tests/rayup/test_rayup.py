@@ -1,0 +1,101 @@
+"""`ray up deploy/cluster.yaml`, unchanged, onto three hosts with addresses, sshd and processes of their own."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.rayup.hosts import Hosts, missing
+
+CLUSTER = "deploy/cluster.yaml"
+HOSTS = {"operator": "192.168.1.9", "h0": "192.168.1.10", "h1": "192.168.1.11", "h2": "192.168.1.12"}
+GATEWAY = f"{HOSTS['h0']}:50051"
+HEALTH = f"""
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+stub = health_pb2_grpc.HealthStub(grpc.insecure_channel("{GATEWAY}"))
+print(health_pb2.HealthCheckResponse.ServingStatus.Name(stub.Check(health_pb2.HealthCheckRequest(), timeout=5).status))
+"""
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+@pytest.fixture
+def hosts(tmp_path: pathlib.Path) -> Iterator[Hosts]:
+    made = Hosts(tmp_path, HOSTS)
+    try:
+        made.up()
+        yield made
+    finally:
+        made.down()
+
+
+def _wait(seconds: float, reached: Callable[[], bool], what: Callable[[], str]) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, f"not reached within {seconds:.0f} s: {what()}"
+        time.sleep(0.5)
+
+
+def test_up_serve_lose_a_host_down(hosts: Hosts, capsys: pytest.CaptureFixture[str]) -> None:
+    began = time.monotonic()
+
+    def say(what: str) -> None:
+        with capsys.disabled():
+            print(f"\n{time.monotonic() - began:5.1f} s  {what}", end="", flush=True)
+
+    def operator(*command: str, timeout: float = 120.0) -> str:
+        done = hosts.execute("operator", *command, timeout=timeout)
+        return done.stdout + done.stderr
+
+    def status() -> str:
+        return operator("grokmesh", "status", "--address", GATEWAY)
+
+    def ready(epoch: int) -> Callable[[], bool]:
+        def reached() -> bool:
+            found = re.search(r"replica 0: ready, epoch (\d+)", status())
+            return found is not None and int(found[1]) >= epoch
+
+        return reached
+
+    def generate() -> str:
+        done = hosts.execute(
+            "operator", "grokmesh", "generate", "In the beginning", "--address", GATEWAY, "--max-tokens", "24", "--seed", "7"
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    up = hosts.execute("operator", "ray", "up", "--yes", "--no-config-cache", CLUSTER, timeout=240)
+    assert up.returncode == 0, up.stdout + up.stderr
+    say("ray up has returned")
+    assert "model grokmesh-demo" in status(), "the gateway answers when ray up returns"
+    _wait(120, ready(1), status)
+    say("ready")
+    assert operator("python", "-c", HEALTH).strip() == "SERVING"
+    text = generate()
+    assert text.strip()
+    first = status()
+    assert "mesh 2 x 2" in first
+
+    members = re.findall(r"host \d: (192\.168\.1\.\d+) pid", first)
+    assert len(set(members)) == 2
+    lost = next(name for name, address in HOSTS.items() if address in members and address != HOSTS["h0"])
+    hosts.crash(lost)
+    say(f"{lost} is off")
+    _wait(20, lambda: not ready(1)(), status)
+    say("the loss is noticed")
+    _wait(120, ready(2), status)
+    say("ready again")
+    assert HOSTS[lost] not in "".join(re.findall(r"host \d: \S+", status()))
+    assert generate() == text
+
+    down = hosts.execute("operator", "ray", "down", "--yes", CLUSTER)
+    assert down.returncode == 0, down.stdout + down.stderr
+    say("ray down has returned")
+    left = [name for name in ("h0", "h1", "h2") if name != lost]
+    _wait(90, lambda: not any(hosts.commands(name) for name in left), lambda: str([hosts.commands(n) for n in left]))
+    say("nothing is left\n")
