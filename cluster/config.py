@@ -49,12 +49,14 @@ class ClusterSection:
       address: `local` starts one on this machine, with as many hosts as the replicas need; otherwise a Ray address.
       platform: cpu, gpu or tpu.
       cpus_per_host: logical Ray CPUs that a worker takes.
+      tpu_pod_type: of a platform of TPUs, Ray's name for the kind of slice that a replica takes whole, such as v6e-16.
       compilation_cache: directory on each host where compiled programs are kept; empty for none.
     """
 
     address: str = "local"
     platform: str = "cpu"
     cpus_per_host: int = 1
+    tpu_pod_type: str | None = None
     compilation_cache: str = "~/.cache/grokmesh/xla"
 
 
@@ -330,6 +332,12 @@ class _Reader:
                 f"autoscaling.max_replicas={most} is less than replicas={config.replicas}, the fewest",
             )
         mesh = config.mesh
+        if config.cluster.platform == "tpu" and mesh.hosts > 1 and config.cluster.tpu_pod_type is None:
+            self.fail(
+                "cluster.platform",
+                f"cluster.platform=tpu with mesh.hosts={mesh.hosts} needs cluster.tpu_pod_type, such as v6e-16: "
+                "all hosts of a replica must be of one slice",
+            )
         devices = mesh.hosts * mesh.devices_per_host
         if mesh.data * mesh.model != devices:
             self.fail(

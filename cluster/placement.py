@@ -1,4 +1,4 @@
-"""Where a replica's workers run: one Ray bundle a host, strictly spread."""
+"""Where a replica's workers run: one Ray bundle a host; on TPUs, all hosts of one slice, in the slice's order."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.config import ClusterSection
 from workers.assignment import MeshSpec
 from workers.host import Host
 
@@ -24,6 +25,25 @@ def bundle(mesh: MeshSpec, cpus_per_host: int) -> dict[str, float]:
     return resources
 
 
+def group_options(mesh: MeshSpec, cluster: ClusterSection) -> dict[str, Any]:
+    """The placement group of a replica: a bundle a host, each on a host of its own.
+
+    With `cluster.tpu_pod_type` all of them are on one slice of that kind, and rank r is its worker r: hosts of two slices
+    have no interconnect, and JAX numbers a slice's processes so.
+    """
+    bundles = [bundle(mesh, cluster.cpus_per_host)] * mesh.hosts
+    if cluster.tpu_pod_type is None:
+        return {"bundles": bundles, "strategy": "STRICT_SPREAD"}
+    return {
+        "bundles": bundles,
+        "topology_strategy": {"ray.io/tpu-slice-name": "STRICT_PACK", "ray.io/node-id": "STRICT_SPREAD"},
+        "bundle_label_selector": [
+            {"ray.io/tpu-pod-type": cluster.tpu_pod_type, "ray.io/tpu-worker-id": str(rank)}
+            for rank in range(mesh.hosts)
+        ],
+    }
+
+
 class Placement:
     """The workers of one replica in one epoch, in rank order. They end with `remove`."""
 
@@ -32,10 +52,10 @@ class Placement:
         self.hosts = hosts
 
     @classmethod
-    async def create(cls, mesh: MeshSpec, cpus_per_host: int) -> Placement:
+    async def create(cls, mesh: MeshSpec, cluster: ClusterSection) -> Placement:
         """Waits until there are hosts enough, then starts a worker on each."""
-        resources = bundle(mesh, cpus_per_host)
-        group = placement_group([resources] * mesh.hosts, strategy="STRICT_SPREAD")
+        resources = bundle(mesh, cluster.cpus_per_host)
+        group = placement_group(**group_options(mesh, cluster))
         try:
             while not await asyncio.to_thread(group.wait, 1):
                 pass
@@ -44,7 +64,7 @@ class Placement:
             raise
         hosts = [
             Host.options(  # type: ignore[attr-defined]
-                num_cpus=cpus_per_host,
+                num_cpus=cluster.cpus_per_host,
                 resources={name: count for name, count in resources.items() if name not in ("CPU", "GPU")},
                 num_gpus=resources.get("GPU", 0),
                 max_concurrency=_CONCURRENCY,

@@ -96,7 +96,7 @@ class Replica:
         metrics.REBUILDS.labels(str(self.index)).inc(0)
         self.hosts = []
         self._enter(cluster_pb2.REPLICA_STATE_PLACING)
-        placement = await Placement.create(self._config.mesh_spec, self._config.cluster.cpus_per_host)
+        placement = await Placement.create(self._config.mesh_spec, self._config.cluster)
         self._placement = placement
         try:
             endpoints: list[Endpoint] = await asyncio.gather(*(h.endpoint.remote() for h in placement.hosts))

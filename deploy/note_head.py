@@ -1,6 +1,6 @@
 """Notes the head of a `local` cluster in Ray's list of its nodes: note_head.py CLUSTER_CONFIG.
 
-Ray's autoscaler counts the head among the nodes of its type. Unless the head is noted before it starts, it leaves one worker out.
+Ray's autoscaler counts the head among the nodes of its type. Unless it finds the head noted, it leaves one worker out.
 """
 
 import pathlib
