@@ -48,7 +48,7 @@ class Placement:
     """The workers of one replica in one epoch, in rank order. They end with `remove`."""
 
     def __init__(self, group: PlacementGroup, hosts: list[Any]) -> None:
-        self._group = group
+        self.group = group
         self.hosts = hosts
 
     @classmethod
@@ -79,4 +79,4 @@ class Placement:
         """Kills all workers and frees their hosts."""
         for host in self.hosts:
             ray.kill(host)
-        remove_placement_group(self._group)
+        remove_placement_group(self.group)

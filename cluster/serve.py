@@ -98,7 +98,7 @@ class _Service:
         )
         self._gateway = Gateway(config, keys, limits, tokenizer, self._router, latency, status, self._tracer)
         self._web = WebServer(config.telemetry.address, status.status)
-        metrics.begin(config.model.name, version)
+        metrics.begin(version)
         metrics.QUEUED.set_function(lambda: self._router.queued)
 
     async def run(self) -> None:

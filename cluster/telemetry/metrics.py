@@ -64,12 +64,12 @@ EPOCH = Gauge("grokmesh_replica_epoch", "Epoch of a replica's mesh.", ["replica"
 REBUILDS = Counter(
     "grokmesh_replica_rebuilds", "Meshes that were formed again after a failure.", ["replica"], registry=REGISTRY
 )
-BUILD = Gauge("grokmesh_build_info", "Always 1; the labels say what runs.", ["version", "model"], registry=REGISTRY)
+BUILD = Gauge("grokmesh_build_info", "Always 1; the label says what runs.", ["version"], registry=REGISTRY)
 
 
-def begin(model: str, version: str) -> None:
+def begin(version: str) -> None:
     """Makes the series that alerts divide by and subtract, so that they are there, at zero, before their first event."""
-    BUILD.labels(version, model).set(1)
+    BUILD.labels(version).set(1)
     for method in ("Generate", "GenerateOnce"):
         for code in SERVER_CODES:
             REQUESTS.labels(method, code)

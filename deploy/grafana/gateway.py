@@ -1,0 +1,83 @@
+"""The gateway, and what each API key uses."""
+
+from deploy.grafana.panels import Dashboard, Panel, Query, Row, quantiles, rate, total
+
+GATEWAY = Dashboard(
+    uid="grokmesh-gateway",
+    title="Grokmesh / Gateway and tenants",
+    description="Admission, calls, and usage by API key.",
+    rows=(
+        Row(
+            "Admission",
+            (
+                Panel(
+                    "Completions in the gateway",
+                    "All of them, and those that have no token yet. When they near gateway.max_requests, new ones are turned away.",
+                    "short",
+                    (
+                        Query(total("grokmesh_gateway_requests_in_flight", "model"), "in flight"),
+                        Query(total("grokmesh_gateway_queued_requests", "model"), "without a token"),
+                    ),
+                ),
+                Panel(
+                    "Turned away",
+                    "A second, by reason. full: gateway.max_requests. engine_full: engine.max_waiting. no_replica: none serves. "
+                    "draining: the gateway is stopping. unauthenticated: no known API key.",
+                    "reqps",
+                    (Query(rate("grokmesh_gateway_rejections_total", "reason"), "{{reason}}"),), "stacked",
+                ),
+                Panel(
+                    "Calls by method and code",
+                    "A second. INVALID_ARGUMENT in numbers: a client with a mistake; its field is named in the error it gets.",
+                    "reqps",
+                    (Query(rate("grokmesh_gateway_requests_total", "method, code"), "{{method}} {{code}}"),), "stacked",
+                ),
+            ),
+        ),
+        Row(
+            "Tenants",
+            (
+                Panel(
+                    "Completion tokens by key",
+                    "A second. `anonymous` where the gateway asks for no keys. One key that takes most of it slows the others down.",
+                    "short",
+                    (Query(rate("grokmesh_gateway_tokens_total", "key", ', kind="completion"'), "{{key}}"),), "stacked",
+                ),
+                Panel(
+                    "Prompt tokens by key",
+                    "A second. Long prompts cost prefill time, which everybody's tokens wait for.",
+                    "short",
+                    (Query(rate("grokmesh_gateway_tokens_total", "key", ', kind="prompt"'), "{{key}}"),), "stacked",
+                ),
+                Panel(
+                    "Ends of completions by key",
+                    "A second, by reason: eos, stop and length are whole; cancelled and error are not. Many cancelled ones of one "
+                    "key: its deadlines are too short.",
+                    "reqps",
+                    (Query(rate("grokmesh_gateway_completions_total", "key, finish_reason"), "{{key}}: {{finish_reason}}"),),
+                    "stacked",
+                ),
+            ),
+        ),
+        Row(
+            "Lengths",
+            (
+                Panel(
+                    "Length of prompts",
+                    "In tokens. A change explains a change of the time to first token.",
+                    "short", quantiles("grokmesh_gateway_prompt_length_tokens"),
+                ),
+                Panel(
+                    "Length of completions",
+                    "In tokens. Longer ones hold slots and pages for longer.",
+                    "short", quantiles("grokmesh_gateway_completion_length_tokens"),
+                ),
+                Panel(
+                    "Version",
+                    "What runs. Two at once: a successor is taking over.",
+                    "short", (Query(total("grokmesh_build_info", "version, model"), "{{version}} {{model}}"),), "stat",
+                ),
+            ),
+        ),
+    ),
+)  # fmt: skip
