@@ -69,7 +69,7 @@ GATEWAY = Dashboard(
                 ),
                 Panel(
                     "Length of completions",
-                    "In tokens. Longer ones hold slots and pages for longer.",
+                    "In tokens. Longer ones hold slots and pages for longer; if they have grown, so will the queue.",
                     "short", quantiles("grokmesh_gateway_completion_length_tokens"),
                 ),
                 Panel(

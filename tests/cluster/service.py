@@ -28,10 +28,11 @@ class Service:
 
     address: str
     process: subprocess.Popen[bytes]
+    api_key: str | None = None
 
     def status(self) -> cluster_pb2.GetStatusResponse:
         """Its status."""
-        with Client(self.address) as client:
+        with Client(self.address, api_key=self.api_key) as client:
             return client.status(timeout=5)
 
     def wait_for(self, reached: Callable[[cluster_pb2.GetStatusResponse], bool], seconds: float) -> None:
@@ -43,9 +44,10 @@ class Service:
 
 
 @contextlib.contextmanager
-def running(folder: pathlib.Path, **sections: Any) -> Iterator[Service]:
+def running(folder: pathlib.Path, api_key: str | None = None, **sections: Any) -> Iterator[Service]:
     """Serves the demo model, configured by `sections`, while the block runs; it must end cleanly."""
     address, metrics = (f"127.0.0.1:{free_port('127.0.0.1')}" for _ in range(2))
+    address = sections.get("gateway", {}).get("address", address)
     config = {
         "model": {"name": "demo", "checkpoint": str(DEMO)},
         "gateway": {"address": address},
@@ -58,7 +60,7 @@ def running(folder: pathlib.Path, **sections: Any) -> Iterator[Service]:
     process = daemon.launch(path, log, detached=False)
     try:
         daemon.follow(process, log, START_SECONDS)
-        yield Service(address, process)
+        yield Service(address, process, api_key)
     finally:
         process.terminate()
         code = process.wait(timeout=60)

@@ -182,6 +182,7 @@ def test_a_successor_takes_over_and_no_request_fails(tmp_path: pathlib.Path) -> 
         path = tmp_path / "ray_config.yaml"
         config = yaml.safe_load(path.read_text())
         config["model"]["name"] = "demo-2"
+        config["telemetry"]["log_prompts"] = True
         path.write_text(yaml.safe_dump(config))
         log = tmp_path / "successor.log"
         successor = daemon.launch(path, log, detached=False, replace=True)
@@ -197,6 +198,8 @@ def test_a_successor_takes_over_and_no_request_fails(tmp_path: pathlib.Path) -> 
             models = [model for model, _ in finished]
             assert {"demo", "demo-2"} == set(models)
             assert models[-1] == "demo-2"
+            assert f'"prompt": "{PROMPT}"' in log.read_text()
+            assert PROMPT not in (tmp_path / "serve.log").read_text()
             assert read_metrics(service.status().metrics_url)["grokmesh_replicas_ready"] == 1
             deadline = time.monotonic() + 10
             while daemon.running(service.address) != successor.pid:
