@@ -174,7 +174,7 @@ def test_a_trace_goes_through_queue_prefill_and_decode(stage: Stage) -> None:
     trace_id, parent_id = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
     metadata = (
         ("traceparent", f"00-{trace_id}-{parent_id}-01"), ("authorization", f"Bearer {stage.keys['bob']}"),
-    ]  # fmt: skip
+    )  # fmt: skip
     request = generation_pb2.GenerateRequest(completion=completion_request(PROMPT, max_tokens=8, ignore_eos=True))
     with grpc.insecure_channel(stage.service.address) as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
@@ -232,7 +232,7 @@ def test_the_status_page_shows_hosts_mesh_and_experts(stage: Stage, tmp_path: pa
         "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}", "--virtual-time-budget=4000",
         "--dump-dom", url,
-    )  # fmt: skip
+    ]  # fmt: skip
     page = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     for shown in (">serving<", "1 of 1 replicas ready", "epoch 1, mesh 2 x 2", "0 (leader)", "expert 7", ">ready<"):
         assert shown in page, page
