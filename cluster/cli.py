@@ -117,6 +117,10 @@ def _parser() -> argparse.ArgumentParser:
     key.add_argument("name", help="of its owner, as metrics and logs show it")
     key.set_defaults(run=_key)
 
+    health = commands.add_parser("health", help="say whether the service serves; exit code 1 if it does not")
+    _address(health)
+    health.set_defaults(run=_health)
+
     stop = commands.add_parser("stop", help="drain and end the service that runs on this machine")
     _address(stop)
     stop.set_defaults(run=_stop)
@@ -193,6 +197,13 @@ def _status(arguments: argparse.Namespace) -> int:
     with _client(arguments, attempts=1) as client:
         print(format_status(client.status(timeout=5)))
     return 0
+
+
+def _health(arguments: argparse.Namespace) -> int:
+    with _client(arguments, attempts=1) as client:
+        serving = client.serving(timeout=5)
+    print("serving" if serving else "not serving")
+    return 0 if serving else 1
 
 
 def format_status(status: cluster_pb2.GetStatusResponse) -> str:

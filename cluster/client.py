@@ -25,6 +25,7 @@ from typing import Any, Self, TypedDict, TypeVar, Unpack
 import grpc
 import grpc.aio
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
@@ -165,6 +166,12 @@ class Client:
     def status(self, *, timeout: float | None = None) -> cluster_pb2.GetStatusResponse:
         """Replicas, hosts and load."""
         return self._retry(self._cluster.GetStatus, cluster_pb2.GetStatusRequest(), timeout)
+
+    def serving(self, *, timeout: float | None = None) -> bool:
+        """Whether any replica serves, by the gateway's health service, which wants no key."""
+        stub: Any = health_pb2_grpc.HealthStub(self._channel)
+        status = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout).status
+        return bool(status == health_pb2.HealthCheckResponse.SERVING)
 
     def profile(
         self, replica: int, steps: int, *, timeout: float | None = None

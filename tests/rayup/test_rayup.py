@@ -14,12 +14,6 @@ from tests.rayup.hosts import Hosts, missing
 CLUSTER = "deploy/cluster.yaml"
 HOSTS = {"operator": "192.168.1.9", "h0": "192.168.1.10", "h1": "192.168.1.11", "h2": "192.168.1.12"}
 GATEWAY = f"{HOSTS['h0']}:50051"
-HEALTH = f"""
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-stub = health_pb2_grpc.HealthStub(grpc.insecure_channel("{GATEWAY}"))
-print(health_pb2.HealthCheckResponse.ServingStatus.Name(stub.Check(health_pb2.HealthCheckRequest(), timeout=5).status))
-"""
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -75,7 +69,7 @@ def test_up_serve_lose_a_host_down(hosts: Hosts, capsys: pytest.CaptureFixture[s
     assert "model grokmesh-demo" in status(), "the gateway answers when ray up returns"
     _wait(120, ready(1), status)
     say("ready")
-    assert operator("python", "-c", HEALTH).strip() == "SERVING"
+    assert operator("grokmesh", "health", "--address", GATEWAY).strip() == "serving"
     text = generate()
     assert text.strip()
     first = status()
