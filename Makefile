@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo serve stop check lint types proto test load golden clean
+.PHONY: help install demo serve stop check lint types proto test test-rayup load golden docs dashboards pictures clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -41,11 +41,23 @@ proto: install ## buf's STANDARD rules and comments; the generated modules are t
 test: install ## all tests that CI runs
 	$(BIN)/python -m pytest
 
+test-rayup: install ## `ray up` onto three hosts in namespaces of this machine; part of make test (needs root)
+	$(BIN)/python -m pytest tests/rayup
+
 golden: install ## every golden set, mesh and number of hosts; GOLDEN=DIR for sets elsewhere
 	scripts/verify_all.sh $(or $(GOLDEN),tests/golden)
 
 load: install ## 500 requests of 32 clients on the running service, each compared with what it gets alone
 	$(BIN)/python -m tests.load
+
+docs: install ## renew the references that are made from proto and configuration
+	$(BIN)/python -m scripts.generate_docs
+
+dashboards: install ## renew Grafana's JSON
+	$(BIN)/python -m deploy.grafana.build
+
+pictures: install ## draw the dashboards of a loaded demo for docs/; needs Debian's prometheus and chromium
+	$(BIN)/python -m tests.pictures
 
 clean: ## remove .venv and caches
 	rm -rf .venv *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

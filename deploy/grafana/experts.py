@@ -44,12 +44,12 @@ EXPERTS = Dashboard(
                             f"{_BY_BOTH} / on (layers) group_left () {_BY_LAYERS}", "layers {{layers}}, expert {{expert}}"
                         ),
                     ),
-                    "bars", 0.3, 0.5, 12,
+                    "bars", 0.3, 0.5, 24,
                 ),
                 Panel(
                     "Tokens of each group of layers",
                     "Every layer sees every token, so equal groups must have equal rates. If they part, the counts are wrong.",
-                    "short", (Query(_BY_LAYERS, "layers {{layers}}"),), width=12,
+                    "short", (Query(_BY_LAYERS, "layers {{layers}}"),), width=24,
                 ),
             ),
         ),

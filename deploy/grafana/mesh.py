@@ -56,24 +56,28 @@ MESH = Dashboard(
                     "Plans that the leader sent and a follower has not carried out. One or two are normal: the leader runs ahead. "
                     "More for long: that host is slow or stuck.",
                     "short", _each("grokmesh_mesh_plan_lag", "replica {{replica}}, host {{follower}}"), warn=3, bad=5,
+                    width=6,
                 ),
                 Panel(
                     "Time until a follower has done a plan",
                     "From sending to the follower's word that its devices are done. It should be about a step; a host that takes "
                     "longer than the others holds all of them up.",
                     "s", quantiles("grokmesh_mesh_plan_seconds", by="follower"),
+                    width=6,
                 ),
                 Panel(
                     "Time of a collective",
                     "The smallest all-reduce over the mesh, taken every 64 steps on every host, with the wait for the slowest "
                     "included. The host that waits least is the one that the others wait for. Growing on all: the network.",
                     "s", quantiles("grokmesh_mesh_collective_seconds", by="rank"),
+                    width=6,
                 ),
                 Panel(
                     "Plans carried out",
                     "A second, by each host. All hosts of a replica must have the same rate; one at zero while others go on can't "
                     "be, since they wait for each other.",
                     "short", (Query(rate("grokmesh_worker_plans_total", "replica, rank"), _HOST),),
+                    width=6,
                 ),
             ),
         ),
@@ -121,11 +125,13 @@ MESH = Dashboard(
                     "By gateway and workers. A CPU host's worker uses all its cores while busy; the gateway at a whole core is its "
                     "limit.",
                     "short", (Query('rate(process_cpu_seconds_total{model=~"$model"}[$__rate_interval])', _PROCESS),),
+                    width=6,
                 ),
                 Panel(
                     "Time since the start",
                     "Of each process. A worker that is younger than its gateway was replaced.",
                     "s", (Query('time() - process_start_time_seconds{model=~"$model"}', _PROCESS),),
+                    width=6,
                 ),
                 Panel(
                     "File descriptors",
@@ -137,11 +143,13 @@ MESH = Dashboard(
                         ),
                     ),
                     warn=0.7, bad=0.9,
+                    width=6,
                 ),
                 Panel(
                     "Address space",
                     "Virtual memory of the processes, mapped checkpoints included: much more than what is resident is normal.",
                     "bytes", _each("process_virtual_memory_bytes", _PROCESS),
+                    width=6,
                 ),
             ),
         ),

@@ -43,6 +43,15 @@ def test_the_projects_own_configuration_is_that_of_the_demo() -> None:
         (MINIMAL + "mesh:\n  rules: magic\n", ":5: mesh.rules=magic is unknown; use tensor, batch, xai"),
         (MINIMAL + "gateway:\n  address: nowhere\n", ":5: gateway.address=nowhere is no host:port"),
         (MINIMAL + "gateway:\n  drain_seconds: .nan\n", ":5: gateway.drain_seconds=nan"),
+        (MINIMAL + "autoscaling:\n  up_seconds: -1\n", ":5: autoscaling.up_seconds=-1.0 must be"),
+        (
+            MINIMAL + "replicas: 3\nautoscaling:\n  max_replicas: 2\n",
+            ":6: autoscaling.max_replicas=2 is less than replicas=3",
+        ),
+        (
+            MINIMAL + "cluster:\n  platform: tpu\nmesh:\n  hosts: 2\n  data: 2\n",
+            ":5: cluster.platform=tpu with mesh.hosts=2 needs cluster.tpu_pod_type",
+        ),
         (MINIMAL + "engine: [1]\n", ":4: engine must be a mapping"),
         (
             MINIMAL + "engine:\n  slots: 3\nmesh:\n  hosts: 2\n  data: 2\n  rules: batch\n",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grok.engine.v1 import engine_pb2
-from workers import wire
+from workers import metrics, wire
 from workers.engine.plan import Admission, Chunk, Plan, Sampling
 from workers.engine.request import Request
 from workers.link import MAX_FRAME, LeaderServer, Link, LinkError, connect, free_port
@@ -43,6 +44,25 @@ def test_plans_reach_every_follower_in_order() -> None:
             frames = [follower.receive() for _ in range(1, 200)]
             assert [engine_pb2.Plan.FromString(frame or b"").number for frame in frames] == list(range(1, 200))
             follower.close()
+
+
+def test_the_leader_knows_how_far_a_follower_is() -> None:
+    def lag() -> float | None:
+        return metrics.LEADER.get_sample_value("grokmesh_mesh_plan_lag", {"follower": "5"})
+
+    with _server() as (server, address):
+        link = connect(address, _hello(rank=5), 5)
+        server.wait_for_followers(1, 5)
+        for number in (1, 2, 3):
+            server.broadcast(engine_pb2.Plan(epoch=3, number=number))
+        assert lag() == 3
+        link.send(engine_pb2.Done(number=2).SerializeToString())
+        deadline = time.monotonic() + 5
+        while lag() != 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert metrics.LEADER.get_sample_value("grokmesh_mesh_plan_seconds_count", {"follower": "5"}) == 1
+        link.close()
 
 
 def test_a_gateway_is_heard_and_answered() -> None:

@@ -95,6 +95,29 @@ def test_a_request_gets_the_same_bits_alone_and_in_any_company(runtime: Runtime)
     assert "/jax/core/compile/backend_compile_duration" not in compiled
 
 
+def test_every_token_is_counted_once_for_each_chosen_expert_of_each_layer(runtime: Runtime) -> None:
+    config, scheduler = runtime.config, Scheduler(runtime.shape, VOCAB, 8)
+    for request in _requests(6, seed=4):
+        scheduler.submit(request)
+    groups = config.layer_groups()
+    while (plan := scheduler.plan()) is not None:
+        tokens = runtime.read(runtime.execute(plan))
+        computed = plan.prompt_tokens + len(plan.decode)
+        expected = [computed * config.num_selected_experts * len(group) for group in groups]
+        assert [sum(counts) for counts in tokens.expert_tokens] == expected
+        assert all(
+            max(counts) <= computed * len(group) for counts, group in zip(tokens.expert_tokens, groups, strict=True)
+        )
+        scheduler.complete(tokens)
+
+
+def test_the_devices_hold_what_is_told(runtime: Runtime) -> None:
+    held = runtime.device_bytes
+    assert held["parameters"] >= CHECKPOINT.nbytes
+    assert held["kv_pages"] > held["sampling"] > 0
+    assert runtime.probe() > 0
+
+
 def test_a_completion_can_go_on_from_its_middle(runtime: Runtime) -> None:
     request = Request("whole", tuple(range(50, 70)), 16, Sampling(temperature=1.0, seed=99))
     whole = [token.id for token in _run(runtime, [request])["whole"]]

@@ -1,0 +1,64 @@
+"""API keys: what is made is taken, what is not is refused, and nothing but hashes is kept."""
+
+from __future__ import annotations
+
+import pathlib
+
+import grpc
+import pytest
+
+from cluster.cli import main
+from cluster.gateway.errors import GatewayError
+from cluster.gateway.keys import Keys, KeysError, new_key
+
+
+def test_a_new_key_is_known_by_its_hash_alone(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "keys.yaml"
+    made = {name: new_key(name) for name in ("alice", "team-b.7")}
+    path.write_text("\n".join(line for _, line in made.values()))
+    keys = Keys.load(path)
+    assert keys is not None
+    for name, (key, line) in made.items():
+        assert keys.caller((("authorization", f"Bearer {key}"),)) == name
+        assert keys.caller((("x", "y"), ("authorization", f"bearer  {key} "))) == name
+        assert key not in line
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        (),
+        (("authorization", ""),),
+        (("authorization", "Bearer wrong"),),
+        (("authorization", "Basic abc"),),
+        (("authorization", b"\xff"),),
+    ],
+)
+def test_other_callers_are_refused(metadata: tuple[tuple[str, str | bytes], ...], tmp_path: pathlib.Path) -> None:
+    (tmp_path / "keys.yaml").write_text(new_key("alice")[1])
+    keys = Keys.load(tmp_path / "keys.yaml")
+    assert keys is not None
+    with pytest.raises(GatewayError) as refused:
+        keys.caller(metadata)
+    assert refused.value.code is grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize("text", ["", "- a", "alice: secret", "alice: 12", "Bad Name: " + "0" * 64, "{", "a: [b"])
+def test_a_file_that_holds_no_keys_is_refused_by_name(text: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(text)
+    with pytest.raises(KeysError, match=r"keys\.yaml: "):
+        Keys.load(path)
+    with pytest.raises(KeysError):
+        Keys.load(tmp_path / "absent.yaml")
+
+
+def test_the_command_prints_a_line_for_the_file_apart_from_the_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["key", "alice"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("alice: ")
+    assert len(printed.out.split()) == 2
+    assert "gm-" in printed.err
+    assert "gm-" not in printed.out
+    assert main(["key", "Not A Name"]) == 2
+    assert "is no name for a key" in capsys.readouterr().err
