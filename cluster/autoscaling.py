@@ -46,7 +46,8 @@ class Autoscaler:
         policy, count = self._policy, signals.replicas
         pressed = (
             signals.queued > policy.queue_per_replica * signals.ready
-            or signals.time_to_first_token > policy.time_to_first_token
+            # Of requests that may have left already: without any, it is no reason to grow.
+            or (signals.sessions > 0 and signals.time_to_first_token > policy.time_to_first_token)
         )
         relaxed = not pressed and signals.queued == 0 and signals.sessions <= signals.slots * (count - 1) / 2
         self._pressed_since = _since(self._pressed_since, pressed and signals.ready >= count, signals.now)

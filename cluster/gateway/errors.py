@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 
 import grpc
+import grpc.aio
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -55,6 +57,17 @@ class GatewayError(Exception):
         code: int = self.code.value[0]
         assert code in code_pb2.Code.values()
         return rpc_status.to_status(status_pb2.Status(code=code, message=str(self), details=packed))
+
+
+def code_name(error: BaseException | None, seconds_left: float | None) -> str:
+    """Name of the status code with which a call ends that raised `error`, with `seconds_left` of its deadline."""
+    if error is None:
+        return "OK"
+    if isinstance(error, GatewayError):
+        return error.code.name
+    if isinstance(error, (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError)):
+        return "DEADLINE_EXCEEDED" if seconds_left is not None and seconds_left <= 0 else "CANCELLED"
+    return "INTERNAL"
 
 
 def invalid(violations: list[Violation]) -> GatewayError:

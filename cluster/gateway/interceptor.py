@@ -3,7 +3,6 @@ INTERNAL without its text; the caller's key is checked; each call is counted, tr
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,7 +15,7 @@ from opentelemetry import trace
 
 from cluster.gateway import call as calls
 from cluster.gateway.call import Call
-from cluster.gateway.errors import GatewayError
+from cluster.gateway.errors import GatewayError, code_name
 from cluster.gateway.keys import ANONYMOUS, Keys
 from cluster.telemetry import metrics
 from cluster.telemetry.traces import parent_of
@@ -128,8 +127,8 @@ class _Outcome:
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace_back: Any) -> None:
         call = self._call
-        status = self._status(error)
-        code = status.code.name if status else "CANCELLED" if error else "OK"
+        code = code_name(error, self._context.time_remaining())
+        status = self._status(code, error)
         seconds = time.monotonic() - call.began
         metrics.REQUESTS.labels(call.method, code).inc()
         level = logging.INFO if call.method in _WORK else logging.DEBUG
@@ -146,10 +145,11 @@ class _Outcome:
         if status is not None:
             await self._context.abort_with_status(status)
 
-    def _status(self, error: BaseException | None) -> grpc.Status | None:
+    def _status(self, code: str, error: BaseException | None) -> grpc.Status | None:
+        """What the client is told, if it still listens."""
         if isinstance(error, GatewayError):
             return error.status()
-        if error is None or isinstance(error, (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError)):
+        if code != "INTERNAL":
             return None
         _LOG.error("%s failed", self._call.method, exc_info=error, extra=self._call.log_fields())
         return GatewayError(grpc.StatusCode.INTERNAL, "INTERNAL", "an error within the gateway; see its log").status()

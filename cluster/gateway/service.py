@@ -12,7 +12,7 @@ from opentelemetry import trace
 
 from cluster.gateway.admission import Admission
 from cluster.gateway.call import CURRENT, Call
-from cluster.gateway.errors import GatewayError, Violation, invalid
+from cluster.gateway.errors import Violation, code_name, invalid
 from cluster.gateway.latency import RecentLatency
 from cluster.gateway.router import Router
 from cluster.gateway.session import Delta, Session
@@ -51,7 +51,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         """Streams a completion."""
         completion = request.completion
-        with self._session(completion) as session:
+        with self._session(completion, context) as session:
             finished = False
             while not finished:
                 deltas = await session.next_deltas()
@@ -70,7 +70,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> generation_pb2.GenerateOnceResponse:
         """Returns a whole completion."""
         completion = request.completion
-        with self._session(completion) as session:
+        with self._session(completion, context) as session:
             deltas: list[Delta] = []
             while not deltas or deltas[-1].finish is None:
                 deltas += await session.next_deltas()
@@ -113,7 +113,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return self._model
 
     @contextlib.contextmanager
-    def _session(self, completion: generation_pb2.Completion) -> Iterator[Session]:
+    def _session(
+        self, completion: generation_pb2.Completion, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> Iterator[Session]:
         """An admitted session, sent to a replica; however the block ends, the replica forgets it and times are counted."""
         call = CURRENT.get()
         with self._admission.admitted():
@@ -129,21 +131,20 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 raise
             finally:
                 link.cancel(session)
-                self._tell(call, session, error)
+                self._tell(call, session, code_name(error, context.time_remaining()))
 
-    def _tell(self, call: Call, session: Session, error: BaseException | None) -> None:
-        """Counts, traces and notes for the log what became of a session."""
+    def _tell(self, call: Call, session: Session, code: str) -> None:
+        """Counts, traces and notes for the log what became of a session that ended with `code`."""
         ended, count, prompt = time.monotonic(), len(session.tokens), session.request.prompt
         labels = ("text_completion", self._model.name)
-        failed = isinstance(error, GatewayError)
-        reason = _reason(session) if session.finish else "error" if failed else "cancelled"
+        cancelled = code in ("CANCELLED", "DEADLINE_EXCEEDED")
+        reason = _reason(session) if session.finish else "cancelled" if cancelled else "error"
         metrics.COMPLETIONS.labels(call.key, reason).inc()
         metrics.TOKENS.labels(call.key, "prompt").inc(len(prompt))
         metrics.TOKENS.labels(call.key, "completion").inc(count)
         metrics.PROMPT_LENGTH.observe(len(prompt))
         metrics.COMPLETION_LENGTH.observe(count)
-        kind = error.code.name if isinstance(error, GatewayError) else "CANCELLED" if error else ""
-        metrics.REQUEST_DURATION.labels(*labels, kind).observe(ended - call.began)
+        metrics.REQUEST_DURATION.labels(*labels, "" if code == "OK" else code).observe(ended - call.began)
         call.details.update(prompt_tokens=len(prompt), completion_tokens=count, finish_reason=reason)
         if self._log_prompts:
             call.details["prompt"] = self._tokenizer.decode(prompt)

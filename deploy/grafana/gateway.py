@@ -74,7 +74,7 @@ GATEWAY = Dashboard(
                 ),
                 Panel(
                     "Version",
-                    "What runs. Two at once: a successor is taking over.",
+                    "What runs. Two at once: a successor is taking over, or an upgrade was left half done; see `grokmesh status`.",
                     "short", (Query(total("grokmesh_build_info", "version, model"), "{{version}} {{model}}"),), "stat",
                 ),
             ),

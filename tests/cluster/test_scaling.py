@@ -39,7 +39,7 @@ def _autoscaler() -> Autoscaler:
     return Autoscaler(policy, fewest=1)
 
 
-@pytest.mark.parametrize("pressure", [{"queued": 5}, {"time_to_first_token": 2.5}])
+@pytest.mark.parametrize("pressure", [{"queued": 5}, {"time_to_first_token": 2.5, "sessions": 1}])
 def test_a_replica_is_added_when_pressure_lasts(pressure: dict[str, float]) -> None:
     scaler = _autoscaler()
     assert [scaler.wanted(_signals(now, 1, **pressure)) for now in (0, 5, 9.9)] == [1, 1, 1]
@@ -60,7 +60,7 @@ def test_nothing_more_is_added_before_the_last_one_serves_nor_beyond_the_most() 
 
 def test_a_replica_is_taken_away_when_one_fewer_would_do_for_long_enough() -> None:
     scaler = _autoscaler()
-    assert [scaler.wanted(_signals(now, 2, sessions=8)) for now in (0, 59)] == [2, 2]
+    assert [scaler.wanted(_signals(now, 2, sessions=8, time_to_first_token=1.9)) for now in (0, 59)] == [2, 2]
     assert scaler.wanted(_signals(60, 2, sessions=8)) == 1
     scaler = _autoscaler()
     assert all(scaler.wanted(_signals(now, 2, sessions=9)) == 2 for now in range(0, 200, 10)), (

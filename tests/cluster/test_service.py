@@ -229,6 +229,8 @@ def test_a_deadline_frees_slot_and_pages(service: Service, client: Client) -> No
     error: Any = raised.value
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     service.wait_for(_idle, seconds=2)
+    counted = read_metrics(service.status().metrics_url)
+    assert counted['grokmesh_gateway_requests_total{code="DEADLINE_EXCEEDED",method="GenerateOnce"}'] > 0
 
 
 def test_under_load_each_request_gets_what_it_gets_alone(service: Service) -> None:
@@ -243,9 +245,10 @@ def test_every_metric_moves(service: Service, client: Client) -> None:
     status = service.status()
     gateway = read_metrics(status.metrics_url)
     assert gateway['grokmesh_gateway_requests_total{code="OK",method="GenerateOnce"}'] > 0
-    assert gateway["gen_ai_server_time_to_first_token_seconds_count"] > 0
-    assert gateway["gen_ai_server_time_per_output_token_seconds_sum"] > 0
-    assert gateway["grokmesh_gateway_completion_tokens_total"] >= 8
+    labels = '{gen_ai_operation_name="text_completion",gen_ai_request_model="demo"}'
+    assert gateway[f"gen_ai_server_time_to_first_token_seconds_count{labels}"] > 0
+    assert gateway[f"gen_ai_server_time_per_output_token_seconds_sum{labels}"] > 0
+    assert gateway['grokmesh_gateway_tokens_total{key="anonymous",kind="completion"}'] >= 8
     assert gateway["grokmesh_replicas_ready"] == 1
     leader, follower = (read_metrics(host.metrics_url) for host in status.replicas[0].hosts)
     assert leader["grokmesh_engine_generated_tokens_total"] >= 8

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 PROJECT = pathlib.Path(__file__).parent.parent.parent
-PROGRAMS = ("ip", "unshare", "nsenter", "sshd", "ssh-keygen", "rsync")
 START_SECONDS = 20.0
 
 #: What process 1 of a host does: its own /proc, /root, /tmp/ray, /dev/shm, /run and /etc/hosts, then an sshd.
@@ -37,14 +36,6 @@ set +e
 trap 'exit 0' TERM
 while :; do sleep 3600 & wait $!; done
 """
-
-
-def missing() -> str | None:
-    """What this machine lacks for hosts, or None."""
-    if os.geteuid() != 0:
-        return "needs root"
-    absent = [program for program in PROGRAMS if shutil.which(program) is None]
-    return f"needs {', '.join(absent)}" if absent else None
 
 
 class Hosts:

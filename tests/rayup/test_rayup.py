@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 import time
@@ -9,17 +10,19 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.rayup.hosts import Hosts, missing
+from tests.debian import require
+from tests.rayup.hosts import Hosts
 
 CLUSTER = "deploy/cluster.yaml"
 HOSTS = {"operator": "192.168.1.9", "h0": "192.168.1.10", "h1": "192.168.1.11", "h2": "192.168.1.12"}
 GATEWAY = f"{HOSTS['h0']}:50051"
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-
 
 @pytest.fixture
 def hosts(tmp_path: pathlib.Path) -> Iterator[Hosts]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to make namespaces")
+    require(ip="iproute2", unshare="util-linux", sshd="openssh-server", rsync="rsync")
     made = Hosts(tmp_path, HOSTS)
     try:
         made.up()
