@@ -121,7 +121,7 @@ def test_the_quickstart_runs_as_it_is_written(tmp_path: pathlib.Path) -> None:
         pytest.skip("needs the environment that make install makes")
     state = {"XDG_STATE_HOME": str(tmp_path)}
     try:
-        assert _run("; ".join(commands[:2]), **state).splitlines()[-2] == "serving"
+        assert "serving" in _run("; ".join(commands[:2]), **state).splitlines()
         shown = {command: _run(command, **state) for command in commands[2:-1]}
         text = _run(f"python -c {shlex.quote(script)}", **state)
     finally:
