@@ -89,7 +89,8 @@ def start(config: Config, path: pathlib.Path, timeout: float, *, replace: bool =
     Args:
       config: of the service.
       path: of its configuration.
-      timeout: seconds that it has until it serves; 0 waits for its gateway to listen, but not for its replicas.
+      timeout: seconds that it has until it serves; 0 waits for its gateway to listen, not for its replicas, and not for a
+        successor.
       replace: take over from the one that runs.
 
     Raises:
@@ -105,7 +106,7 @@ def start(config: Config, path: pathlib.Path, timeout: float, *, replace: bool =
     process = launch(path, log, detached=True, replace=replace)
     if timeout:
         follow(process, log, timeout)
-    else:
+    elif not replace:  # a successor listens only when it is ready
         follow(process, log, LISTEN_SECONDS, until=LISTENING)
     return log
 

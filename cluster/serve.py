@@ -142,8 +142,12 @@ class _Service:
         await self._gateway.start()
         await self._gateway.set_ready(True)
         _LOG.info("ready to replace process %d, which drains now", predecessor)
-        daemon.terminate(predecessor)
-        await self._web.start(wait=True)
+        if daemon.running(self._config.gateway.address) == predecessor:
+            daemon.terminate(predecessor)
+        try:
+            await self._web.start(wait=True)
+        except OSError as error:  # without it there are no metrics, but there is service
+            _LOG.error("%s", error)
         self._predecessor = None
         inherit = threading.Thread(target=daemon.inherit, args=(self._config.gateway.address,), daemon=True)
         inherit.start()

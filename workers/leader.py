@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import logging
 import queue
 import threading
 import time
@@ -18,6 +18,8 @@ from workers.link import GatewayLink, LeaderServer, Link, LinkError
 from workers.model.config import GrokConfig
 from workers.runtime.profiler import Profiler
 from workers.runtime.runtime import Pending, Runtime
+
+_LOG = logging.getLogger(__name__)
 
 #: Every so many plans all hosts take the time of a collective.
 PROBE_EVERY = 64
@@ -66,9 +68,9 @@ class Leader:
                 self._server.broadcast(wire.plan_to_proto(plan, self._epoch))
                 clock.lap("broadcast")
                 self._profiler.step()
+                self._count(plan)
                 dispatched = self._runtime.execute(plan)
                 clock.lap("dispatch")
-                self._count(plan)
             events: list[TokenEvent] = []
             if pending is not None:
                 tokens = self._runtime.read(pending)
@@ -235,11 +237,16 @@ def follow(runtime: Runtime, link: Link, epoch: int, profiler: Profiler) -> None
 
 
 def _tell_done(runtime: Runtime, link: Link, finished: queue.Queue[Pending]) -> None:
-    with contextlib.suppress(LinkError):  # the loop itself notices a lost leader
+    try:
         while True:
             pending = finished.get()
             runtime.wait(pending)
             link.send(engine_pb2.Done(number=pending.plan.number).SerializeToString())
+    except Exception as error:  # of the devices or the stream: the loop must end, and not be stuck behind a full queue
+        _LOG.error("a plan could not be finished: %s", error)
+        link.close()
+        while True:
+            finished.get()
 
 
 class _Clock:

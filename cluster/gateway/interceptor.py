@@ -140,7 +140,7 @@ class _Outcome:
             | {f"grokmesh.{key}": value for key, value in call.log_fields().items() if value is not None}
         )
         if code not in ("OK", "CANCELLED"):
-            span.set_status(trace.StatusCode.ERROR, str(error))
+            span.set_status(trace.StatusCode.ERROR, str(error) if isinstance(error, GatewayError) else code)
         self._span_scope.__exit__(None, None, None)
         if status is not None:
             await self._context.abort_with_status(status)

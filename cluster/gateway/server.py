@@ -22,6 +22,9 @@ from workers.tokenizer import Tokenizer
 GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
 
+#: Seconds that calls which are no completions have to end.
+IDLE_GRACE_SECONDS = 1.0
+
 
 class Gateway:
     """A gRPC server with generation, cluster status, health and reflection. Health follows the router's replicas."""
@@ -84,7 +87,8 @@ class Gateway:
         """
         self.admission.draining = True
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(self._config.drain_seconds if self.admission.in_flight else 0)
+        grace = self._config.drain_seconds
+        await self._server.stop(grace if self.admission.in_flight else min(grace, IDLE_GRACE_SECONDS))
 
 
 def describe(name: str, limits: Limits) -> generation_pb2.GetModelResponse:
