@@ -32,7 +32,7 @@ class Signals:
 
 class Autoscaler:
     """Adds a replica when requests have waited too much for long enough, takes one away when one fewer would do with half of
-    its slots; one at a time, and nothing while a replica that was added is not there yet."""
+    its slots; one at a time, and none is added while the last one is not there yet."""
 
     def __init__(self, policy: AutoscalingSection, fewest: int) -> None:
         self._policy = policy
@@ -51,7 +51,7 @@ class Autoscaler:
         )
         relaxed = not pressed and signals.queued == 0 and signals.sessions <= signals.slots * (count - 1) / 2
         self._pressed_since = _since(self._pressed_since, pressed and signals.ready >= count, signals.now)
-        self._relaxed_since = _since(self._relaxed_since, relaxed and signals.ready >= count, signals.now)
+        self._relaxed_since = _since(self._relaxed_since, relaxed, signals.now)
         if _lasted(self._pressed_since, policy.up_seconds, signals.now) and count < self._most:
             count += 1
         elif _lasted(self._relaxed_since, policy.down_seconds, signals.now) and count > self._fewest:

@@ -3,6 +3,7 @@ INTERNAL without its text; the caller's key is checked; each call is counted, tr
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -84,8 +85,10 @@ def _streamed(make: _MakeOutcome, behaviour: Any) -> Any:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         async with make(context) as outcome:
             outcome.check(request)
-            async for response in behaviour(request, context):
-                yield response
+            # Closed before the outcome is told, also when the client leaves while a response is being sent.
+            async with contextlib.aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    yield response
 
     return call
 

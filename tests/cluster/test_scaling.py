@@ -58,6 +58,11 @@ def test_nothing_more_is_added_before_the_last_one_serves_nor_beyond_the_most() 
     assert all(scaler.wanted(_signals(now, 3, queued=99)) == 3 for now in range(60, 120, 5))
 
 
+def test_a_replica_that_never_comes_is_given_up_when_calm_returns() -> None:
+    scaler = _autoscaler()
+    assert [scaler.wanted(_signals(now, 2, ready=1)) for now in (0, 59, 60)] == [2, 2, 1]
+
+
 def test_a_replica_is_taken_away_when_one_fewer_would_do_for_long_enough() -> None:
     scaler = _autoscaler()
     assert [scaler.wanted(_signals(now, 2, sessions=8, time_to_first_token=1.9)) for now in (0, 59)] == [2, 2]
