@@ -97,10 +97,10 @@ def start(config: Config, path: pathlib.Path, timeout: float, *, replace: bool =
       DaemonError: one is there already (with `replace`: none is there), or it ended or did not serve in time.
     """
     address = config.gateway.address
-    if not replace and running(address):
+    if replace:
+        replaceable(address)
+    elif running(address):
         raise DaemonError(f"a service runs at {address} already; grokmesh stop ends it, serve --replace replaces it")
-    if replace and not running(address):
-        raise DaemonError(f"no service of yours runs at {address} to be replaced")
     log = _note(address).with_suffix(".log")
     log.unlink(missing_ok=True)  # a predecessor goes on writing to its own
     process = launch(path, log, detached=True, replace=replace)
@@ -165,6 +165,14 @@ def running(address: str) -> int | None:
             return None if _lock(note) else int(json.load(note)["pid"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+
+
+def replaceable(address: str) -> int:
+    """The process id of the service at `address`. Raises DaemonError if there is none to be replaced."""
+    pid = running(address)
+    if pid is None:
+        raise DaemonError(f"no service of yours runs at {address} to be replaced")
+    return pid
 
 
 def stop(address: str) -> None:

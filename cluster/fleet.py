@@ -98,4 +98,4 @@ class Fleet:
         await asyncio.gather(life, return_exceptions=True)
         del self._replicas[replica.index]
         metrics.EPOCH.remove(str(replica.index))
-        _LOG.info("replica %d has ended", replica.index, extra={"replica": replica.index})
+        _LOG.info("replica %d has ended", replica.index, extra=replica.log_fields)

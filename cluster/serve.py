@@ -63,9 +63,7 @@ def serve(config: Config, path: pathlib.Path, *, replace: bool = False) -> None:
     keys = Keys.load(config.gateway.api_keys)
     limits = Limits(checkpoint.config, config.engine.context or checkpoint.config.sequence_len)
     with contextlib.ExitStack() as stack:
-        predecessor = daemon.running(config.gateway.address) if replace else None
-        if replace and predecessor is None:
-            raise daemon.DaemonError(f"no service of yours runs at {config.gateway.address} to be replaced")
+        predecessor = daemon.replaceable(config.gateway.address) if replace else None
         if predecessor is None:
             stack.enter_context(daemon.noted(config.gateway.address))
         stack.enter_context(_ray(config))
@@ -185,7 +183,7 @@ class _Reporter:
         line = f"replica {replica.index} epoch {replica.epoch}: {text}"
         if self._said.get(replica.index) != line:
             self._said[replica.index] = line
-            _LOG.info("%s", line, extra={"replica": replica.index, "epoch": replica.epoch})
+            _LOG.info("%s", line, extra=replica.log_fields)
 
 
 @contextlib.contextmanager

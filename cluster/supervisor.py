@@ -78,14 +78,16 @@ class Replica:
             except (ray.exceptions.RayError, OSError) as error:
                 self.last_failure = _summary(error)
             except Exception as error:  # whatever went wrong in this replica, the others go on
-                _LOG.exception("replica %d", self.index, extra=self._fields)
+                _LOG.exception("replica %d", self.index, extra=self.log_fields)
                 self.last_failure = _summary(error)
             if self.state == cluster_pb2.REPLICA_STATE_DRAINING:
                 return
             healthy = asyncio.get_running_loop().time() - self._ready_at > HEALTHY_SECONDS
             self._enter(cluster_pb2.REPLICA_STATE_FAILED)
             failures = 1 if healthy else failures + 1
-            _LOG.error("replica %d: epoch %d ended: %s", self.index, self.epoch, self.last_failure, extra=self._fields)
+            _LOG.error(
+                "replica %d: epoch %d ended: %s", self.index, self.epoch, self.last_failure, extra=self.log_fields
+            )
             metrics.REBUILDS.labels(str(self.index)).inc()
             await asyncio.sleep(BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1])
 
@@ -157,7 +159,8 @@ class Replica:
         self._on_progress(self)
 
     @property
-    def _fields(self) -> dict[str, int]:
+    def log_fields(self) -> dict[str, int]:
+        """For a log line's `extra`."""
         return {"replica": self.index, "epoch": self.epoch}
 
     def _ready(self) -> None:

@@ -12,14 +12,14 @@ import json
 import math
 import pathlib
 import re
-import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
 
 from deploy.grafana.build import FOLDER
-from tests.cluster.monitored import RATE_INTERVAL, Stage, monitored
+from tests.chromium import chromium
+from tests.cluster.monitored import Stage, filled, monitored
 
 OUTPUT = pathlib.Path(__file__).parent.parent / "docs" / "images"
 SECONDS, STEP = 90.0, 2.0
@@ -38,27 +38,10 @@ def main() -> int:
             page = pathlib.Path(folder) / f"{path.stem}.html"
             width, height = draw(stage, json.loads(path.read_text()), page)
             shot = OUTPUT / f"{path.stem}.png"
-            options = [
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--no-first-run",
-                "--disable-background-networking",
-            ]
-            options += [
-                "--disable-component-update",
-                "--disable-sync",
-                "--hide-scrollbars",
-                f"--window-size={width},{height}",
-            ]
-            command = [
-                "chromium",
-                *options,
-                f"--user-data-dir={folder}/chromium",
-                f"--screenshot={shot}",
-                page.as_uri(),
-            ]
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            size = f"--window-size={width},{height}"
+            chromium(
+                pathlib.Path(folder) / "chromium", "--hide-scrollbars", size, f"--screenshot={shot}", page.as_uri()
+            )
             print(f"{shot}: {shot.stat().st_size:,} bytes")
     return 0
 
@@ -110,8 +93,7 @@ def _content(stage: Stage, panel: dict[str, Any], width: int, height: int) -> st
 def _series(stage: Stage, panel: dict[str, Any]) -> list[tuple[str, Points]]:
     found = []
     for target in panel["targets"]:
-        expression = target["expr"].replace("$__rate_interval", RATE_INTERVAL).replace("$model", ".*")
-        for result in stage.query_range(expression, SECONDS, STEP):
+        for result in stage.query_range(filled(target["expr"]), SECONDS, STEP):
             name = target["legendFormat"]
             for label, value in result["metric"].items():
                 name = name.replace("{{" + label + "}}", value)

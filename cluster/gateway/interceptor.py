@@ -14,8 +14,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 from opentelemetry import trace
 
-from cluster.gateway import call as calls
-from cluster.gateway.call import Call
+from cluster.gateway.call import CURRENT, Call
 from cluster.gateway.errors import GatewayError, code_name
 from cluster.gateway.keys import ANONYMOUS, Keys
 from cluster.telemetry import metrics
@@ -112,7 +111,7 @@ class _Outcome:
         )
 
     async def __aenter__(self) -> _Outcome:
-        calls.CURRENT.set(self._call)
+        CURRENT.set(self._call)
         self._span = self._span_scope.__enter__()
         return self
 

@@ -12,7 +12,6 @@ disable_created_metrics()
 #: Codes that a completion can end with, besides the client's own faults.
 SERVER_CODES = ("OK", "UNAVAILABLE", "INTERNAL", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "CANCELLED")
 REJECTION_REASONS = ("draining", "full", "engine_full", "no_replica", "unauthenticated")
-FINISH_REASONS = ("eos", "stop", "length", "cancelled", "error")
 
 _GEN_AI = ("gen_ai_operation_name", "gen_ai_request_model")
 _TOKENS = (1, 4, 16, 64, 256, 1024, 2048, 4096, 8192)

@@ -31,6 +31,11 @@ PROMPTS = ("And it came to pass", "In the beginning", "HAMLET.\nTo be, or not to
 RATE_INTERVAL = "10s"
 
 
+def filled(expression: str) -> str:
+    """A panel's expression with its variables as Grafana would fill them in."""
+    return expression.replace("$__rate_interval", RATE_INTERVAL).replace("$model", ".*")
+
+
 class TraceReceiver(trace_service_pb2_grpc.TraceServiceServicer):
     """An OTLP receiver that keeps every span."""
 

@@ -10,7 +10,7 @@ import re
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -22,8 +22,10 @@ from cluster.client import API_KEY_VARIABLE, Client, completion_request
 from deploy.grafana.build import DASHBOARDS, FOLDER
 from deploy.grafana.build import main as build_dashboards
 from grok.serving.v1 import generation_pb2, generation_pb2_grpc
-from tests.cluster.monitored import PROMETHEUS, RATE_INTERVAL, Stage, monitored
+from tests.chromium import chromium
+from tests.cluster.monitored import PROMETHEUS, Stage, filled, monitored
 from tests.debian import require
+from tests.waiting import wait_until
 
 PROMPT = "The vine that nobody ever asked about before"
 RUNBOOK = pathlib.Path(__file__).parent.parent.parent / "docs" / "runbook.md"
@@ -33,16 +35,9 @@ RUNBOOK = pathlib.Path(__file__).parent.parent.parent / "docs" / "runbook.md"
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     require(prometheus="prometheus", promtool="prometheus")
     with monitored(tmp_path_factory.mktemp("monitored")) as stage:
-        _until(lambda: len(stage.query('up{job="grokmesh"} == 1')) == 3, 30)
+        wait_until(lambda: len(stage.query('up{job="grokmesh"} == 1')) == 3, 30)
         time.sleep(12)  # rates need samples
         yield stage
-
-
-def _until(reached: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < deadline, f"not reached within {seconds} s"
-        time.sleep(0.2)
 
 
 def _panels() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -55,8 +50,7 @@ def _panels() -> Iterator[tuple[str, dict[str, Any]]]:
 def _expressions() -> Iterator[tuple[str, str]]:
     for dashboard, panel in _panels():
         for target in panel["targets"]:
-            expression = target["expr"].replace("$__rate_interval", RATE_INTERVAL).replace("$model", ".*")
-            yield f"{dashboard}: {panel['title']}", expression
+            yield f"{dashboard}: {panel['title']}", filled(target["expr"])
 
 
 def _own_metrics(text: str) -> set[str]:
@@ -183,7 +177,7 @@ def test_a_trace_goes_through_queue_prefill_and_decode(stage: Stage) -> None:
     def spans() -> dict[str, Any]:
         return {span.name: span for span in stage.traces.spans if span.trace_id.hex() == trace_id}
 
-    _until(lambda: len(spans()) == 4, 15)
+    wait_until(lambda: len(spans()) == 4, 15)
     found = spans()
     call = found.pop("grok.serving.v1.GenerationService/Generate")
     assert call.parent_span_id.hex() == parent_id
@@ -228,12 +222,7 @@ def test_a_profile_holds_the_steps_of_all_hosts(
 def test_the_status_page_shows_hosts_mesh_and_experts(stage: Stage, tmp_path: pathlib.Path) -> None:
     require(chromium="chromium")
     url = stage.service.status().metrics_url.removesuffix("metrics")
-    command = [
-        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}", "--virtual-time-budget=4000",
-        "--dump-dom", url,
-    ]  # fmt: skip
-    page = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    page = chromium(tmp_path, "--virtual-time-budget=4000", "--dump-dom", url)
     for shown in (">serving<", "1 of 1 replicas ready", "epoch 1, mesh 2 x 2", "0 (leader)", "expert 7", ">ready<"):
         assert shown in page, page
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page), "nothing comes from elsewhere"

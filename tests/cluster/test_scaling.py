@@ -21,7 +21,8 @@ from cluster.autoscaling import Autoscaler, Signals
 from cluster.client import Client, completion_request
 from cluster.config import AutoscalingSection
 from grok.serving.v1 import cluster_pb2, generation_pb2, generation_pb2_grpc
-from tests.cluster.service import START_SECONDS, Service, read_metrics, running
+from tests.cluster.service import START_SECONDS, read_metrics, running
+from tests.waiting import wait_until
 
 ONE_DEVICE = {"hosts": 1, "devices_per_host": 1, "data": 1, "model": 1}
 PROMPT = "And it came to pass"
@@ -104,10 +105,6 @@ def _autoscaling_cluster() -> Iterator[tuple[str, Callable[[], int]]]:
         process.stdout.close()
 
 
-def _replicas(service: Service, *states: cluster_pb2.ReplicaState.ValueType) -> int:
-    return sum(replica.state in states for replica in service.status().replicas)
-
-
 def test_load_adds_a_host_and_calm_takes_it_away(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
@@ -151,10 +148,7 @@ def test_load_adds_a_host_and_calm_takes_it_away(tmp_path: pathlib.Path, monkeyp
             thread.join()
         assert (tokens, failures) == (450, [])
         service.wait_for(lambda status: [r.state for r in status.replicas] == [ready], seconds=60)
-        deadline = time.monotonic() + 60
-        while nodes() > 1:
-            assert time.monotonic() < deadline, "Ray keeps a host that nobody uses"
-            time.sleep(0.5)
+        wait_until(lambda: nodes() == 1, 60, lambda: "Ray keeps a host that nobody uses", pause=0.5)
 
 
 def test_a_successor_takes_over_and_no_request_fails(tmp_path: pathlib.Path) -> None:
@@ -206,10 +200,7 @@ def test_a_successor_takes_over_and_no_request_fails(tmp_path: pathlib.Path) -> 
             assert f'"prompt": "{PROMPT}"' in log.read_text()
             assert PROMPT not in (tmp_path / "serve.log").read_text()
             assert read_metrics(service.status().metrics_url)["grokmesh_replicas_ready"] == 1
-            deadline = time.monotonic() + 10
-            while daemon.running(service.address) != successor.pid:
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+            wait_until(lambda: daemon.running(service.address) == successor.pid, 10)
         finally:
             stop.set()
             successor.terminate()

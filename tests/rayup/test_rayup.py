@@ -12,6 +12,7 @@ import pytest
 
 from tests.debian import require
 from tests.rayup.hosts import Hosts
+from tests.waiting import wait_until
 
 CLUSTER = "deploy/cluster.yaml"
 HOSTS = {"operator": "192.168.1.9", "h0": "192.168.1.10", "h1": "192.168.1.11", "h2": "192.168.1.12"}
@@ -29,13 +30,6 @@ def hosts(tmp_path: pathlib.Path) -> Iterator[Hosts]:
         yield made
     finally:
         made.down()
-
-
-def _wait(seconds: float, reached: Callable[[], bool], what: Callable[[], str]) -> None:
-    deadline = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < deadline, f"not reached within {seconds:.0f} s: {what()}"
-        time.sleep(0.5)
 
 
 def test_up_serve_lose_a_host_down(hosts: Hosts, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +64,7 @@ def test_up_serve_lose_a_host_down(hosts: Hosts, capsys: pytest.CaptureFixture[s
     assert up.returncode == 0, up.stdout + up.stderr
     say("ray up has returned")
     assert "model grokmesh-demo" in status(), "the gateway answers when ray up returns"
-    _wait(120, ready(1), status)
+    wait_until(ready(1), 120, status, pause=0.5)
     say("ready")
     assert operator("grokmesh", "health", "--address", GATEWAY).strip() == "serving"
     text = generate()
@@ -83,9 +77,9 @@ def test_up_serve_lose_a_host_down(hosts: Hosts, capsys: pytest.CaptureFixture[s
     lost = next(name for name, address in HOSTS.items() if address in members and address != HOSTS["h0"])
     hosts.crash(lost)
     say(f"{lost} is off")
-    _wait(20, lambda: not ready(1)(), status)
+    wait_until(lambda: not ready(1)(), 20, status, pause=0.5)
     say("the loss is noticed")
-    _wait(120, ready(2), status)
+    wait_until(ready(2), 120, status, pause=0.5)
     say("ready again")
     assert HOSTS[lost] not in "".join(re.findall(r"host \d: \S+", status()))
     assert generate() == text
@@ -94,5 +88,10 @@ def test_up_serve_lose_a_host_down(hosts: Hosts, capsys: pytest.CaptureFixture[s
     assert down.returncode == 0, down.stdout + down.stderr
     say("ray down has returned")
     left = [name for name in ("h0", "h1", "h2") if name != lost]
-    _wait(90, lambda: not any(hosts.commands(name) for name in left), lambda: str([hosts.commands(n) for n in left]))
+    wait_until(
+        lambda: not any(hosts.commands(name) for name in left),
+        90,
+        lambda: str([hosts.commands(n) for n in left]),
+        pause=0.5,
+    )
     say("nothing is left\n")
