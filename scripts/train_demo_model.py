@@ -9,6 +9,8 @@ The same corpus, seed and number of steps give the same model up to the rounding
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -27,6 +29,8 @@ import sentencepiece
 
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.writer import write_array, write_quantized
+from workers.kernels import portable
+from workers.kernels.kernels import PORTABLE
 from workers.model.config import GrokConfig
 from workers.model.grok import causal_forward
 from workers.model.parameters import parameter_table
@@ -176,9 +180,8 @@ def main() -> None:
     baseline = bigram_perplexity(train, held_out, config.vocab_size)
     print(f"{len(train):,} training tokens, {len(held_out):,} held out; bigram perplexity {baseline:.1f}", flush=True)
 
-    model: Any = hk.without_apply_rng(
-        hk.transform(lambda tokens: causal_forward(config, tokens, grouped_matmul=batched_experts))
-    )
+    kernels = dataclasses.replace(PORTABLE, experts=functools.partial(portable.experts, multiply=batched_experts))
+    model: Any = hk.without_apply_rng(hk.transform(lambda tokens: causal_forward(config, tokens, kernels=kernels)))
     params: Params = model.init(jax.random.key(arguments.seed), jnp.zeros((1, 8), jnp.int32))
     schedule = optax.warmup_cosine_decay_schedule(0.0, 2.5e-3, arguments.steps // 20, arguments.steps, 2.5e-5)
     decay = jax.tree.map(lambda leaf: leaf.ndim > 1, params)

@@ -78,6 +78,7 @@ class Worker:
                 shutdown_timeout_seconds=HEARTBEAT_SECONDS // 2,
             )
         from workers.checkpoint.loader import LoadProgress, load_parameters
+        from workers.kernels.choice import choose_kernels
         from workers.model.partition import Partition
         from workers.runtime.mesh import make_mesh
         from workers.runtime.profiler import Profiler
@@ -86,7 +87,9 @@ class Worker:
         mesh = make_mesh(a.mesh.data, a.mesh.model)
         checkpoint = open_checkpoint(pathlib.Path(a.model.checkpoint))
         config = checkpoint.config
-        partition = Partition.create(config, mesh, a.mesh.rules)
+        kernels = choose_kernels(a.model, a.mesh, checkpoint)
+        _LOG.info("kernels: %s", kernels.name)
+        partition = Partition.create(config, mesh, a.mesh.rules, kernels)
         shape = engine_shape(a, config.sequence_len, partition.batch_groups)
         devices = jax.local_device_count()
         dtype: Any = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[a.model.activations]

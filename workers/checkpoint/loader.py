@@ -15,9 +15,10 @@ from workers.checkpoint.checkpoint import Checkpoint
 from workers.checkpoint.tensor_file import ArraySpan, TensorFile
 from workers.model.parameters import Axes, ParameterInfo
 from workers.model.partition import Partition
-from workers.model.quantized import QuantizedWeight, Weight
+from workers.model.packed import PackedTable, PackedWeight, pack, pack_table
+from workers.model.quantized import QuantizedWeight, Table, Weight
 
-Params = dict[str, dict[str, Weight]]
+Params = dict[str, dict[str, Weight | Table]]
 Index = tuple[slice, ...]
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -52,7 +53,8 @@ def load_parameters(
       checkpoint: what to load.
       partition: with a mesh.
       weights: a key of WEIGHT_DTYPES.
-      dtype: of the activations, and of the embedding table, which is cast to it.
+      dtype: of the activations, and of the embedding table, which is cast to it. Native kernels pack weights and table
+        as they need them, whatever this and `weights` are.
       report: called after each tensor.
 
     Returns:
@@ -60,14 +62,18 @@ def load_parameters(
     """
     progress = LoadProgress(total=checkpoint.nbytes)
     params: Params = {}
+    packed = partition.kernels.packed
     for info, file in checkpoint.tensors:
         module, name = info.path.rsplit("/", 1)
         widen = WEIGHT_DTYPES[weights]
         reader = _Reader(file, progress)
+        value: Weight | Table
         if info.path == EMBEDDING:
-            value: Weight = reader.array(info, partition, dtype)
+            value = reader.packed_table(info, partition) if packed else reader.array(info, partition, dtype)
         elif file.scales is None:
             value = reader.array(info, partition, widen if info.quantized else None)
+        elif packed:
+            value = reader.packed(info, file.scales, partition)
         elif widen is None:
             value = reader.quantized(info, file.scales, partition)
         else:
@@ -96,6 +102,46 @@ class _Reader:
         return self._place(span.shape, partition, info.axes, shard)
 
     def quantized(self, info: ParameterInfo, scales: ArraySpan, partition: Partition) -> QuantizedWeight:
+        return QuantizedWeight(self.array(info, partition, None), self._scales(info, scales, partition))
+
+    def packed(self, info: ParameterInfo, scales: ArraySpan, partition: Partition) -> PackedWeight:
+        span = self._file.values
+        placed = self._scales(info, scales, partition)
+        parts = partition.ways(partition.axes(info.axes[-2]))
+        groups = max(1, placed.shape[-2] // parts)
+        *lead, rows, columns = info.axes
+        axes = (*lead, columns, rows)
+        (values,) = self._pack(info, partition, axes, lambda index: (pack(self._slice(span, index), groups),))
+        return PackedWeight(values, placed, span.shape[-2])
+
+    def packed_table(self, info: ParameterInfo, partition: Partition) -> PackedTable:
+        span = self._file.values
+        values, scales = self._pack(info, partition, info.axes, lambda index: pack_table(self._slice(span, index)))
+        return PackedTable(values, scales, span.shape[-1])
+
+    def _pack(
+        self, info: ParameterInfo, partition: Partition, axes: Axes, make: Callable[[Index], tuple[Array, ...]]
+    ) -> list[jax.Array]:
+        """Arrays of leading `axes` whose parts `make` makes from the slices that each device holds of this tensor."""
+        sharding = partition.sharding(info.axes)
+        slices = sharding.addressable_devices_indices_map(self._file.values.shape)
+        made: dict[str, tuple[Array, ...]] = {}
+        parts: list[list[jax.Array]] = []
+        for device, index in slices.items():
+            assert index is not None
+            if str(index) not in made:
+                made[str(index)] = make(index)
+            parts.append([jax.device_put(part, device) for part in made[str(index)]])
+        arrays = []
+        for pieces in zip(*parts, strict=True):
+            sizes = pieces[0].shape
+            ways = [partition.ways(partition.axes(axis)) for axis in (*axes, *(None,) * len(sizes))]
+            shape = tuple(n * parts for n, parts in zip(sizes, ways, strict=False))
+            arrays.append(jax.make_array_from_single_device_arrays(shape, partition.sharding(axes), list(pieces)))
+        jax.block_until_ready(arrays)
+        return arrays
+
+    def _scales(self, info: ParameterInfo, scales: ArraySpan, partition: Partition) -> jax.Array:
         groups = scales.shape[-2]
         kept = partition.scale_groups(groups, info.axes[-2])
 
@@ -107,10 +153,7 @@ class _Reader:
             return self._slice(scales, (*index[:-2], source, index[-1]))[..., rows, :]
 
         shape = (*scales.shape[:-2], kept, scales.shape[-1])
-        return QuantizedWeight(
-            self.array(info, partition, None),
-            self._place(shape, partition, partition.scale_axes(kept, info.axes), scale_shard),
-        )
+        return self._place(shape, partition, partition.scale_axes(kept, info.axes), scale_shard)
 
     def dequantized(self, info: ParameterInfo, scales: ArraySpan, partition: Partition, dtype: Any) -> jax.Array:
         values = self._file.values

@@ -7,6 +7,9 @@ import dataclasses
 #: Number of most likely alternatives that are reported with each token.
 ALTERNATIVES = 8
 
+#: Tokens that a draft may guess beyond the one that is known.
+MAX_DRAFT = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineShape:
@@ -18,8 +21,10 @@ class EngineShape:
         and its pages come from that group's pool.
       pages: pages of a group's pool, of which page 0 takes the writes of padding.
       page_size: positions of a page.
-      chunk: prompt positions of one prefill call.
+      chunk: most prompt positions of one prefill call.
       context: longest sequence, prompt and completion together.
+      exact_rows: whether a position's bits are the same wherever a prompt is cut and in whichever program it is computed.
+        If not, prompts are cut at multiples of `chunk` only, completions are not cached, and nothing is drafted.
     """
 
     slots: int
@@ -28,6 +33,7 @@ class EngineShape:
     page_size: int
     chunk: int
     context: int
+    exact_rows: bool = False
 
     def __post_init__(self) -> None:
         if self.slots % self.groups:
@@ -57,27 +63,55 @@ class Sampling:
       temperature: 0 takes the most likely token.
       top_p: in (0, 1]; 1 keeps all.
       top_k: 0 keeps all.
+      min_p: in [0, 1]: tokens below this part of the most likely one's probability are dropped; 0 keeps all.
       seed: 64 bits; the draw at a position depends on it and the position alone.
       logit_bias: (token, value) pairs added to the logits.
       allowed_tokens: if there are any, all others are forbidden.
+      repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or completion; 1 for none.
+      presence_penalty, frequency_penalty: taken from the logits of drawn tokens, once and for each time.
+      masked: whether plans bring masks of the tokens that may be drawn next.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_tokens: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    masked: bool = False
+
+    @property
+    def biased(self) -> bool:
+        """Whether a bias is added to the logits."""
+        return bool(self.logit_bias or self.allowed_tokens)
+
+    @property
+    def penalized(self) -> bool:
+        """Whether the draw depends on the tokens before."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Admission:
-    """A sequence takes a slot and its pages."""
+    """A sequence takes a slot and its pages. `prompt` is set where penalties need to know it."""
 
     slot: int
     pages: tuple[int, ...]
     sampling: Sampling
     request_id: str = ""
+    prompt: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """The tokens that a slot may draw next: bit t % 32 of word t // 32, little endian, 4 bytes a word."""
+
+    slot: int
+    words: bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +125,18 @@ class Chunk:
 
 
 @dataclasses.dataclass(frozen=True)
+class Draft:
+    """A slot's last token, at `position`, and guesses of those that follow. Right guesses become tokens in one step."""
+
+    slot: int
+    position: int
+    tokens: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
-    """One step: admissions, then prefill calls (each at most one chunk a group), then one token for each slot of `decode`.
+    """One step: admissions and masks, then prefill calls (each at most one chunk a group), then `steps` tokens for each slot
+    of `decode` and what is right of each of `drafts`, whose slots are others.
 
     Plans are carried out by all hosts in the order of their numbers.
     """
@@ -101,11 +145,19 @@ class Plan:
     admissions: tuple[Admission, ...]
     prefills: tuple[tuple[Chunk, ...], ...]
     decode: tuple[int, ...]
+    masks: tuple[Mask, ...] = ()
+    drafts: tuple[Draft, ...] = ()
+    steps: int = 1
 
     @property
     def prompt_tokens(self) -> int:
         """Prompt positions that it computes."""
         return sum(len(chunk.tokens) for chunks in self.prefills for chunk in chunks)
+
+    @property
+    def decode_rows(self) -> int:
+        """Positions that its decode calls compute."""
+        return len(self.decode) * self.steps + sum(len(draft.tokens) for draft in self.drafts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +176,13 @@ class StepTokens:
     Attributes:
       number: of the plan.
       prefilled: one token for each last chunk, in the order of the plan.
-      decoded: one token for each slot of `decode`.
+      decoded: `steps` tokens for each slot of `decode`.
+      drafted: for each draft, the right guesses and the token after them.
       expert_tokens: for each group of layers, how many tokens each expert computed, summed over the layers.
     """
 
     number: int
     prefilled: tuple[Token, ...]
-    decoded: tuple[Token, ...]
+    decoded: tuple[tuple[Token, ...], ...]
+    drafted: tuple[tuple[Token, ...], ...] = ()
     expert_tokens: tuple[tuple[int, ...], ...] = ()

@@ -32,7 +32,8 @@ def paged_attention(
 
     Args:
       query: [B, T, H, C].
-      key_pages, value_pages: [P, page, K, C]; H is a multiple of K, and query head h reads head h // (H // K).
+      key_pages: [P, K, C, page].
+      value_pages: [P, K, page, C]; H is a multiple of K, and query head h reads head h // (H // K).
       page_table: [B, N] int32, the page of each stretch of `page` positions of a row.
       positions: [B, T] int32, -1 for padding, whose result is zero.
       scale: factor of the logits.
@@ -41,7 +42,7 @@ def paged_attention(
       [B, T, H, C] float32.
     """
     batch, length, q_heads, size = query.shape
-    _, page, kv_heads, _ = key_pages.shape
+    _, kv_heads, page, _ = value_pages.shape
     per_block = max(1, BLOCK_POSITIONS // page)
     span = per_block * page
     table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % per_block)))
@@ -50,13 +51,13 @@ def paged_attention(
     def attend(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         weighted, total = sums
         pages = lax.dynamic_slice_in_dim(table, i * per_block, per_block, axis=1)  # [B, per_block]
-        keys = key_pages[pages].reshape(batch, span, kv_heads, size).astype(jnp.float32)
-        values = value_pages[pages].reshape(batch, span, kv_heads, size).astype(jnp.float32)
-        logits = jnp.einsum("btkgc,bskc->bkgts", grouped, keys) * scale
+        keys = key_pages[pages].transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, size, span).astype(jnp.float32)
+        values = value_pages[pages].transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, span, size).astype(jnp.float32)
+        logits = jnp.einsum("btkgc,bkcs->bkgts", grouped, keys) * scale
         logits = LOGIT_CAP * jnp.tanh(logits / LOGIT_CAP)
         visible = i * span + jnp.arange(span) <= positions[:, :, None]  # [B, T, span]
         weights = jnp.where(visible[:, None, None], jnp.exp(logits - LOGIT_CAP), 0.0)
-        return weighted + jnp.einsum("bkgts,bskc->bkgtc", weights, values), total + weights.sum(-1)
+        return weighted + jnp.einsum("bkgts,bksc->bkgtc", weights, values), total + weights.sum(-1)
 
     shape = (batch, kv_heads, q_heads // kv_heads, length)
     blocks = (jnp.max(positions) + span) // span

@@ -1,4 +1,4 @@
-"""Multi-head attention with grouped keys, rotary positions and capped logits."""
+"""Multi-head attention with grouped keys and capped logits."""
 
 from __future__ import annotations
 
@@ -10,36 +10,21 @@ import jax.numpy as jnp
 
 from workers.kernels.paged_attention import LOGIT_CAP
 from workers.model.config import GrokConfig
-from workers.model.linear import Linear
+from workers.model.linear import LinearWeight
+from workers.model.parameters import Axes
 from workers.model.partition import Partition
 
-#: (layer, query [B, T, H, C], key [B, T, K, C], value [B, T, K, C]) -> [B, T, H, C]. Whoever calls the model decides
-#: where keys and values are kept.
+#: (layer, query [B, T, H, C], key [B, T, K, C], value [B, T, K, C]) -> [B, T, H, C]. Queries and keys come before their
+#: rotation: whoever calls the model decides where keys and values are kept, and in which form.
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864) of base 10,000 in rotate-half form.
-
-    Args:
-      x: [B, T, heads, C], C even; dimension i is turned together with i + C/2.
-      positions: [B, T] int32.
-    """
-    size = x.shape[-1]
-    frequencies = 1.0 / (10_000 ** (jnp.arange(0, size, 2, dtype=jnp.float32) / size))  # [C/2]
-    angles = positions[..., None].astype(jnp.float32) * frequencies  # [B, T, C/2]
-    angles = jnp.tile(angles, 2)[:, :, None, :]  # [B, T, 1, C]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return (x * jnp.cos(angles) + turned * jnp.sin(angles)).astype(x.dtype)
 
 
 def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
     """Attention within whole sequences that start at position 0, nothing cached.
 
     Args:
-      query: [B, T, H, C].
-      key, value: [B, T, K, C].
+      query: [B, T, H, C], rotated.
+      key, value: [B, T, K, C], the key rotated.
       scale: factor of the logits, applied before the cap.
 
     Returns:
@@ -69,14 +54,17 @@ class MultiHeadAttention(hk.Module):
         """[B, T, D], [B, T] -> [B, T, D] float32. Products are taken in x's dtype."""
         c, partition = self._config, self._partition
         batch, length, _ = x.shape
-
-        def project(name: str, heads: int, axis: str) -> jax.Array:
-            flat = Linear(heads * c.key_size, ("embed", axis), partition, name=name)(x)
-            return flat.reshape(batch, length, heads, c.key_size)
-
-        query = rotate(project("query", c.num_q_heads, "q_heads"), positions)  # [B, T, H, C]
-        key = rotate(project("key", c.num_kv_heads, "kv_heads"), positions)  # [B, T, K, C]
-        value = project("value", c.num_kv_heads, "kv_heads")  # [B, T, K, C]
+        valid = positions >= 0
+        sizes = {"query": c.num_q_heads, "key": c.num_kv_heads, "value": c.num_kv_heads}
+        weights = tuple(LinearWeight(name)((c.emb_size, heads * c.key_size)) for name, heads in sizes.items())
+        axes: tuple[Axes, ...] = (("embed", "q_heads"), ("embed", "kv_heads"), ("embed", "kv_heads"))
+        projected = partition.project(x, valid, weights, axes)
+        query, key, value = (
+            flat.reshape(batch, length, heads, c.key_size)
+            for flat, heads in zip(projected, sizes.values(), strict=True)
+        )
         mixed = attend(layer, query, key, value).astype(x.dtype)  # [B, T, H, C]
         flat = mixed.reshape(batch, length, c.num_q_heads * c.key_size)
-        return Linear(c.emb_size, ("q_heads", "embed"), partition, name="linear")(flat)
+        back = LinearWeight("linear")((c.num_q_heads * c.key_size, c.emb_size))
+        (result,) = partition.project(flat, valid, (back,), (("q_heads", "embed"),))
+        return result

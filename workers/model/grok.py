@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import cast
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from workers.kernels.grouped_matmul import grouped_matmul
+from workers.kernels.kernels import PORTABLE, Kernels
+from workers.kernels.rotary import rotate
 from workers.model.attention import Attend, MultiHeadAttention, causal_attention
 from workers.model.config import GrokConfig
 from workers.model.linear import RMSNorm
-from workers.model.moe import Experts, GroupedMatmul, Router
+from workers.model.moe import Experts, Router
 from workers.model.partition import Partition
+from workers.model.quantized import Table
 
 
 @jax.tree_util.register_dataclass
@@ -48,12 +51,11 @@ class Output:
 class DecoderLayer(hk.Module):
     """x += norm(attention(norm(x))); x += norm(experts(norm(x))): four norms a layer."""
 
-    def __init__(self, config: GrokConfig, partition: Partition, layer: int, grouped_matmul: GroupedMatmul) -> None:
+    def __init__(self, config: GrokConfig, partition: Partition, layer: int) -> None:
         super().__init__(name=f"decoder_layer_{layer}")
         self._config = config
         self._partition = partition
         self._layer = layer
-        self._grouped_matmul = grouped_matmul
 
     def __call__(
         self, x: jax.Array, positions: jax.Array, attend: Attend, dtype: jnp.dtype | type
@@ -63,25 +65,24 @@ class DecoderLayer(hk.Module):
         batch, length, width = x.shape
         residual_axes = ("batch", None, None)
         attention = MultiHeadAttention(config, partition)
-        attended = attention(RMSNorm(name="rms_norm")(x, dtype), positions, self._layer, attend)
-        x = partition.constrain(x + RMSNorm(name="rms_norm_1")(attended), residual_axes)
+        attended = attention(RMSNorm(partition, "rms_norm")(x, dtype), positions, self._layer, attend)
+        x = partition.constrain(x + RMSNorm(partition, "rms_norm_1")(attended), residual_axes)
 
-        rows = RMSNorm(name="rms_norm_2")(x).reshape(batch * length, width)
-        gates, experts, probabilities = Router(config)(rows)
-        moe = Experts(config, partition, self._grouped_matmul)
+        rows = RMSNorm(partition, "rms_norm_2")(x).reshape(batch * length, width)
+        gates, experts, probabilities = Router(config, partition)(rows)
+        moe = Experts(config, partition)
         mixed = moe(rows.astype(dtype), gates, experts, positions.reshape(-1) >= 0).reshape(x.shape)
-        x = partition.constrain(x + RMSNorm(name="rms_norm_3")(mixed), residual_axes)
+        x = partition.constrain(x + RMSNorm(partition, "rms_norm_3")(mixed), residual_axes)
         return x, Routed(probabilities.reshape(batch, length, -1), experts.reshape(batch, length, -1))
 
 
 class Transformer(hk.Module):
     """All decoder layers."""
 
-    def __init__(self, config: GrokConfig, partition: Partition, grouped_matmul: GroupedMatmul) -> None:
+    def __init__(self, config: GrokConfig, partition: Partition) -> None:
         super().__init__(name="transformer")
         self._config = config
         self._partition = partition
-        self._grouped_matmul = grouped_matmul
 
     def __call__(
         self, x: jax.Array, positions: jax.Array, attend: Attend, dtype: jnp.dtype | type
@@ -89,7 +90,7 @@ class Transformer(hk.Module):
         """[B, T, D], [B, T] -> [B, T, D] and what the routers decided."""
         routed = []
         for i in range(self._config.num_layers):
-            layer = DecoderLayer(self._config, self._partition, i, self._grouped_matmul)
+            layer = DecoderLayer(self._config, self._partition, i)
             x, decided = layer(x, positions, attend, dtype)
             routed.append(decided)
         return x, jax.tree.map(lambda *layers: jnp.stack(layers), *routed)
@@ -103,19 +104,19 @@ class Embedding(hk.Module):
         self._config = config
         self._partition = partition
 
-    def _table(self) -> jax.Array:
+    def _table(self) -> Table:
         c = self._config
         init = hk.initializers.TruncatedNormal(1.0 / c.embedding_multiplier_scale)
-        return hk.get_parameter("embeddings", [c.vocab_size, c.emb_size], jnp.float32, init=init)
+        return cast(Table, hk.get_parameter("embeddings", [c.vocab_size, c.emb_size], jnp.float32, init=init))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[B, T] int32 -> [B, T, D] float32, times the embedding multiplier."""
         rows = self._partition.lookup(self._table(), tokens).astype(jnp.float32)
         return rows * self._config.embedding_multiplier_scale
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> [..., V] float32, times the output multiplier."""
-        logits = self._partition.tied_logits(hidden, self._table().astype(hidden.dtype))
+    def logits(self, hidden: jax.Array, valid: jax.Array) -> jax.Array:
+        """[..., D], [...] -> [..., V] float32, times the output multiplier."""
+        logits = self._partition.tied_logits(hidden, valid, self._table())
         return logits * self._config.output_multiplier_scale
 
 
@@ -149,7 +150,9 @@ class LanguageModel(hk.Module):
         embedding = Embedding(self._config, self._partition)
         x = self._partition.constrain(embedding(tokens), ("batch", None, None))
         x, routed = self._transformer(x, positions, attend, dtype)
-        return Output(embedding.logits(read(RMSNorm(name="rms_norm")(x, dtype))), routed)
+        hidden = read(RMSNorm(self._partition, "rms_norm")(x, dtype))
+        valid = read(positions[..., None] >= 0)[..., 0]
+        return Output(embedding.logits(hidden, valid), routed)
 
 
 def forward(
@@ -161,19 +164,17 @@ def forward(
     *,
     read: Callable[[jax.Array], jax.Array] = lambda hidden: hidden,
     dtype: jnp.dtype | type = jnp.float32,
-    grouped_matmul: GroupedMatmul = grouped_matmul,
 ) -> Output:
     """`LanguageModel` applied, for use inside `hk.transform`. Its parameters are those of `parameter_table(config)`."""
-    transformer = Transformer(config, partition, grouped_matmul)
-    return LanguageModel(config, partition, transformer)(tokens, positions, attend, read, dtype)
+    return LanguageModel(config, partition, Transformer(config, partition))(tokens, positions, attend, read, dtype)
 
 
-def causal_forward(config: GrokConfig, tokens: jax.Array, *, grouped_matmul: GroupedMatmul = grouped_matmul) -> Output:
+def causal_forward(config: GrokConfig, tokens: jax.Array, *, kernels: Kernels = PORTABLE) -> Output:
     """Logits [B, T, V] of whole sequences [B, T] on one device, nothing cached: for training and as an oracle."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
     def attend(_: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        query, key = rotate(query, positions), rotate(key, positions)
         return causal_attention(query, key, value, config.attn_output_multiplier)
 
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    partition = Partition.create(config)
-    return forward(config, partition, tokens, positions, attend, grouped_matmul=grouped_matmul)
+    return forward(config, Partition.create(config, kernels=kernels), tokens, positions, attend)

@@ -14,7 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from workers.model.config import GrokConfig
 from workers.model.parameters import Axes
-from workers.model.quantized import QuantizedWeight, Weight, dequantize
+from workers.kernels.kernels import PORTABLE, Kernels
+from workers.model.packed import PackedTable, PackedWeight
+from workers.model.quantized import QuantizedWeight, Table, Weight
 
 MeshAxes = tuple[str, ...]
 
@@ -52,14 +54,20 @@ RULES: Mapping[str, Mapping[str, MeshAxes]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """A mesh of axes `data` and `model`, and the rules by which a model lies on it. Without a mesh nothing is split."""
+    """A mesh of axes `data` and `model`, the rules by which a model lies on it, and the kernels that compute its parts.
+
+    Without a mesh nothing is split.
+    """
 
     mesh: Mesh | None
     units: Mapping[str, int]
     rules: Mapping[str, MeshAxes]
+    kernels: Kernels = PORTABLE
 
     @classmethod
-    def create(cls, config: GrokConfig, mesh: Mesh | None = None, rules: str = "tensor") -> Partition:
+    def create(
+        cls, config: GrokConfig, mesh: Mesh | None = None, rules: str = "tensor", kernels: Kernels = PORTABLE
+    ) -> Partition:
         """The partition of a model on `mesh` by a table of RULES.
 
         A logical axis that its mesh axes do not divide evenly is not split (whole heads stay together); for the heads
@@ -75,7 +83,7 @@ class Partition:
             "table_embed": config.emb_size,
             "expert": config.num_experts,
         }
-        return cls(mesh, units, RULES[rules])
+        return cls(mesh, units, RULES[rules], kernels)
 
     def axes(self, name: str | None) -> MeshAxes:
         """The mesh axes that the logical axis `name` is split over: none where they don't divide it."""
@@ -125,57 +133,98 @@ class Partition:
         """The logical axes of the scales of a weight with `groups` groups (after `scale_groups`) and logical `axes`."""
         return (*axes[:-2], None if groups == 1 else axes[-2], axes[-1])
 
-    def weight_spec(self, weight: Weight, axes: Axes) -> Weight | PartitionSpec:
+    def weight_spec(self, weight: Weight, axes: Axes) -> Any:
         """The tree of specs that matches a weight."""
-        if not isinstance(weight, QuantizedWeight):
-            return self.spec(axes)
-        scales = self.spec(self.scale_axes(weight.scales.shape[-2], axes))
-        return QuantizedWeight(self.spec(axes), scales)  # type: ignore[arg-type]
+        if isinstance(weight, PackedWeight):
+            lead, (rows, columns) = axes[:-2], axes[-2:]
+            scales = self.scale_axes(weight.scales.shape[-2], axes)
+            return dataclasses.replace(weight, values=self.spec((*lead, columns, rows)), scales=self.spec(scales))
+        if isinstance(weight, QuantizedWeight):
+            scales = self.scale_axes(weight.scales.shape[-2], axes)
+            return dataclasses.replace(weight, weight=self.spec(axes), scales=self.spec(scales))
+        return self.spec(axes)
 
-    def lookup(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
+    def table_spec(self, table: Table) -> Any:
+        """The tree of specs that matches an embedding table."""
+        if isinstance(table, PackedTable):
+            values, scales = self.spec(("vocab", None, None)), self.spec(("vocab", None))
+            return dataclasses.replace(table, values=values, scales=scales)
+        return self.spec(("vocab", "table_embed"))
+
+    def norm(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+        """Root-mean-square norm of `x` [B, ..., D] times `scale` [D], in float32."""
+        rows = self.spec(("batch", *(None,) * (x.ndim - 1)))
+        normed: jax.Array = self.on_parts(self.kernels.norm, (rows, PartitionSpec()), rows)(x, scale)
+        return normed
+
+    def route(self, x: jax.Array, weight: jax.Array, selected: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Gates, experts and probabilities of rows `x` [M, D], whole on every device; see `Kernels.route`."""
+        if self.axes("router_embed"):
+            return self.kernels.route(x, weight, selected)  # the compiler sums over the devices
+
+        def local(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            return self.kernels.route(x, weight, selected)
+
+        whole = PartitionSpec()
+        routed: tuple[jax.Array, jax.Array, jax.Array] = self.on_parts(local, (whole, whole), (whole,) * 3)(x, weight)
+        return routed
+
+    def lookup(self, table: Table, tokens: jax.Array) -> jax.Array:
         """Rows of `table` [V, D] for `tokens` [B, T]: [B, T, D], whole on every device."""
 
-        def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        def local(table: Table, tokens: jax.Array) -> jax.Array:
             over = self.axes("vocab")
-            first = lax.axis_index(over) * table.shape[0] if over else 0
-            ours = (tokens >= first) & (tokens < first + table.shape[0])
-            rows = jnp.take(table, tokens - first, axis=0, mode="clip")
+            size = table.shape[0]
+            first = lax.axis_index(over) * size if over else 0
+            ours = (tokens >= first) & (tokens < first + size)
+            rows = self.kernels.lookup(table, tokens - first)
             rows = jnp.where(ours[..., None], rows, 0)
             rows = lax.psum(rows, over) if over else rows
             columns = self.axes("table_embed")
             return lax.all_gather(rows, columns, axis=2, tiled=True) if columns else rows
 
-        specs = (self.spec(("vocab", "table_embed")), self.spec((None, None)))
+        specs = (self.table_spec(table), self.spec((None, None)))
         result: jax.Array = self.on_parts(local, specs, self.spec((None, None, None)))(table, tokens)
         return result
 
-    def tied_logits(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
+    def tied_logits(self, hidden: jax.Array, valid: jax.Array, table: Table) -> jax.Array:
         """`hidden` [..., D] times the transposed `table` [V, D]: [..., V] float32, split as the table's vocabulary."""
         lead: Axes = (None,) * (hidden.ndim - 1)
 
-        def local(hidden: jax.Array, table: jax.Array) -> jax.Array:
-            product = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        def local(hidden: jax.Array, valid: jax.Array, table: Table) -> jax.Array:
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            product = self.kernels.logits(flat, valid.reshape(-1), table).reshape(*hidden.shape[:-1], -1)
             over = self.axes("table_embed")
             return lax.psum(product, over) if over else product
 
-        specs = (self.spec((*lead, "table_embed")), self.spec(("vocab", "table_embed")))
-        result: jax.Array = self.on_parts(local, specs, self.spec((*lead, "vocab")))(hidden, table)
+        specs = (self.spec((*lead, "table_embed")), self.spec(lead), self.table_spec(table))
+        result: jax.Array = self.on_parts(local, specs, self.spec((*lead, "vocab")))(hidden, valid, table)
         return result
 
-    def matmul(self, x: jax.Array, weight: Weight, axes: Axes) -> jax.Array:
-        """`x` [B, T, K] times a weight [K, N] with logical `axes`: [B, T, N] float32, N split as the weight's.
+    def project(
+        self, x: jax.Array, valid: jax.Array, weights: tuple[Weight, ...], axes: tuple[Axes, ...]
+    ) -> tuple[jax.Array, ...]:
+        """`x` [B, T, K] times weights [K, N_i] with logical `axes`: [B, T, N_i] float32, N split as the weight's.
 
         Each device multiplies its part; a split K ends in one sum over its mesh axes. Rows stay split as the batch is,
-        unless the weight is split over the same mesh axes.
+        unless a weight is split over the same mesh axes. `valid` [B, T] is false for padding.
         """
-        taken = {*self.axes(axes[0]), *self.axes(axes[1])}
+        depth = axes[0][0]
+        taken = {axis for pair in axes for name in pair for axis in self.axes(name)}
         rows = None if taken & {*self.axes("batch")} else "batch"
 
-        def local(x: jax.Array, weight: Weight) -> jax.Array:
-            product = jnp.matmul(x, dequantize(weight, x.dtype), preferred_element_type=jnp.float32)
-            over = self.axes(axes[0])
-            return lax.psum(product, over) if over else product
+        def local(x: jax.Array, valid: jax.Array, *weights: Weight) -> tuple[jax.Array, ...]:
+            flat = x.reshape(-1, x.shape[-1])
+            products = self.kernels.project(flat, valid.reshape(-1), weights)
+            products = tuple(product.reshape(*x.shape[:-1], -1) for product in products)
+            over = self.axes(depth)
+            return lax.psum(products, over) if over else products
 
-        specs = (self.spec((rows, None, axes[0])), self.weight_spec(weight, axes))
-        result: jax.Array = self.on_parts(local, specs, self.spec((rows, None, axes[1])))(x, weight)
-        return result
+        specs = (
+            self.spec((rows, None, depth)),
+            self.spec((rows, None)),
+            *(self.weight_spec(weight, pair) for weight, pair in zip(weights, axes, strict=True)),
+        )
+        outs = tuple(self.spec((rows, None, pair[1])) for pair in axes)
+        results: tuple[jax.Array, ...] = self.on_parts(local, specs, outs)(x, valid, *weights)
+        return results

@@ -7,6 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from workers.model.packed import PackedTable, PackedWeight
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,8 @@ class QuantizedWeight:
         return self.weight.dtype
 
 
-Weight = jax.Array | QuantizedWeight
+Weight = jax.Array | QuantizedWeight | PackedWeight
+Table = jax.Array | PackedTable
 
 
 def dequantize(weight: Weight, dtype: jnp.dtype | type = jnp.float32) -> jax.Array:
@@ -40,6 +43,8 @@ def dequantize(weight: Weight, dtype: jnp.dtype | type = jnp.float32) -> jax.Arr
     A value is `weight[k, n] * scales[k // (K // G), n]` **rounded to bfloat16**, as in xAI's code, whatever `dtype` is.
     The rounding is part of the model: without it logits differ by half a percent of their spread.
     """
+    if isinstance(weight, PackedWeight):
+        raise TypeError("a packed weight is for the native kernels")
     if not isinstance(weight, QuantizedWeight):
         return weight.astype(dtype)
     *lead, rows, columns = weight.shape

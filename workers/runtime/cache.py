@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from workers.engine.plan import EngineShape
-from workers.kernels.paged_attention import paged_attention
 from workers.model.config import GrokConfig
 from workers.model.parameters import Axes
 from workers.model.partition import Partition
 
 #: Pages of all groups, split with the batch; heads as the projections that make them.
-PAGE_AXES: Axes = ("batch", None, "kv_heads", None)
+PAGE_AXES: Axes = ("batch", "kv_heads", None, None)
 ROW_AXES: Axes = ("batch", None, "kv_heads", None)
 TABLE_AXES: Axes = ("batch", None)
 
@@ -24,18 +24,23 @@ LayerPages = tuple[jax.Array, jax.Array]
 def allocate_pages(
     config: GrokConfig, shape: EngineShape, partition: Partition, dtype: jnp.dtype | type
 ) -> tuple[LayerPages, ...]:
-    """Zeroed pages of keys and values, [groups * pages, page_size, K, C] each, a pair a layer."""
-    dims = (shape.groups * shape.pages, shape.page_size, config.num_kv_heads, config.key_size)
+    """Zeroed pages, a pair a layer: keys [groups * pages, K, C, page_size] and values [groups * pages, K, page_size, C]."""
+    pages, heads = shape.groups * shape.pages, config.num_kv_heads
     sharding = partition.sharding(PAGE_AXES)
-    zeros = jax.jit(lambda: jnp.zeros(dims, dtype), out_shardings=sharding)
-    return tuple((zeros(), zeros()) for _ in range(config.num_layers))
+
+    @functools.partial(jax.jit, out_shardings=(sharding, sharding))
+    def zeros() -> LayerPages:
+        keys = jnp.zeros((pages, heads, config.key_size, shape.page_size), dtype)
+        return keys, jnp.zeros((pages, heads, shape.page_size, config.key_size), dtype)
+
+    return tuple(zeros() for _ in range(config.num_layers))
 
 
 @dataclasses.dataclass
 class PagedAttend:
     """The model's `attend`: writes each layer's new keys and values to their pages, then attends to all pages.
 
-    `pages` holds the updated arrays afterwards. Padding is written to page 0, which no sequence owns.
+    `pages` holds the updated arrays afterwards.
     """
 
     pages: list[LayerPages]
@@ -49,7 +54,7 @@ class PagedAttend:
         key_pages, value_pages = self.pages[layer]
         spec = self.partition.spec
         operation = self.partition.on_parts(
-            self._local,
+            functools.partial(self.partition.kernels.attend, scale=self.scale),
             (
                 spec(("batch", None, "q_heads", None)),
                 spec(ROW_AXES),
@@ -65,22 +70,3 @@ class PagedAttend:
         mixed, key_pages, value_pages = operation(query, key, value, key_pages, value_pages, self.table, self.positions)
         self.pages[layer] = (key_pages, value_pages)
         return mixed
-
-    def _local(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        key_pages: jax.Array,
-        value_pages: jax.Array,
-        table: jax.Array,
-        positions: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        page_size = key_pages.shape[1]
-        place = jnp.maximum(positions, 0)
-        page = jnp.take_along_axis(table, place // page_size, axis=1)  # [B, T]
-        page = jnp.where(positions >= 0, page, 0)
-        key_pages = key_pages.at[page, place % page_size].set(key.astype(key_pages.dtype))
-        value_pages = value_pages.at[page, place % page_size].set(value.astype(value_pages.dtype))
-        mixed = paged_attention(query, key_pages, value_pages, table, positions, self.scale)
-        return mixed, key_pages, value_pages

@@ -1,7 +1,8 @@
-"""The compiled programs: prefill, decode, and the scoring of whole prompts."""
+"""The compiled programs: prefill, decode, verification of drafts, and the scoring of whole prompts."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,22 +14,38 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from workers.checkpoint.loader import Params
-from workers.engine.plan import EngineShape
+from workers.engine.plan import MAX_DRAFT, EngineShape
+from workers.kernels.sampling import PENALIZED, Sampled, SamplingRows, SamplingState
 from workers.model.config import GrokConfig
 from workers.model.grok import Output, forward
 from workers.model.partition import Partition
 from workers.runtime.cache import LayerPages, PagedAttend
-from workers.runtime.sampling import Sampled, sample
-from workers.runtime.slots import DRAWS, LENGTH, PAGES, SLOT, positions, sampling_rows
+from workers.runtime.slots import DRAWS, LENGTH, PAGES, POSITION, SLOT, positions, sampling_rows
 
 Pages = tuple[LayerPages, ...]
 
 
-class Programs:
-    """The functions of a model on a mesh, jitted with donated state. See each one for its arrays.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a device keeps between calls; donated to each. All but the pages lies whole on every device.
 
-    Everything that is not a parameter or a page lies whole on every device.
+    Attributes:
+      pages: see `allocate_pages`.
+      tokens: [slots] int32, the last token of each slot.
+      sampling: of all slots.
     """
+
+    pages: Pages
+    tokens: jax.Array
+    sampling: SamplingState
+
+
+Step = tuple[State, jax.Array, jax.Array]
+
+
+class Programs:
+    """The functions of a model on a mesh, jitted with donated state. See each one for its arrays."""
 
     def __init__(self, config: GrokConfig, shape: EngineShape, partition: Partition, dtype: jnp.dtype | type) -> None:
         assert partition.mesh is not None
@@ -37,37 +54,58 @@ class Programs:
         self._partition = partition
         self._dtype = dtype
         self._whole = NamedSharding(partition.mesh, PartitionSpec())
-        self.decode = jax.jit(self._decode, donate_argnums=(1, 2))
-        self.prefill = jax.jit(self._prefill, donate_argnums=(1, 2))
+        self.decode = jax.jit(self._decode, donate_argnums=(1,))
+        self.verify = jax.jit(self._verify, donate_argnums=(1,))
+        self.prefill = jax.jit(self._prefill, donate_argnums=(1,))
         self.score = jax.jit(self._score, donate_argnums=(1,))
-        self.set_bias = jax.jit(self._set_bias, donate_argnums=(0,))
+        self.set_row = jax.jit(self._set_row, donate_argnums=(0,))
 
-    def _decode(
-        self, params: Params, pages: Pages, tokens: jax.Array, bias: jax.Array, packed: jax.Array
-    ) -> tuple[Pages, jax.Array, jax.Array, jax.Array]:
+    def _decode(self, params: Params, state: State, packed: jax.Array) -> Step:
         """One token for each active slot.
 
         Args:
           params: of the model.
-          pages: see `allocate_pages`.
-          tokens: [slots] int32, the last token of each slot.
-          bias: [slots, V] float32.
+          state: of the device.
           packed: [slots, PAGES + N], see `SlotTable.decode`.
 
         Returns:
-          pages, tokens with the new ones, the packed samples [slots, 2 + 2 * ALTERNATIVES] int32, and how many tokens
-          each expert computed, [L, E] int32.
+          the state, the packed samples [slots, 2 + 2 * ALTERNATIVES] int32, and how many tokens each expert computed,
+          [L, E] int32.
         """
         packed = self._replicate(packed)
-        output, pages = self._forward(params, pages, tokens[:, None], packed, lambda hidden: hidden[:, 0])
-        drawn, samples = self._sample(output.logits, bias, packed)
-        tokens = jnp.where(packed[:, DRAWS] == 1, drawn, tokens)
-        return pages, self._replicate(tokens), samples, self._count(output, packed, 1)
+        output, pages = self._forward(params, state.pages, state.tokens[:, None], packed, lambda hidden: hidden[:, 0])
+        rows = sampling_rows(packed, packed[:, POSITION] + 1, packed[:, DRAWS] == 1)
+        samples = self._sample(output.logits, state.sampling, rows)
+        tokens = jnp.where(rows.active, samples[:, 0], state.tokens)
+        return self._next(state, pages, tokens, rows, samples[:, 0]), samples, self._count(output, packed, 1)
 
-    def _prefill(
-        self, params: Params, pages: Pages, tokens: jax.Array, bias: jax.Array, packed: jax.Array
-    ) -> tuple[Pages, jax.Array, jax.Array, jax.Array]:
-        """A chunk of one prompt a group; rows that draw leave their first token in `tokens`.
+    def _verify(self, params: Params, state: State, packed: jax.Array) -> Step:
+        """One token for each active slot, and for a slot with a draft as many more as it guessed right.
+
+        As `_decode`, but packed is [slots, PAGES + N + 1 + MAX_DRAFT], see `SlotTable.verify`, and the samples are
+        [slots, 1 + MAX_DRAFT, ...]: as if each guess before had been drawn.
+        """
+        packed = self._replicate(packed)
+        length = 1 + MAX_DRAFT
+        given = packed[:, -length:]
+        given = given.at[:, 0].set(jnp.where(given[:, 0] < 0, state.tokens, given[:, 0]))
+        output, pages = self._forward(params, state.pages, given, packed, lambda hidden: hidden)
+        where = positions(packed, length)
+        flat = jnp.repeat(packed, length, axis=0)
+        rows = sampling_rows(flat, where.reshape(-1) + 1, (where >= 0).reshape(-1) & (flat[:, DRAWS] == 1))
+        samples = self._sample(output.logits.reshape(flat.shape[0], -1), state.sampling, rows)
+        samples = samples.reshape(packed.shape[0], length, -1)
+        drawn = samples[:, :, 0]
+        # The guess at place i + 1 is right if place i drew it, and so were all before.
+        right = (drawn[:, :-1] == given[:, 1:]) & (where[:, 1:] >= 0)
+        taken = jnp.sum(jnp.cumprod(right.astype(jnp.int32), axis=1), axis=1)
+        last = jnp.take_along_axis(drawn, taken[:, None], axis=1)[:, 0]
+        first = sampling_rows(packed, packed[:, POSITION] + 1, packed[:, DRAWS] == 1)
+        tokens = jnp.where(first.active, last, state.tokens)
+        return self._next(state, pages, tokens, first, drawn[:, 0]), samples, self._count(output, packed, length)
+
+    def _prefill(self, params: Params, state: State, packed: jax.Array) -> Step:
+        """A chunk of one prompt a group; rows that draw leave their first token in the state.
 
         As `_decode`, but packed is [groups, PAGES + N + chunk], and so are the samples [groups, ...].
         """
@@ -77,33 +115,34 @@ class Programs:
         def read(hidden: jax.Array) -> jax.Array:
             return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
-        output, pages = self._forward(params, pages, self._chunk(packed), packed, read)
-        slot = packed[:, SLOT]
-        drawn, samples = self._sample(output.logits, bias[slot], packed)
-        target = jnp.where(packed[:, DRAWS] == 1, slot, self._shape.slots)
-        tokens = tokens.at[target].set(drawn, mode="drop")
-        return pages, self._replicate(tokens), samples, self._count(output, packed, self._shape.chunk)
+        output, pages = self._forward(params, state.pages, self._chunk(packed), packed, read)
+        rows = sampling_rows(packed, packed[:, POSITION] + packed[:, LENGTH], packed[:, DRAWS] == 1)
+        samples = self._sample(output.logits, state.sampling, rows)
+        target = jnp.where(rows.active, packed[:, SLOT], self._shape.slots)
+        tokens = state.tokens.at[target].set(samples[:, 0], mode="drop")
+        count = self._count(output, packed, self._shape.chunk)
+        return self._next(state, pages, tokens, rows, samples[:, 0]), samples, count
 
-    def _score(self, params: Params, pages: Pages, packed: jax.Array) -> tuple[Pages, jax.Array, jax.Array]:
+    def _score(self, params: Params, state: State, packed: jax.Array) -> tuple[State, jax.Array, jax.Array]:
         """A chunk as in `_prefill`, with the logits of all its positions.
 
         Returns:
-          pages, logits [groups, chunk, V] float32, and for each position [groups, chunk] the smallest gap, over the
+          the state, logits [groups, chunk, V] float32, and for each position [groups, chunk] the smallest gap, over the
           layers, between the router logits of the last chosen and the first rejected expert.
         """
         packed = self._replicate(packed)
-        output, pages = self._forward(params, pages, self._chunk(packed), packed, lambda hidden: hidden)
+        output, pages = self._forward(params, state.pages, self._chunk(packed), packed, lambda hidden: hidden)
         chosen = self._config.num_selected_experts
         if chosen < self._config.num_experts:
             top, _ = lax.top_k(output.routed.probabilities, chosen + 1)  # [L, B, T, S + 1]
             gap = jnp.min(jnp.log(top[..., chosen - 1] / top[..., chosen]), axis=0)
         else:
             gap = jnp.full(output.routed.probabilities.shape[1:3], jnp.inf)
-        return pages, self._replicate(output.logits), self._replicate(gap)
+        return dataclasses.replace(state, pages=pages), self._replicate(output.logits), self._replicate(gap)
 
-    def _set_bias(self, bias: jax.Array, slot: jax.Array, row: jax.Array) -> jax.Array:
-        """`bias` [slots, V] with `row` [V] at `slot`."""
-        return bias.at[slot].set(row)
+    def _set_row(self, array: jax.Array, slot: jax.Array, row: jax.Array) -> jax.Array:
+        """`array` [slots, ...] with `row` [...] at `slot`."""
+        return array.at[slot].set(row)
 
     def _chunk(self, packed: jax.Array) -> jax.Array:
         return packed[:, packed.shape[1] - self._shape.chunk :]
@@ -120,19 +159,26 @@ class Programs:
         output: Output = model.apply(params, tokens, where, attend)
         return output, tuple(attend.pages)
 
-    def _sample(self, logits: jax.Array, bias: jax.Array, packed: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Tokens [B] and packed samples; each device samples a part of the rows where they divide over the devices."""
+    def _sample(self, logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
+        """Packed samples [B, ...]; each device samples a part of the rows where they divide over the devices."""
         mesh = self._partition.mesh
         assert mesh is not None
-        rows = PartitionSpec(mesh.axis_names if logits.shape[0] % mesh.size == 0 else None)
+        split = PartitionSpec(mesh.axis_names if logits.shape[0] % mesh.size == 0 else None)
 
-        def local(logits: jax.Array, bias: jax.Array, packed: jax.Array) -> jax.Array:
-            return _pack(sample(logits, bias, sampling_rows(packed)))
+        def local(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
+            return _pack(self._partition.kernels.sample(logits, state, rows))
 
-        samples = self._replicate(
-            jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(logits, bias, packed)
-        )
-        return samples[:, 0], samples
+        sampled = self._partition.on_parts(local, (split, PartitionSpec(), split), split)(logits, state, rows)
+        return self._replicate(sampled)
+
+    def _next(
+        self, state: State, pages: Pages, tokens: jax.Array, rows: SamplingRows, drawn: jax.Array
+    ) -> State:
+        """The state after a call. Drawn tokens count where penalties will ask for them."""
+        counted = jnp.where(rows.active & (rows.flags & PENALIZED != 0), rows.slot, self._shape.slots)
+        counts = state.sampling.counts.at[counted, drawn].add(1, mode="drop")
+        sampling = dataclasses.replace(state.sampling, counts=self._replicate(counts))
+        return State(pages, self._replicate(tokens), sampling)
 
     def _count(self, output: Output, packed: jax.Array, length: int) -> jax.Array:
         """[L, E] int32: how many of the positions that are no padding each expert was chosen for."""

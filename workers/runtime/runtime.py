@@ -12,11 +12,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from workers.checkpoint.loader import Params
-from workers.engine.plan import ALTERNATIVES, EngineShape, Plan, Sampling, StepTokens, Token
+from workers.engine.plan import ALTERNATIVES, Admission, Draft, EngineShape, Plan, Sampling, StepTokens, Token
+from workers.kernels.sampling import IN_PROMPT, SamplingState
 from workers.model.config import GrokConfig
 from workers.model.partition import Partition
 from workers.runtime.cache import allocate_pages
-from workers.runtime.programs import Pages, Programs
+from workers.runtime.programs import Programs, State
 from workers.runtime.slots import SlotTable
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -24,11 +25,18 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A plan that was dispatched, whose samples the devices may still be computing."""
+    """A plan that was dispatched, whose samples the devices may still be computing.
+
+    Attributes:
+      plan: the plan.
+      prefills: packed samples of each prefill call.
+      decodes: packed samples of each decode call, [slots, ...] or, with drafts, [slots, 1 + MAX_DRAFT, ...].
+      expert_counts: [L, E] of each call.
+    """
 
     plan: Plan
     prefills: tuple[jax.Array, ...]
-    decode: jax.Array | None
+    decodes: tuple[jax.Array, ...]
     expert_counts: tuple[jax.Array, ...]
 
 
@@ -42,24 +50,35 @@ class Runtime:
         partition: Partition,
         params: Params,
         dtype: jnp.dtype | type = jnp.float32,
+        kv_dtype: jnp.dtype | type | None = None,
     ) -> None:
         self.config = config
         self.shape = shape
         self._partition = partition
         self._params = params
-        self._pages: Pages = allocate_pages(config, shape, partition, dtype)
         whole = partition.sharding(())
-        dims = (shape.slots, config.vocab_size)
-        self._tokens: jax.Array = jax.jit(lambda: jnp.zeros(dims[:1], jnp.int32), out_shardings=whole)()
-        self._bias: jax.Array = jax.jit(lambda: jnp.zeros(dims, jnp.float32), out_shardings=whole)()
-        self._biased: set[int] = set()
+
+        def zeros(*dims: int, dtype: jnp.dtype | type) -> jax.Array:
+            made: jax.Array = jax.jit(lambda: jnp.zeros(dims, dtype), out_shardings=whole)()
+            return made
+
+        sampling = SamplingState(
+            bias=zeros(shape.slots, config.vocab_size, dtype=jnp.float32),
+            counts=zeros(shape.slots, config.vocab_size, dtype=jnp.int32),
+            mask=zeros(shape.slots, -(-config.vocab_size // 32), dtype=jnp.int32),
+        )
+        pages = allocate_pages(config, shape, partition, kv_dtype or dtype)
+        self._state = State(pages, zeros(shape.slots, dtype=jnp.int32), sampling)
         self._slots = SlotTable(shape)
         programs = Programs(config, shape, partition, dtype)
-        state = (params, self._pages, self._tokens, self._bias)
-        no_chunk, no_slot = self._slots.prefill(()), self._slots.decode(())
-        self._prefill = programs.prefill.lower(*state, no_chunk).compile()
-        self._decode = programs.decode.lower(*state, no_slot).compile()
-        self._set_bias = programs.set_bias.lower(self._bias, np.int32(0), self._bias_row(Sampling())).compile()
+        state = (params, self._state)
+        self._prefill = programs.prefill.lower(*state, self._slots.prefill(())).compile()
+        self._decode = programs.decode.lower(*state, self._slots.decode(())).compile()
+        self._verify = programs.verify.lower(*state, self._slots.verify((), ())).compile() if shape.exact_rows else None
+        self._set_row = {
+            name: programs.set_row.lower(array, np.int32(0), np.zeros(array.shape[1], array.dtype)).compile()
+            for name, array in vars(sampling).items()
+        }
         self._score = programs.score
         self._group_starts = [group.start for group in config.layer_groups()]
         mesh = partition.mesh
@@ -71,8 +90,9 @@ class Runtime:
     @property
     def device_bytes(self) -> dict[str, int]:
         """Bytes that this host's devices hold, by what they are for."""
-        state = {"parameters": self._params, "kv_pages": self._pages, "sampling": (self._tokens, self._bias)}
-        return {name: _local_bytes(arrays) for name, arrays in state.items()}
+        state = self._state
+        kinds = {"parameters": self._params, "kv_pages": state.pages, "sampling": (state.tokens, state.sampling)}
+        return {name: _local_bytes(arrays) for name, arrays in kinds.items()}
 
     def probe(self) -> float:
         """Seconds of the smallest all-reduce over all devices, waiting for the slowest host included. All hosts must call
@@ -84,52 +104,64 @@ class Runtime:
     def warm_up(self) -> None:
         """Runs every program once without effect. All hosts must have compiled before any calls this."""
         self.read(self.execute(Plan(0, (), ((),), ())))
-        self._pages, self._tokens, packed, _ = self._decode(
-            self._params, self._pages, self._tokens, self._bias, self._slots.decode(())
-        )
+        self._state, packed, _ = self._decode(self._params, self._state, self._slots.decode(()))
+        if self._verify is not None:
+            self._state, packed, _ = self._verify(self._params, self._state, self._slots.verify((), ()))
         self.probe()
-        self._bias = self._set_bias(self._bias, np.int32(0), self._bias_row(Sampling()))
-        jax.block_until_ready((packed, self._bias))
+        for name, array in vars(self._state.sampling).items():
+            self._set(name, 0, np.zeros(array.shape[1], array.dtype))
+        jax.block_until_ready((packed, self._state))
 
     def execute(self, plan: Plan) -> Pending:
         """Dispatches a plan. Returns before the devices are done, unless the platform computes synchronously."""
         for admission in plan.admissions:
             self._slots.admit(admission)
-            self._apply_bias(admission.slot, admission.sampling)
-        prefills, counts = [], []
+            if admission.sampling.biased:
+                self._set("bias", admission.slot, self._bias_row(admission.sampling))
+            if admission.sampling.penalized:
+                self._set("counts", admission.slot, self._counts_row(admission))
+        for mask in plan.masks:
+            self._set("mask", mask.slot, np.frombuffer(mask.words, np.int32))
+        prefills, decodes, counts = [], [], []
         for chunks in plan.prefills:
-            self._pages, self._tokens, packed, count = self._prefill(
-                self._params, self._pages, self._tokens, self._bias, self._slots.prefill(chunks)
-            )
+            self._state, packed, count = self._prefill(self._params, self._state, self._slots.prefill(chunks))
             prefills.append(packed)
             counts.append(count)
-        decoded = None
-        if plan.decode:
-            self._pages, self._tokens, decoded, count = self._decode(
-                self._params, self._pages, self._tokens, self._bias, self._slots.decode(plan.decode)
-            )
+        if plan.drafts:
+            assert self._verify is not None
+            rows = self._slots.verify(plan.decode, plan.drafts)
+            self._state, packed, count = self._verify(self._params, self._state, rows)
+            decodes.append(packed)
             counts.append(count)
-        return Pending(plan, tuple(prefills), decoded, tuple(counts))
+        for _ in range(plan.steps if plan.decode and not plan.drafts else 0):
+            self._state, packed, count = self._decode(self._params, self._state, self._slots.decode(plan.decode))
+            decodes.append(packed)
+            counts.append(count)
+        return Pending(plan, tuple(prefills), tuple(decodes), tuple(counts))
 
     def read(self, pending: Pending) -> StepTokens:
         """Waits for a plan's samples and copies them to the host."""
         plan = pending.plan
         prefilled = []
         for chunks, packed in zip(plan.prefills, pending.prefills, strict=True):
-            rows = np.asarray(packed.addressable_data(0))
+            rows = _first(packed)
             prefilled += [_token(rows[self.shape.group_of(c.slot)]) for c in chunks if c.last]
-        decoded: tuple[Token, ...] = ()
-        if pending.decode is not None:
-            rows = np.asarray(pending.decode.addressable_data(0))
-            decoded = tuple(_token(rows[slot]) for slot in plan.decode)
-        return StepTokens(plan.number, tuple(prefilled), decoded, self._expert_tokens(pending))
+        steps = [_first(packed) for packed in pending.decodes]  # [slots, ...] each
+        if plan.drafts:
+            (drawn,) = steps
+            decoded = tuple((_token(drawn[slot, 0]),) for slot in plan.decode)
+            drafted = tuple(_right(draft, drawn[draft.slot]) for draft in plan.drafts)
+        else:
+            decoded = tuple(tuple(_token(rows[slot]) for rows in steps) for slot in plan.decode)
+            drafted = ()
+        return StepTokens(plan.number, tuple(prefilled), decoded, drafted, self._expert_tokens(pending))
 
     def wait(self, pending: Pending) -> None:
         """Waits until the devices have finished a plan."""
-        jax.block_until_ready((pending.prefills, pending.decode))
+        jax.block_until_ready((pending.prefills, pending.decodes))
 
     def _expert_tokens(self, pending: Pending) -> tuple[tuple[int, ...], ...]:
-        counts = [np.asarray(count.addressable_data(0)) for count in pending.expert_counts]  # [L, E] each
+        counts = [_first(count) for count in pending.expert_counts]  # [L, E] each
         by_group = np.add.reduceat(np.sum(counts, axis=0), self._group_starts, axis=0)
         return tuple(map(tuple, by_group.tolist()))
 
@@ -141,16 +173,15 @@ class Runtime:
         for admission in plan.admissions:
             self._slots.admit(admission)
         ((chunk,),) = plan.prefills
-        self._pages, logits, gaps = self._score(self._params, self._pages, self._slots.prefill((chunk,)))
+        self._state, logits, gaps = self._score(self._params, self._state, self._slots.prefill((chunk,)))
         group, length = self.shape.group_of(chunk.slot), len(chunk.tokens)
-        first = [np.asarray(a.addressable_data(0))[group, :length] for a in (logits, gaps)]
+        first = [_first(a)[group, :length] for a in (logits, gaps)]
         return first[0], first[1]
 
-    def _apply_bias(self, slot: int, sampling: Sampling) -> None:
-        wanted = bool(sampling.logit_bias or sampling.allowed_tokens)
-        if wanted or slot in self._biased:
-            self._bias = self._set_bias(self._bias, np.int32(slot), self._bias_row(sampling))
-            (self._biased.add if wanted else self._biased.discard)(slot)
+    def _set(self, name: str, slot: int, row: Array) -> None:
+        sampling = self._state.sampling
+        changed = self._set_row[name](getattr(sampling, name), np.int32(slot), row)
+        self._state = dataclasses.replace(self._state, sampling=dataclasses.replace(sampling, **{name: changed}))
 
     def _bias_row(self, sampling: Sampling) -> Array:
         row = np.zeros(self.config.vocab_size, np.float32)
@@ -161,9 +192,27 @@ class Runtime:
             row[token] += value
         return row
 
+    def _counts_row(self, admission: Admission) -> Array:
+        row = np.zeros(self.config.vocab_size, np.int32)
+        row[list(admission.prompt)] = IN_PROMPT
+        return row
+
+
+def _first(array: jax.Array) -> Array:
+    """The host's copy of an array that lies whole on every device."""
+    return np.asarray(array.addressable_data(0))
+
 
 def _local_bytes(arrays: Any) -> int:
     return sum(shard.data.nbytes for array in jax.tree.leaves(arrays) for shard in array.addressable_shards)
+
+
+def _right(draft: Draft, rows: Array) -> tuple[Token, ...]:
+    """The tokens [1 + MAX_DRAFT, ...] that were drawn as long as the draft guessed right, and the one after them."""
+    taken = 0
+    while taken + 1 < len(draft.tokens) and rows[taken, 0] == draft.tokens[taken + 1]:
+        taken += 1
+    return tuple(_token(row) for row in rows[: taken + 1])
 
 
 def _token(row: Array) -> Token:

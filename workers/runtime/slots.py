@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from workers.engine.plan import Admission, Chunk, EngineShape
-from workers.runtime.sampling import SamplingRows
+from workers.engine.plan import MAX_DRAFT, Admission, Chunk, Draft, EngineShape
+from workers.kernels.sampling import BIASED, MASKED, PENALIZED, SamplingRows
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 
-#: Columns of a packed row; the pages follow, and in a prefill row the chunk's tokens follow them.
-SLOT, POSITION, LENGTH, DRAWS, TOP_K, SEED_LOW, SEED_HIGH, TEMPERATURE, TOP_P, PAGES = range(10)
+#: Columns of a packed row. The pages follow, and after them the tokens of a chunk or a draft.
+SLOT, POSITION, LENGTH, DRAWS, FLAGS, TOP_K, SEED_LOW, SEED_HIGH = range(8)
+TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY, PAGES = range(8, 15)
 
 
 class SlotTable:
@@ -31,11 +32,13 @@ class SlotTable:
 
     def admit(self, admission: Admission) -> None:
         """Fills a slot's row: sampling parameters and pages."""
-        row, sampling = self._rows[admission.slot], admission.sampling
+        row, s = self._rows[admission.slot], admission.sampling
         row[POSITION:] = 0
-        row[TOP_K] = sampling.top_k
-        row[SEED_LOW : SEED_HIGH + 1].view(np.uint32)[:] = (sampling.seed & 0xFFFFFFFF, sampling.seed >> 32)
-        row[TEMPERATURE : TOP_P + 1].view(np.float32)[:] = (sampling.temperature, sampling.top_p)
+        row[FLAGS] = BIASED * s.biased | PENALIZED * s.penalized | MASKED * s.masked
+        row[TOP_K] = s.top_k
+        row[SEED_LOW : SEED_HIGH + 1].view(np.uint32)[:] = (s.seed & 0xFFFFFFFF, s.seed >> 32)
+        floats = (s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
+        row[TEMPERATURE:PAGES].view(np.float32)[:] = floats
         row[PAGES : PAGES + len(admission.pages)] = admission.pages
 
     def prefill(self, chunks: tuple[Chunk, ...]) -> IntArray:
@@ -63,6 +66,22 @@ class SlotTable:
         self._rows[active, POSITION] += 1
         return packed
 
+    def verify(self, slots: tuple[int, ...], drafts: tuple[Draft, ...]) -> IntArray:
+        """The packed rows [slots, PAGES + N + 1 + MAX_DRAFT] of a call that decodes `slots` and verifies `drafts`.
+
+        How far a draft's slot gets is not known here: its next plan says its position. A token of -1 stands for the
+        slot's last one, which the device knows.
+        """
+        width = self._rows.shape[1]
+        packed = np.zeros((self._shape.slots, width + 1 + MAX_DRAFT), np.int32)
+        packed[:, :width] = self.decode(slots)
+        packed[:, width] = -1
+        for draft in drafts:
+            row = packed[draft.slot]
+            row[POSITION], row[LENGTH], row[DRAWS] = draft.position, len(draft.tokens), 1
+            row[width : width + len(draft.tokens)] = draft.tokens
+        return packed
+
 
 def positions(packed: jax.Array, length: int) -> jax.Array:
     """The positions [B, length] of the tokens of packed rows, -1 where a row has fewer."""
@@ -70,17 +89,24 @@ def positions(packed: jax.Array, length: int) -> jax.Array:
     return jnp.where(offset < packed[:, LENGTH, None], packed[:, POSITION, None] + offset, -1)
 
 
-def sampling_rows(packed: jax.Array) -> SamplingRows:
-    """The sampling parameters of packed rows. The token to draw follows the row's last position."""
+def sampling_rows(packed: jax.Array, position: jax.Array, active: jax.Array) -> SamplingRows:
+    """The sampling parameters of packed rows [B, ...], whose tokens to draw stand at `position` [B]."""
 
     def bits(column: int, dtype: jnp.dtype | type) -> jax.Array:
         return lax.bitcast_convert_type(packed[:, column], dtype)
 
     return SamplingRows(
+        slot=packed[:, SLOT],
+        active=active,
+        flags=packed[:, FLAGS],
         seed_low=bits(SEED_LOW, jnp.uint32),
         seed_high=bits(SEED_HIGH, jnp.uint32),
-        position=packed[:, POSITION] + packed[:, LENGTH],
+        position=position,
         temperature=bits(TEMPERATURE, jnp.float32),
         top_p=bits(TOP_P, jnp.float32),
+        min_p=bits(MIN_P, jnp.float32),
         top_k=packed[:, TOP_K],
+        repetition=bits(REPETITION, jnp.float32),
+        presence=bits(PRESENCE, jnp.float32),
+        frequency=bits(FREQUENCY, jnp.float32),
     )

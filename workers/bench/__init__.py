@@ -1,0 +1,1 @@
+"""`grokmesh bench engine`: how near the engine is to what the machine can do."""

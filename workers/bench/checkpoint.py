@@ -1,0 +1,61 @@
+"""A checkpoint of random weights in xAI's format, for measuring."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from workers.checkpoint.writer import write_array, write_quantized
+from workers.model.config import GrokConfig
+from workers.model.parameters import parameter_table
+
+#: 1.27 billion parameters, of which a token at batch 1 reads 0.37 billion.
+MID_SIZE = GrokConfig(
+    emb_size=1024,
+    num_layers=12,
+    num_q_heads=8,
+    num_kv_heads=2,
+    key_size=128,
+    ffn_size=4096,
+    vocab_size=32768,
+    sequence_len=8192,
+    embedding_multiplier_scale=1024**0.5,
+)
+
+#: Groups of rows with scales of their own where the release has them.
+GROUPS = 8
+
+
+def make_checkpoint(directory: pathlib.Path, config: GrokConfig = MID_SIZE, seed: int = 0) -> None:
+    """Writes a model of `config` into `directory`, unless one of that configuration is there.
+
+    Weights are drawn so that every layer keeps its input's size; the release's layout, types and groups are kept.
+    """
+    wanted = json.dumps(dataclasses.asdict(config), indent=1)
+    done = directory / "config.json"
+    if done.exists() and done.read_text() == wanted:
+        return
+    folder = directory / "ckpt-0"
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    for i, info in enumerate(parameter_table(config)):
+        path = folder / f"tensor{i:05d}_000"
+        if info.path.endswith("scale"):
+            write_array(path, np.ones(info.shape, np.float32))
+        elif not info.quantized:
+            depth = 1.0 if info.path.endswith("embeddings") else info.shape[0]
+            deviation = depth**-0.5 if depth > 1 else 1.0 / config.embedding_multiplier_scale
+            write_array(path, (random.standard_normal(info.shape, np.float32) * deviation).astype(np.float32))
+        else:
+            *lead, rows, columns = info.shape
+            weight = random.integers(-127, 128, info.shape, np.int8)
+            groups = GROUPS if info.grouped else 1
+            spread = 73.3  # of integers drawn evenly from -127 to 127
+            scales: Any = random.uniform(0.8, 1.2, (*lead, groups, columns)) / (spread * rows**0.5)
+            write_quantized(path, weight, scales.astype(ml_dtypes.bfloat16))
+    done.write_text(wanted)

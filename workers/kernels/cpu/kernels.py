@@ -1,0 +1,160 @@
+"""The C++ kernels (src/) as `Kernels`. They take float32 activations and packed 8-bit weights."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from workers.engine.plan import ALTERNATIVES
+from workers.kernels.kernels import Arrays, Kernels
+from workers.kernels.paged_attention import LOGIT_CAP
+from workers.kernels.sampling import Sampled, SamplingRows, SamplingState, uniforms
+from workers.model.packed import PackedTable, PackedWeight, rows_of
+
+_OPERATIONS = ("norm", "route", "dense", "experts", "logits", "attend", "sample")
+
+
+class NativeKernelsError(RuntimeError):
+    """The library was not built, or can't be loaded."""
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    found = importlib.util.find_spec("workers.kernels.cpu.native")
+    if found is None or found.origin is None:
+        raise NativeKernelsError(
+            "the CPU kernels were not built; install a C++ compiler and then the package again (pip install -e .)"
+        )
+    try:
+        library = ctypes.CDLL(found.origin)
+    except OSError as error:
+        raise NativeKernelsError(f"the CPU kernels can't be loaded: {error}") from error
+    for name in _OPERATIONS:
+        capsule = jax.ffi.pycapsule(getattr(library, f"grokmesh_{name}"))
+        jax.ffi.register_ffi_target(f"grokmesh_{name}", capsule, platform="cpu")
+    library.grokmesh_instruction_set.restype = ctypes.c_char_p
+    library.grokmesh_use.restype = ctypes.c_bool
+    return library
+
+
+def native_kernels() -> Kernels:
+    """The kernels for this machine's instruction set. Raises NativeKernelsError."""
+    name = _library().grokmesh_instruction_set().decode()
+    return Kernels(
+        name=f"native ({name})",
+        norm=_norm,
+        route=_route,
+        project=_project,
+        experts=_experts,
+        lookup=_lookup,
+        logits=_logits,
+        attend=_attend,
+        sample=_sample,
+        exact_rows=True,
+        packed=True,
+    )
+
+
+def use_instruction_set(name: str) -> bool:
+    """Computes with `portable`, `avx2`, `avx512` or `avx512-vnni` from now on; False if this machine can't."""
+    return bool(_library().grokmesh_use(name.encode()))
+
+
+def _float32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    normed: jax.Array = jax.ffi.ffi_call("grokmesh_norm", _float32(*x.shape))(x, scale)
+    return normed
+
+
+def _route(x: jax.Array, weight: jax.Array, selected: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    rows = x.shape[0]
+    results = (
+        _float32(rows, weight.shape[1]),
+        _float32(rows, selected),
+        jax.ShapeDtypeStruct((rows, selected), jnp.int32),
+    )
+    probabilities, gates, experts = jax.ffi.ffi_call("grokmesh_route", results)(x, weight)
+    return gates, experts, probabilities
+
+
+def _project(x: jax.Array, valid: jax.Array, weights: tuple[PackedWeight, ...]) -> Arrays:
+    """Weights with as many groups of rows share a call, and x is prepared once for all of them."""
+    results: dict[int, jax.Array] = {}
+    for groups in {w.scales.shape[-2] for w in weights}:
+        chosen = [i for i, w in enumerate(weights) if w.scales.shape[-2] == groups]
+        shapes = tuple(_float32(x.shape[0], weights[i].scales.shape[-1]) for i in chosen)
+        flat = [array for i in chosen for array in (weights[i].values, weights[i].scales)]
+        results.update(zip(chosen, jax.ffi.ffi_call("grokmesh_dense", shapes)(x, valid, *flat), strict=True))
+    return tuple(results[i] for i in range(len(weights)))
+
+
+def _experts(
+    x: jax.Array,
+    gates: jax.Array,
+    experts: jax.Array,
+    valid: jax.Array,
+    first: jax.Array,
+    gate: PackedWeight,
+    up: PackedWeight,
+    down: PackedWeight,
+    reduce: None,
+) -> jax.Array:
+    if reduce is not None:
+        raise ValueError("packed weights can't be split along the embedding")
+    weights = [array for w in (gate, up, down) for array in (w.values, w.scales)]
+    mixed: jax.Array = jax.ffi.ffi_call("grokmesh_experts", _float32(*x.shape))(
+        x, gates, experts, valid, jnp.asarray(first, jnp.int32), *weights
+    )
+    return mixed
+
+
+def _lookup(table: PackedTable, tokens: jax.Array) -> jax.Array:
+    return rows_of(table, jnp.clip(tokens, 0, table.shape[0] - 1))
+
+
+def _logits(hidden: jax.Array, valid: jax.Array, table: PackedTable) -> jax.Array:
+    call = jax.ffi.ffi_call("grokmesh_logits", _float32(hidden.shape[0], table.shape[0]))
+    result: jax.Array = call(hidden, valid, table.values, table.scales, multiplier=np.float32(1.0))
+    return result
+
+
+def _attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    key_pages: jax.Array,
+    value_pages: jax.Array,
+    table: jax.Array,
+    positions: jax.Array,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    results = (
+        _float32(*query.shape),
+        jax.ShapeDtypeStruct(key_pages.shape, key_pages.dtype),
+        jax.ShapeDtypeStruct(value_pages.shape, value_pages.dtype),
+    )
+    call = jax.ffi.ffi_call("grokmesh_attend", results, input_output_aliases={3: 1, 4: 2})
+    mixed, key_pages, value_pages = call(
+        query, key, value, key_pages, value_pages, table, positions, scale=np.float32(scale), cap=np.float32(LOGIT_CAP)
+    )
+    return mixed, key_pages, value_pages
+
+
+def _sample(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> Sampled:
+    penalties = (rows.repetition, rows.presence, rows.frequency)
+    floats = jnp.stack([rows.temperature, rows.top_p, rows.min_p, *penalties, uniforms(rows)], axis=-1)
+    ints = jnp.stack([rows.slot, rows.active.astype(jnp.int32), rows.flags, rows.top_k], axis=-1)
+    packed = jax.ShapeDtypeStruct((logits.shape[0], 2 + 2 * ALTERNATIVES), jnp.int32)
+    drawn = jax.ffi.ffi_call("grokmesh_sample", packed)(logits, floats, ints, state.bias, state.counts, state.mask)
+    logprobs = lax.bitcast_convert_type(drawn, jnp.float32)
+    first = 2 + ALTERNATIVES
+    return Sampled(drawn[:, 0], logprobs[:, 1], drawn[:, 2:first], logprobs[:, first:])

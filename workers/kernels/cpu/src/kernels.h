@@ -1,0 +1,79 @@
+// What each instruction set implements. See vector.inc (any machine, by the compiler's vectors) and vnni.cc (AVX-512).
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace grokmesh {
+
+constexpr int64_t kStrip = 4;  // columns of a packed weight that lie side by side
+
+// A packed weight is made of strips of four columns (the last one filled up with zeros). Of a strip, 64 values of each
+// column follow each other in turn. A column has `groups` runs of `depth` int8 values, each padded to a multiple of 64.
+struct Layout {
+  int64_t groups, depth;
+  int64_t padded() const { return (depth + 63) / 64 * 64; }
+  int64_t stride() const { return groups * padded(); }
+};
+
+// A matrix as the products read it: strip i is values[i * planes * 4 * stride ...].
+//   planes = 1: value = round_to_bf16(q * scale), scale bfloat16 [groups, columns].
+//   planes = 2: value = (256 * high + low) * scale, scale float32 [columns, groups]; the low plane follows the high one.
+struct Matrix {
+  const int8_t* values;
+  const void* scales;
+  int64_t columns;
+  int planes;
+  Layout layout;
+};
+
+enum class PageType { kFloat32, kBfloat16 };
+
+// Keys of a head in a page are [size, page], values [page, size].
+struct Pages {
+  void* keys;
+  void* values;
+  int64_t heads, page, size;
+  PageType type;
+};
+
+// One sequence's stretch of attention: `rows` queries of `group` heads each, all over positions [first, last).
+struct Stretch {
+  const float* const* queries;  // of each position: [group, size], rotated and scaled
+  const int32_t* positions;     // of each query
+  const int32_t* table;
+  int64_t rows, group, head, first, last;
+  float* weighted;  // [rows * group, size], added to
+  float* total;     // [rows * group], added to
+  float* scratch;   // attend_scratch() floats
+};
+
+struct Kernels {
+  const char* name;
+  // Bytes of one prepared row, and the preparation of x [groups * depth].
+  int64_t (*prepared_bytes)(const Layout&);
+  void (*prepare)(const Layout&, const float* x, void* prepared);
+  // y[r * y_stride + n - first] = x_r . column n, for columns [first, last), first a multiple of 4. A row's result depends on that row alone.
+  void (*multiply)(const Matrix&, const char* prepared, int64_t prepared_stride, int64_t rows, int64_t first,
+                   int64_t last, float* y, int64_t y_stride);
+  void (*attend)(const Pages&, const Stretch&, float cap);
+  void (*norm)(const float* x, const float* scale, float* y, int64_t size);
+  void (*gated)(const float* gate, const float* up, float* y, int64_t size);  // gelu(gate) * up
+  // softmax over `experts` of x [size] . weight [size, experts]
+  void (*route)(const float* x, const float* weight, int64_t size, int64_t experts, float* probabilities);
+  // y[i] = exp(x[i] - shift); returns the sum
+  float (*exponentials)(const float* x, float shift, float factor, float* y, int64_t size);
+};
+
+constexpr int64_t kTile = 32;       // positions of one turn of attention
+constexpr int64_t kQueries = 16;    // queries that share a tile
+constexpr int64_t kSegment = 1024;  // positions summed before they join the total; tasks may split here
+inline int64_t attend_scratch(int64_t size, int64_t group) {
+  return (2 * size + kQueries * group) * kTile + kQueries * group * size;
+}
+
+const Kernels& portable_kernels();
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+const Kernels& vnni_kernels();  // those of avx512, with products of integers
+
+}  // namespace grokmesh

@@ -1,0 +1,585 @@
+// The operations as XLA calls them: shapes, tasks and the choice of an instruction set.
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <string>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace ffi = xla::ffi;
+
+namespace grokmesh {
+namespace {
+
+using F32 = ffi::Buffer<ffi::F32>;
+using S32 = ffi::Buffer<ffi::S32>;
+using S8 = ffi::Buffer<ffi::S8>;
+using BF16 = ffi::Buffer<ffi::BF16>;
+using Mask = ffi::Buffer<ffi::PRED>;
+using Result = ffi::ResultBuffer<ffi::F32>;
+
+const Kernels* best_kernels() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) return &vnni_kernels();
+    return &avx512_kernels();
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2_kernels();
+#endif
+  return &portable_kernels();
+}
+
+const Kernels* chosen = best_kernels();
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+std::vector<int64_t> valid_rows(const Mask& valid) {
+  std::vector<int64_t> rows;
+  for (int64_t r = 0; r < static_cast<int64_t>(valid.element_count()); r++)
+    if (valid.typed_data()[r]) rows.push_back(r);
+  return rows;
+}
+
+// Memory for the prepared form of rows, each at a multiple of 64 bytes.
+class Prepared {
+ public:
+  Prepared(const Layout& layout, int64_t rows)
+      : layout_(layout), stride_(ceil_div(chosen->prepared_bytes(layout), 64) * 64),
+        data_(static_cast<char*>(std::aligned_alloc(64, std::max<int64_t>(rows, 1) * stride_)), std::free) {}
+  void row(int64_t i, const float* x) const { chosen->prepare(layout_, x, data_.get() + i * stride_); }
+  const char* at(int64_t i) const { return data_.get() + i * stride_; }
+  int64_t stride() const { return stride_; }
+
+ private:
+  Layout layout_;
+  int64_t stride_;
+  std::shared_ptr<char> data_;
+};
+
+int64_t strips(int64_t columns) { return ceil_div(columns, kStrip); }
+
+// values [..., strips, 4 * stride], scales [..., G, N] of weights with `rows` rows.
+struct Packed {
+  const int8_t* values;
+  const char* scales;
+  int64_t columns;
+  Layout layout;
+  bool fits;
+  Packed(const S8& w, const BF16& s, int64_t rows) : values(w.typed_data()), scales(static_cast<const char*>(s.untyped_data())) {
+    const auto w_dims = w.dimensions(), s_dims = s.dimensions();
+    columns = s_dims.back();
+    const int64_t groups = s_dims[s_dims.size() - 2];
+    layout = {groups, rows / groups};
+    fits = w_dims.back() == kStrip * layout.stride() && w_dims[w_dims.size() - 2] == strips(columns) && layout.depth * groups == rows;
+  }
+  Matrix at(int64_t i) const {
+    return {values + i * strips(columns) * kStrip * layout.stride(), scales + i * layout.groups * columns * 2, columns, 1, layout};
+  }
+};
+
+// Columns of a task, so that each thread has several tasks, and a task is worth its while.
+int64_t columns_per_task(int64_t columns, int64_t threads) {
+  return std::clamp<int64_t>(ceil_div(ceil_div(columns, threads * 8), 8) * 8, 8, 128);
+}
+
+ffi::Error misfit(const char* what) { return ffi::Error::InvalidArgument(std::string("shapes of ") + what + " do not fit"); }
+
+ffi::Error norm(ffi::ThreadPool pool, F32 x, F32 scale, Result y) {
+  const int64_t size = scale.element_count(), rows = x.element_count() / size;
+  parallel_phases(pool, {ceil_div(rows, 16)}, [&](int, int64_t task) {
+    for (int64_t r = task * 16; r < std::min(rows, task * 16 + 16); r++)
+      chosen->norm(x.typed_data() + r * size, scale.typed_data(), y->typed_data() + r * size, size);
+  });
+  return ffi::Error::Success();
+}
+
+// x [M, D], weight [D, E] -> probabilities [M, E], gates [M, S], experts [M, S]: the largest, the first of equals.
+ffi::Error route(ffi::ThreadPool pool, F32 x, F32 weight, Result probabilities, Result gates, ffi::ResultBuffer<ffi::S32> experts) {
+  const int64_t rows = x.dimensions()[0], size = x.dimensions()[1], count = weight.dimensions()[1], selected = gates->dimensions()[1];
+  parallel_phases(pool, {ceil_div(rows, 16)}, [&](int, int64_t task) {
+    for (int64_t r = task * 16; r < std::min(rows, task * 16 + 16); r++) {
+      float* p = probabilities->typed_data() + r * count;
+      chosen->route(x.typed_data() + r * size, weight.typed_data(), size, count, p);
+      std::vector<bool> taken(count);
+      for (int64_t s = 0; s < selected; s++) {
+        int64_t best = -1;
+        for (int64_t e = 0; e < count; e++)
+          if (!taken[e] && (best < 0 || p[e] > p[best])) best = e;
+        taken[best] = true;
+        gates->typed_data()[r * selected + s] = p[best];
+        experts->typed_data()[r * selected + s] = static_cast<int32_t>(best);
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// Multiplies prepared rows with columns [first, last) of a matrix; rows go to `rows[i]` of y [.., columns].
+void multiply_to_rows(const Matrix& w, const Prepared& x, const std::vector<int64_t>& rows, int64_t first, int64_t last, float* y) {
+  const int64_t width = last - first, count = rows.size();
+  std::vector<float> block(count * width);
+  chosen->multiply(w, x.at(0), x.stride(), count, first, last, block.data(), width);
+  for (int64_t i = 0; i < count; i++) std::memcpy(y + rows[i] * w.columns + first, block.data() + i * width, width * 4);
+}
+
+// x [M, K] times several weights of as many groups; rows that are not valid give zeros.
+ffi::Error dense(ffi::ThreadPool pool, F32 x, Mask valid, ffi::RemainingArgs weights, ffi::RemainingRets results) {
+  const int64_t depth = x.dimensions().back(), all = x.element_count() / depth;
+  const std::vector<int64_t> rows = valid_rows(valid);
+  std::vector<Packed> packed;
+  std::vector<float*> out;
+  for (size_t i = 0; i < results.size(); i++) {
+    auto w = weights.get<S8>(2 * i);
+    auto s = weights.get<BF16>(2 * i + 1);
+    auto y = results.get<F32>(i);
+    if (!w || !s || !y) return misfit("a weight");
+    packed.emplace_back(*w, *s, depth);
+    out.push_back((*y)->typed_data());
+    if (!packed.back().fits) return misfit("a weight");
+  }
+  int64_t columns = 0;
+  for (const Packed& p : packed) columns += p.columns;
+  const int64_t per_task = columns_per_task(columns, pool.num_threads());
+  std::vector<std::pair<size_t, int64_t>> tasks;
+  for (size_t i = 0; i < packed.size(); i++)
+    for (int64_t n = 0; n < packed[i].columns; n += per_task) tasks.emplace_back(i, n);
+  const Prepared prepared(packed[0].layout, rows.size());
+  for (const Packed& p : packed)
+    if (p.layout.groups != packed[0].layout.groups) return misfit("the weights' groups");
+  const int64_t invalid = all - rows.size();
+  parallel_phases(pool, {ceil_div(rows.size(), 8), static_cast<int64_t>(rows.empty() ? 0 : tasks.size())},
+                  [&](int phase, int64_t task) {
+                    if (phase == 0) {
+                      for (int64_t r = task * 8; r < std::min<int64_t>(rows.size(), task * 8 + 8); r++)
+                        prepared.row(r, x.typed_data() + rows[r] * depth);
+                      return;
+                    }
+                    const auto [i, n] = tasks[task];
+                    multiply_to_rows(packed[i].at(0), prepared, rows, n, std::min(n + per_task, packed[i].columns), out[i]);
+                  });
+  if (invalid)
+    for (int64_t r = 0; r < all; r++)
+      if (!valid.typed_data()[r])
+        for (size_t i = 0; i < packed.size(); i++) std::memset(out[i] + r * packed[i].columns, 0, packed[i].columns * 4);
+  return ffi::Error::Success();
+}
+
+// x [M, D] times a table of two planes [strips, 2, 4 * stride] with scales [V, 1] -> [M, V]; rows that are not valid give zeros.
+ffi::Error logits(ffi::ThreadPool pool, F32 x, Mask valid, S8 table, F32 scales, float multiplier, Result y) {
+  const int64_t depth = x.dimensions().back(), all = x.element_count() / depth, columns = scales.dimensions()[0];
+  const Layout layout{1, depth};
+  if (table.dimensions()[2] != kStrip * layout.stride() || table.dimensions()[0] != strips(columns)) return misfit("the table");
+  const Matrix matrix{table.typed_data(), scales.untyped_data(), columns, 2, layout};
+  const std::vector<int64_t> rows = valid_rows(valid);
+  const int64_t per_task = columns_per_task(columns, pool.num_threads());
+  const Prepared prepared(layout, rows.size());
+  parallel_phases(pool, {ceil_div(rows.size(), 8), rows.empty() ? 0 : ceil_div(columns, per_task)}, [&](int phase, int64_t task) {
+    if (phase == 0) {
+      for (int64_t r = task * 8; r < std::min<int64_t>(rows.size(), task * 8 + 8); r++) prepared.row(r, x.typed_data() + rows[r] * depth);
+      return;
+    }
+    const int64_t first = task * per_task, last = std::min(first + per_task, columns);
+    multiply_to_rows(matrix, prepared, rows, first, last, y->typed_data());
+    for (int64_t r : rows)
+      for (int64_t n = first; n < last; n++) y->typed_data()[r * columns + n] *= multiplier;
+  });
+  for (int64_t r = 0; r < all; r++)
+    if (!valid.typed_data()[r]) std::memset(y->typed_data() + r * columns, 0, columns * 4);
+  return ffi::Error::Success();
+}
+
+// The part of a mixture of experts that this device's experts [first, first + E) contribute: x [M, D] -> [M, D].
+ffi::Error experts(ffi::ThreadPool pool, F32 x, F32 gates, S32 chosen_experts, Mask valid, S32 first, S8 gate_w, BF16 gate_s, S8 up_w,
+                   BF16 up_s, S8 down_w, BF16 down_s, Result y) {
+  const int64_t rows = x.dimensions()[0], size = x.dimensions()[1], selected = gates.dimensions()[1];
+  const int64_t here = gate_w.dimensions()[0], hidden = gate_s.dimensions().back();
+  const Packed gate(gate_w, gate_s, size), up(up_w, up_s, size), down(down_w, down_s, hidden);
+  if (!gate.fits || !up.fits || !down.fits || gate.layout.groups != up.layout.groups) return misfit("the experts");
+  // Places sorted by expert; an expert's rows keep their order.
+  std::vector<std::vector<int64_t>> places(here);
+  for (int64_t i = 0; i < rows * selected; i++) {
+    const int64_t e = chosen_experts.typed_data()[i] - first.typed_data()[0];
+    if (valid.typed_data()[i / selected] && 0 <= e && e < here) places[e].push_back(i);
+  }
+  struct Group {
+    int64_t expert, begin, count;
+  };
+  std::vector<Group> groups;
+  std::vector<int64_t> sorted, position(rows * selected, -1), used;
+  for (int64_t e = 0; e < here; e++) {
+    if (places[e].empty()) continue;
+    groups.push_back({e, static_cast<int64_t>(sorted.size()), static_cast<int64_t>(places[e].size())});
+    for (int64_t i : places[e]) {
+      position[i] = sorted.size();
+      sorted.push_back(i);
+    }
+  }
+  const int64_t total = sorted.size(), threads = pool.num_threads(), active = groups.size();
+  const Prepared inputs(gate.layout, total), middles(down.layout, total);
+  std::unique_ptr<float[]> middle(new float[total * hidden]), result(new float[total * size]);
+  const int64_t wide = columns_per_task(hidden * active, threads), narrow = columns_per_task(size * active, threads);
+  const int64_t wide_tasks = ceil_div(hidden, wide), narrow_tasks = ceil_div(size, narrow);
+  parallel_phases(
+      pool,
+      {ceil_div(total, 8), active * wide_tasks, ceil_div(total, 2), active * narrow_tasks, ceil_div(rows, 16)},
+      [&](int phase, int64_t task) {
+        if (phase == 0) {
+          for (int64_t i = task * 8; i < std::min(total, task * 8 + 8); i++)
+            inputs.row(i, x.typed_data() + sorted[i] / selected * size);
+        } else if (phase == 1) {
+          const Group& g = groups[task / wide_tasks];
+          const int64_t n = task % wide_tasks * wide, width = std::min(wide, hidden - n);
+          std::vector<float> blocks(2 * g.count * width);
+          float *gated = blocks.data(), *lifted = gated + g.count * width;
+          chosen->multiply(gate.at(g.expert), inputs.at(g.begin), inputs.stride(), g.count, n, n + width, gated, width);
+          chosen->multiply(up.at(g.expert), inputs.at(g.begin), inputs.stride(), g.count, n, n + width, lifted, width);
+          for (int64_t r = 0; r < g.count; r++)
+            chosen->gated(gated + r * width, lifted + r * width, middle.get() + (g.begin + r) * hidden + n, width);
+        } else if (phase == 2) {
+          for (int64_t i = task * 2; i < std::min(total, task * 2 + 2); i++) middles.row(i, middle.get() + i * hidden);
+        } else if (phase == 3) {
+          const Group& g = groups[task / narrow_tasks];
+          const int64_t n = task % narrow_tasks * narrow, last = std::min(n + narrow, size);
+          chosen->multiply(down.at(g.expert), middles.at(g.begin), middles.stride(), g.count, n, last,
+                           result.get() + g.begin * size + n, size);
+        } else {
+          for (int64_t r = task * 16; r < std::min(rows, task * 16 + 16); r++) {
+            float* out = y->typed_data() + r * size;
+            std::memset(out, 0, size * 4);
+            for (int64_t s = 0; s < selected; s++) {
+              const int64_t at = position[r * selected + s];
+              if (at < 0) continue;
+              const float weight = gates.typed_data()[r * selected + s];
+              const float* in = result.get() + at * size;
+              for (int64_t d = 0; d < size; d++) out[d] += weight * in[d];
+            }
+          }
+        }
+      });
+  return ffi::Error::Success();
+}
+
+// cos and sin of position * 10000^(-2 i / size) [positions][size], grown as positions come.
+class Rotations {
+ public:
+  static std::shared_ptr<const std::vector<float>> get(int64_t size, int64_t positions) {
+    static std::mutex mutex;
+    static std::vector<std::pair<int64_t, std::shared_ptr<const std::vector<float>>>> tables;
+    std::lock_guard<std::mutex> lock(mutex);
+    for (auto& [known, table] : tables)
+      if (known == size && static_cast<int64_t>(table->size()) >= positions * size) return table;
+    const int64_t rows = std::max<int64_t>(1024, 2 * positions);
+    auto table = std::make_shared<std::vector<float>>(rows * size);
+    for (int64_t i = 0; i < size / 2; i++) {
+      const float frequency = 1.0f / std::pow(10000.0f, static_cast<float>(2 * i) / static_cast<float>(size));
+      for (int64_t p = 0; p < rows; p++) {
+        const float angle = static_cast<float>(p) * frequency;
+        (*table)[p * size + i] = std::cos(angle);
+        (*table)[p * size + size / 2 + i] = std::sin(angle);
+      }
+    }
+    tables.emplace_back(size, table);
+    return table;
+  }
+};
+
+void rotate(const float* x, const float* table, int64_t size, float factor, float* y) {
+  const int64_t half = size / 2;
+  const float *cosine = table, *sine = table + half;
+  for (int64_t i = 0; i < half; i++) {
+    y[i] = (x[i] * cosine[i] - x[half + i] * sine[i]) * factor;
+    y[half + i] = (x[half + i] * cosine[i] + x[i] * sine[i]) * factor;
+  }
+}
+
+uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return std::isnan(x) ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// See workers/kernels/paged_attention.py. Pages are updated in place: XLA is told that results are the arguments.
+ffi::Error attend(ffi::ThreadPool pool, F32 q, F32 k, F32 v, ffi::AnyBuffer, ffi::AnyBuffer, S32 table, S32 positions, float scale,
+                  float cap, Result y, ffi::Result<ffi::AnyBuffer> key_pages, ffi::Result<ffi::AnyBuffer> value_pages) {
+  const int64_t batch = q.dimensions()[0], length = q.dimensions()[1], heads = q.dimensions()[2], size = q.dimensions()[3];
+  const int64_t kv_heads = k.dimensions()[2], group = heads / kv_heads, page = value_pages->dimensions()[2], width = table.dimensions()[1];
+  const bool narrow = key_pages->element_type() == ffi::BF16;
+  const Pages pages{key_pages->untyped_data(), value_pages->untyped_data(), kv_heads, page, size,
+                    narrow ? PageType::kBfloat16 : PageType::kFloat32};
+  const int32_t* at = positions.typed_data();
+  int64_t most = 0;
+  for (int64_t i = 0; i < batch * length; i++) most = std::max<int64_t>(most, at[i] + 1);
+  if (most > width * page) return misfit("positions and pages");
+  const auto rotations = Rotations::get(size, most);
+  std::unique_ptr<float[]> turned(new float[batch * length * heads * size]);
+
+  struct Part {  // queries [begin, begin + count) of a sequence and one head, over positions [first, last)
+    int64_t sequence, begin, count, head, first, last, result;
+  };
+  struct Query {  // what becomes of a head's queries: the sum of consecutive parts
+    int64_t sequence, begin, count, head, part, parts;
+  };
+  std::vector<Part> parts;
+  std::vector<Query> queries;
+  int64_t results = 0;
+  for (int64_t b = 0; b < batch; b++)
+    for (int64_t t = 0; t < length; t += kQueries) {
+      const int64_t count = std::min(kQueries, length - t);
+      int64_t last = 0;
+      for (int64_t i = t; i < t + count; i++) last = std::max<int64_t>(last, at[b * length + i] + 1);
+      if (last == 0) continue;
+      // One query's segments are tasks of their own; a block's are not, as there are blocks enough.
+      const int64_t span = length == 1 ? kSegment : last;
+      for (int64_t h = 0; h < kv_heads; h++) {
+        queries.push_back({b, t, count, h, static_cast<int64_t>(parts.size()), ceil_div(last, span)});
+        for (int64_t first = 0; first < last; first += span) {
+          parts.push_back({b, t, count, h, first, std::min(first + span, last), results});
+          results += count * group;
+        }
+      }
+    }
+  std::unique_ptr<float[]> weighted(new float[results * size]()), totals(new float[results]());
+  std::memset(y->typed_data(), 0, y->size_bytes());
+  const int64_t rows = batch * length;
+  parallel_phases(
+      pool, {ceil_div(rows, 8), static_cast<int64_t>(parts.size()), ceil_div(queries.size(), 4)}, [&](int phase, int64_t task) {
+        if (phase == 0) {
+          std::vector<float> key(size);
+          for (int64_t r = task * 8; r < std::min(rows, task * 8 + 8); r++) {
+            if (at[r] < 0) continue;
+            const float* turn = rotations->data() + at[r] * size;
+            for (int64_t h = 0; h < heads; h++)
+              rotate(q.typed_data() + (r * heads + h) * size, turn, size, scale, turned.get() + (r * heads + h) * size);
+            const int64_t owner = table.typed_data()[r / length * width + at[r] / page], place = at[r] % page;
+            for (int64_t h = 0; h < kv_heads; h++) {
+              rotate(k.typed_data() + (r * kv_heads + h) * size, turn, size, 1.0f, key.data());
+              const float* value = v.typed_data() + (r * kv_heads + h) * size;
+              const int64_t base = (owner * kv_heads + h) * page * size;
+              if (narrow) {
+                auto *keys = static_cast<uint16_t*>(pages.keys) + base, *values = static_cast<uint16_t*>(pages.values) + base;
+                for (int64_t d = 0; d < size; d++) keys[d * page + place] = to_bfloat16(key[d]);
+                for (int64_t d = 0; d < size; d++) values[place * size + d] = to_bfloat16(value[d]);
+              } else {
+                auto *keys = static_cast<float*>(pages.keys) + base, *values = static_cast<float*>(pages.values) + base;
+                for (int64_t d = 0; d < size; d++) keys[d * page + place] = key[d];
+                std::memcpy(values + place * size, value, size * 4);
+              }
+            }
+          }
+        } else if (phase == 1) {
+          const Part& p = parts[task];
+          const int64_t r = p.sequence * length + p.begin;
+          std::vector<const float*> of(p.count);
+          for (int64_t i = 0; i < p.count; i++) of[i] = turned.get() + ((r + i) * heads + p.head * group) * size;
+          thread_local std::vector<float> scratch;
+          scratch.resize(attend_scratch(size, group));
+          chosen->attend(pages,
+                         {of.data(), at + r, table.typed_data() + p.sequence * width, p.count, group, p.head, p.first, p.last,
+                          weighted.get() + p.result * size, totals.get() + p.result, scratch.data()},
+                         cap);
+        } else {
+          for (int64_t i = task * 4; i < std::min<int64_t>(queries.size(), task * 4 + 4); i++) {
+            const Query& u = queries[i];
+            const int64_t rows = u.count * group, begin = parts[u.part].result;
+            for (int64_t j = 1; j < u.parts; j++)
+              for (int64_t n = 0; n < rows; n++) {
+                totals[begin + n] += totals[begin + j * rows + n];
+                for (int64_t d = 0; d < size; d++) weighted[(begin + n) * size + d] += weighted[(begin + j * rows + n) * size + d];
+              }
+            for (int64_t n = 0; n < rows; n++) {
+              const int64_t r = u.sequence * length + u.begin + n / group;
+              if (at[r] < 0) continue;
+              float* out = y->typed_data() + (r * heads + u.head * group + n % group) * size;
+              for (int64_t d = 0; d < size; d++) out[d] = weighted[(begin + n) * size + d] / totals[begin + n];
+            }
+          }
+        }
+      });
+  return ffi::Error::Success();
+}
+
+// ---- sampling; see workers/kernels/sampling.py ----
+
+constexpr int kCandidates = 64;
+constexpr int64_t kRun = 64, kSumRun = 1024;
+constexpr int32_t kBiased = 1, kPenalized = 2, kMasked = 4, kGenerated = (1 << 30) - 1;
+
+// The `count` largest of x, the first of equals first, in order.
+class Largest {
+ public:
+  Largest(const float* x, int64_t size, int64_t count) : count_(std::min(count, size)) {
+    for (int64_t begin = 0; begin < size; begin += kRun) {
+      const int64_t end = std::min(begin + kRun, size);
+      if (static_cast<int64_t>(ids.size()) == count_) {
+        float most = x[begin];
+        for (int64_t i = begin + 1; i < end; i++) most = x[i] > most ? x[i] : most;
+        if (!(most > x[ids.back()])) continue;
+      }
+      for (int64_t i = begin; i < end; i++) {
+        if (static_cast<int64_t>(ids.size()) == count_) {
+          if (!(x[i] > x[ids.back()])) continue;
+          ids.pop_back();
+        }
+        const auto at = std::upper_bound(ids.begin(), ids.end(), i, [x](int64_t a, int64_t b) { return x[a] > x[b]; });
+        ids.insert(at, static_cast<int32_t>(i));
+      }
+    }
+  }
+  std::vector<int32_t> ids;
+
+ private:
+  int64_t count_;
+};
+
+struct Draw {
+  float temperature, top_p, min_p, uniform;
+  int64_t top_k;
+};
+
+// Draws from e^((x - most) / temperature), filtered. `weights` is room for x.
+int32_t draw(const float* x, int64_t size, const Draw& d, std::vector<float>& weights) {
+  weights.resize(size);
+  const float most = *std::max_element(x, x + size);
+  std::vector<double> sums;
+  double total = 0.0;
+  for (int64_t begin = 0; begin < size; begin += kSumRun) {
+    const int64_t count = std::min(kSumRun, size - begin);
+    total += chosen->exponentials(x + begin, most, 1.0f / d.temperature, weights.data() + begin, count);
+    sums.push_back(total);
+  }
+  if (d.top_p >= 1.0f && d.top_k == 0 && d.min_p == 0.0f) {
+    const double target = d.uniform * total;
+    const int64_t run = std::min<int64_t>(std::upper_bound(sums.begin(), sums.end(), target) - sums.begin(), sums.size() - 1);
+    double sum = run ? sums[run - 1] : 0.0;
+    int64_t last = run * kSumRun;
+    for (int64_t i = run * kSumRun; i < std::min(size, (run + 1) * kSumRun); i++) {
+      if (weights[i] > 0.0f) last = i;
+      sum += weights[i];
+      if (sum > target) return static_cast<int32_t>(i);
+    }
+    return static_cast<int32_t>(last);
+  }
+  // Among the largest kCandidates if they are sure to hold all that is kept, else among all.
+  const int64_t most_kept = d.top_k ? d.top_k : size;
+  for (int64_t candidates = kCandidates;; candidates = size) {
+    const Largest largest(weights.data(), size, candidates);
+    const auto& ids = largest.ids;
+    const bool all = static_cast<int64_t>(ids.size()) == size;
+    const int64_t limit = std::min<int64_t>(most_kept, ids.size());
+    double among = total;
+    if (most_kept < size) {
+      if (limit < most_kept && !all) continue;
+      among = 0.0;
+      for (int64_t i = 0; i < limit; i++) among += weights[ids[i]];
+    }
+    double before = 0.0;
+    int64_t kept = 0;
+    while (kept < limit && (kept == 0 || (before < d.top_p * among && weights[ids[kept]] >= d.min_p && weights[ids[kept]] > 0.0f)))
+      before += weights[ids[kept++]];
+    if (kept == static_cast<int64_t>(ids.size()) && kept < most_kept && !all) continue;
+    const double target = d.uniform * before;
+    double sum = 0.0;
+    for (int64_t i = 0; i < kept; i++) {
+      sum += weights[ids[i]];
+      if (sum > target) return ids[i];
+    }
+    return ids[kept - 1];
+  }
+}
+
+// logits [B, V], floats [B, 7] (temperature, top_p, min_p, repetition, presence, frequency, uniform), ints [B, 4] (slot, active,
+// flags, top_k), bias and counts [slots, V], mask [slots, V / 32] -> [B, 18]: token, logprob, 8 ids, 8 logprobs as int32 bits.
+ffi::Error sample(ffi::ThreadPool pool, F32 logits, F32 floats, S32 ints, F32 bias, S32 counts, S32 mask,
+                  ffi::ResultBuffer<ffi::S32> packed) {
+  const int64_t rows = logits.dimensions()[0], size = logits.dimensions()[1], words = mask.dimensions()[1];
+  const int64_t width = packed->dimensions()[1], alternatives = (width - 2) / 2;
+  std::memset(packed->typed_data(), 0, packed->size_bytes());
+  parallel_phases(pool, {rows}, [&](int, int64_t r) {
+    const int32_t* whole = ints.typed_data() + r * 4;
+    if (!whole[1]) return;
+    const float* number = floats.typed_data() + r * 7;
+    const float* x = logits.typed_data() + r * size;
+    const int64_t slot = whole[0];
+    thread_local std::vector<float> changed, room;
+    room.resize(size);
+    const Largest top(x, size, alternatives);
+    double total = 0.0;
+    for (int64_t begin = 0; begin < size; begin += kSumRun)
+      total += chosen->exponentials(x + begin, x[top.ids[0]], 1.0f, room.data(), std::min(kSumRun, size - begin));
+    const auto logprob = [&](int64_t i) { return static_cast<float>(static_cast<double>(x[i]) - x[top.ids[0]] - std::log(total)); };
+    const float* adjusted = x;
+    if (const int32_t flags = whole[2]) {
+      changed.assign(x, x + size);
+      if (flags & kPenalized) {
+        const int32_t* seen = counts.typed_data() + slot * size;
+        for (int64_t i = 0; i < size; i++) {
+          if (!seen[i]) continue;
+          changed[i] = changed[i] > 0 ? changed[i] / number[3] : changed[i] * number[3];
+          if (const int32_t generated = seen[i] & kGenerated) changed[i] -= number[4] + number[5] * static_cast<float>(generated);
+        }
+      }
+      if (flags & kBiased)
+        for (int64_t i = 0; i < size; i++) changed[i] += bias.typed_data()[slot * size + i];
+      if (flags & kMasked)
+        for (int64_t i = 0; i < size; i++)
+          if (!(mask.typed_data()[slot * words + i / 32] >> (i % 32) & 1)) changed[i] = -INFINITY;
+      adjusted = changed.data();
+    }
+    const int32_t token = number[0] > 0.0f ? draw(adjusted, size, {number[0], number[1], number[2], number[6], whole[3]}, room)
+                                           : adjusted == x ? top.ids[0] : Largest(adjusted, size, 1).ids[0];
+    int32_t* out = packed->typed_data() + r * width;
+    const auto put = [&](int64_t at, float value) { std::memcpy(out + at, &value, 4); };
+    out[0] = token;
+    put(1, logprob(token));
+    for (int64_t i = 0; i < static_cast<int64_t>(top.ids.size()); i++) {
+      out[2 + i] = top.ids[i];
+      put(2 + alternatives + i, logprob(top.ids[i]));
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace grokmesh
+
+// The instruction set in use, and a choice of another by name (for tests); false if this machine lacks it.
+extern "C" const char* grokmesh_instruction_set() { return grokmesh::chosen->name; }
+extern "C" bool grokmesh_use(const char* name) {
+  using namespace grokmesh;
+  const Kernels* best = best_kernels();
+  #if defined(__x86_64__)
+  const std::vector<const Kernels*> known{&portable_kernels(), &avx2_kernels(), &avx512_kernels(), &vnni_kernels()};
+#else
+  const std::vector<const Kernels*> known{&portable_kernels()};
+#endif
+  for (const Kernels* kernels : known) {
+    if (std::string(name) == kernels->name) {
+      chosen = kernels;
+      return true;
+    }
+    if (kernels == best) return false;
+  }
+  return false;
+}
+
+#define BIND ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_norm, grokmesh::norm, BIND.Arg<grokmesh::F32>().Arg<grokmesh::F32>().Ret<grokmesh::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_route, grokmesh::route,
+                              BIND.Arg<grokmesh::F32>().Arg<grokmesh::F32>().Ret<grokmesh::F32>().Ret<grokmesh::F32>().Ret<grokmesh::S32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_dense, grokmesh::dense, BIND.Arg<grokmesh::F32>().Arg<grokmesh::Mask>().RemainingArgs().RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_logits, grokmesh::logits,
+                              BIND.Arg<grokmesh::F32>().Arg<grokmesh::Mask>().Arg<grokmesh::S8>().Arg<grokmesh::F32>().Attr<float>("multiplier").Ret<grokmesh::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_experts, grokmesh::experts,
+                              BIND.Arg<grokmesh::F32>().Arg<grokmesh::F32>().Arg<grokmesh::S32>().Arg<grokmesh::Mask>().Arg<grokmesh::S32>()
+                                  .Arg<grokmesh::S8>().Arg<grokmesh::BF16>().Arg<grokmesh::S8>().Arg<grokmesh::BF16>()
+                                  .Arg<grokmesh::S8>().Arg<grokmesh::BF16>().Ret<grokmesh::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_attend, grokmesh::attend,
+                              BIND.Arg<grokmesh::F32>().Arg<grokmesh::F32>().Arg<grokmesh::F32>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
+                                  .Arg<grokmesh::S32>().Arg<grokmesh::S32>().Attr<float>("scale").Attr<float>("cap")
+                                  .Ret<grokmesh::F32>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_sample, grokmesh::sample,
+                              BIND.Arg<grokmesh::F32>().Arg<grokmesh::F32>().Arg<grokmesh::S32>().Arg<grokmesh::F32>().Arg<grokmesh::S32>()
+                                  .Arg<grokmesh::S32>().Ret<ffi::Buffer<ffi::S32>>());

@@ -1,0 +1,183 @@
+"""From logits to tokens: counter-based, so that a token depends on its request's seed and its position alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from workers.engine.plan import ALTERNATIVES
+
+#: The most likely tokens among which filtered draws are looked for before all are sorted.
+CANDIDATES = 64
+
+#: What of the state a row's draw depends on: bits of `SamplingRows.flags`.
+BIASED, PENALIZED, MASKED = 1, 2, 4
+
+#: In `SamplingState.counts`: set for tokens of the prompt; the bits below count how often a token was drawn.
+IN_PROMPT = 1 << 30
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingRows:
+    """How each row of a batch is to be sampled; all arrays are [B].
+
+    Attributes:
+      slot: int32, whose row of the state it is.
+      active: bool; other rows draw nothing that is meant.
+      flags: int32, of BIASED, PENALIZED and MASKED.
+      seed_low, seed_high: uint32 halves of the request's seed.
+      position: int32, of the token to draw, counted from the start of the sequence.
+      temperature: float32; 0 takes the most likely token.
+      top_p: float32 in (0, 1]; 1 keeps all.
+      min_p: float32 in [0, 1]; a token must be this part of the most likely one's probability; 0 keeps all.
+      top_k: int32; 0 keeps all.
+      repetition: float32 > 0; logits of tokens seen in prompt or completion are divided by it (or multiplied, below zero).
+      presence, frequency: float32; subtracted from the logits of drawn tokens, once and for each time.
+    """
+
+    slot: jax.Array
+    active: jax.Array
+    flags: jax.Array
+    seed_low: jax.Array
+    seed_high: jax.Array
+    position: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    top_k: jax.Array
+    repetition: jax.Array
+    presence: jax.Array
+    frequency: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingState:
+    """What the device keeps for each slot.
+
+    Attributes:
+      bias: [slots, V] float32, added to the logits.
+      counts: [slots, V] int32, see IN_PROMPT.
+      mask: [slots, ceil(V / 32)] int32, a bit for each token that may be drawn.
+    """
+
+    bias: jax.Array
+    counts: jax.Array
+    mask: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """What was drawn.
+
+    Attributes:
+      token: [B] int32.
+      logprob: [B] float32, the token's logarithmic probability under the model itself: before temperature, bias, mask,
+        penalties and filters.
+      top_ids: [B, 8] int32, the most likely tokens under the model itself.
+      top_logprobs: [B, 8] float32, of `top_ids`.
+    """
+
+    token: jax.Array
+    logprob: jax.Array
+    top_ids: jax.Array
+    top_logprobs: jax.Array
+
+
+def uniforms(rows: SamplingRows) -> jax.Array:
+    """A number in [0, 1) a row, [B] float32, from its seed and position alone."""
+    halves = jnp.stack([rows.seed_high, rows.seed_low], axis=-1)  # [B, 2]
+    keys = jax.random.wrap_key_data(halves, impl="threefry2x32")
+    keys = jax.vmap(jax.random.fold_in)(keys, rows.position)
+    return jax.vmap(jax.random.uniform)(keys)
+
+
+def sample(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> Sampled:
+    """Draws one token a row from softmax(adjusted logits / temperature), filtered by top_k, then top_p, then min_p.
+
+    The draw inverts the distribution function at one uniform number: over the tokens in their order where nothing is
+    filtered, over those that are kept from the most likely on where something is. Logits are adjusted by penalties, bias
+    and mask, in this order.
+
+    Args:
+      logits: [B, V] float32.
+      state: of all slots.
+      rows: the rows' parameters.
+    """
+    logprobs = jax.nn.log_softmax(logits)
+    top_logprobs, top_ids = lax.top_k(logprobs, ALTERNATIVES)
+    adjusted = lax.cond(jnp.any(rows.flags != 0), lambda: _adjust(logits, state, rows), lambda: logits)
+    greedy = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+
+    def draw() -> jax.Array:
+        # Relative to the largest, so that no temperature, however small, makes more than one infinite.
+        temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+        weights = jnp.exp((adjusted - jnp.max(adjusted, axis=-1, keepdims=True)) / temperature)
+        uniform = uniforms(rows)
+        filtered = (rows.top_p < 1) | (rows.top_k > 0) | (rows.min_p > 0)
+        sums = jnp.cumsum(weights, axis=-1)
+        plain = jax.vmap(lambda sums, target: jnp.searchsorted(sums, target, side="right"))(sums, uniform * sums[:, -1])
+        plain = jnp.minimum(plain, logits.shape[-1] - 1).astype(jnp.int32)
+        kept = lax.cond(
+            jnp.any(filtered & rows.active), lambda: _draw_filtered(weights, sums[:, -1], uniform, rows), lambda: plain
+        )
+        return jnp.where(filtered, kept, plain)
+
+    drawn = lax.cond(jnp.any((rows.temperature > 0) & rows.active), draw, lambda: greedy)
+    token = jnp.where(rows.temperature > 0, drawn, greedy)
+    logprob = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+    return Sampled(token, logprob, top_ids.astype(jnp.int32), top_logprobs)
+
+
+def _adjust(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
+    def flagged(flag: int) -> jax.Array:
+        return (rows.flags & flag != 0)[:, None]
+
+    counts = jnp.where(flagged(PENALIZED), state.counts[rows.slot], 0)
+    repetition = rows.repetition[:, None]
+    penalized = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    adjusted = jnp.where(counts != 0, penalized, logits)
+    drawn = counts & (IN_PROMPT - 1)
+    penalty = rows.presence[:, None] + rows.frequency[:, None] * drawn
+    adjusted = jnp.where(drawn > 0, adjusted - penalty, adjusted)
+    adjusted = jnp.where(flagged(BIASED), adjusted + state.bias[rows.slot], adjusted)
+    token = jnp.arange(logits.shape[-1])
+    allowed = (state.mask[rows.slot][:, token // 32] >> (token % 32)) & 1
+    return jnp.where(flagged(MASKED) & (allowed == 0), -jnp.inf, adjusted)
+
+
+def _draw_filtered(weights: jax.Array, total: jax.Array, uniform: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Among the CANDIDATES most likely tokens where these hold all that is kept, else among all, sorted."""
+    few, few_ids = lax.top_k(weights, min(CANDIDATES, weights.shape[-1]))
+    token, complete = _draw_sorted(few, few_ids, total, uniform, rows, weights.shape[-1])
+    complete = complete | ~rows.active
+
+    def among_all() -> jax.Array:
+        ids = jnp.argsort(-weights, axis=-1, stable=True)
+        ordered = jnp.take_along_axis(weights, ids, axis=-1)
+        return _draw_sorted(ordered, ids, total, uniform, rows, weights.shape[-1])[0]
+
+    # A row's token must not depend on the others: the first answer stands where it is complete.
+    return jnp.where(complete, token, lax.cond(jnp.all(complete), lambda: token, among_all))
+
+
+def _draw_sorted(
+    ordered: jax.Array, ids: jax.Array, total: jax.Array, uniform: jax.Array, rows: SamplingRows, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens [B] drawn from sorted weights [B, n], and whether no token beyond the n could have been kept."""
+    rank = jnp.arange(ordered.shape[-1])
+    limit = jnp.where(rows.top_k > 0, rows.top_k, vocab_size)[:, None]
+    among_k = jnp.where(rank < limit, ordered, 0.0)
+    among = jnp.where(limit < vocab_size, jnp.sum(among_k, axis=-1, keepdims=True), total[:, None])
+    before = jnp.cumsum(among_k, axis=-1) - among_k
+    kept = (rank < limit) & (before < rows.top_p[:, None] * among) & (ordered >= rows.min_p[:, None]) & (ordered > 0)
+    kept = kept | (rank == 0)
+    sums = jnp.cumsum(jnp.where(kept, ordered, 0.0), axis=-1)
+    at = jnp.argmax(sums > uniform[:, None] * sums[:, -1:], axis=-1)[:, None]
+    complete = (limit[:, 0] <= ordered.shape[-1]) | ((limit[:, 0] == vocab_size) & ~kept[:, -1])
+    return jnp.take_along_axis(ids, at, axis=-1)[:, 0].astype(jnp.int32), complete

@@ -1,0 +1,115 @@
+"""Weights as the native CPU kernels read them: strips of four columns, so that each byte is read once and in order."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+#: Columns of a strip, and values of a column that follow each other; as in kernels/cpu/src/kernels.h.
+STRIP = 4
+RUN = 64
+#: The largest magnitude of a value of two planes, 256 * high + low.
+TWO_PLANES = 32512
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedWeight:
+    """A `QuantizedWeight` of `rows` rows, packed.
+
+    Attributes:
+      values: [..., strips, 4 * padded rows] int8.
+      scales: [..., G, N] bfloat16.
+      rows: K, of the whole weight, wherever its parts lie.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    rows: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the values before packing."""
+        return (*self.scales.shape[:-2], self.rows, self.scales.shape[-1])
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """That of the values: int8."""
+        return self.values.dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedTable:
+    """An embedding table [V, D] in 16 bits a value: (256 * high + low) * scale, off by at most 2^-16 of a row's largest.
+
+    Attributes:
+      values: [strips, 2, 4 * padded columns] int8, the high plane first.
+      scales: [V, 1] float32.
+      width: D.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    width: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the table."""
+        return (self.scales.shape[0], self.width)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """That of the values: int8."""
+        return self.values.dtype
+
+
+def pack(weight: Array, groups: int) -> Array:
+    """int8 [..., K, N] with `groups` groups of rows -> [..., ceil(N / 4), 4 * groups * padded rows of a group].
+
+    The last strip is filled up with zero columns, and each group with zero rows to a multiple of 64.
+    """
+    *lead, rows, columns = weight.shape
+    depth = rows // groups
+    padded, strips = -(-depth // RUN) * RUN, -(-columns // STRIP)
+    grouped = weight.reshape(*lead, groups, depth, columns)
+    filled = np.pad(grouped, [(0, 0)] * (len(lead) + 1) + [(0, padded - depth), (0, strips * STRIP - columns)])
+    split = filled.reshape(-1, groups, padded // RUN, RUN, strips, STRIP)
+    packed = empty((*lead, strips, STRIP * groups * padded))
+    packed.reshape(-1, strips, groups, padded // RUN, STRIP, RUN)[...] = split.transpose(0, 4, 1, 2, 5, 3)
+    return packed
+
+
+def pack_table(table: Array) -> tuple[Array, Array]:
+    """[V, D] float -> values and scales of a `PackedTable`."""
+    wide = table.astype(np.float32)
+    scales = np.abs(wide).max(axis=1, keepdims=True) / TWO_PLANES
+    quantized = np.rint(wide / np.where(scales > 0, scales, 1.0)).astype(np.int32)
+    high = (quantized + 128) >> 8
+    planes = [pack(plane.astype(np.int8).T, 1) for plane in (high, quantized - 256 * high)]
+    values = empty((planes[0].shape[0], 2, planes[0].shape[1]))
+    np.stack(planes, axis=1, out=values)
+    return values, scales
+
+
+def empty(shape: tuple[int, ...]) -> Array:
+    """An int8 array that begins at a multiple of 64 bytes, so that JAX can take it as it lies."""
+    size = int(np.prod(shape))
+    memory = np.empty(size + 64, np.int8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].reshape(shape)
+
+
+def rows_of(table: PackedTable, tokens: jax.Array) -> jax.Array:
+    """The table's rows for `tokens` [...], all within it: [..., D] float32."""
+    strips, planes, size = table.values.shape
+    runs = table.values.reshape(strips, planes, size // (STRIP * RUN), STRIP, RUN)
+    taken = runs[tokens // STRIP, :, :, tokens % STRIP].astype(jnp.float32)  # [..., 2, runs, RUN]
+    joined = (256.0 * taken[..., 0, :, :] + taken[..., 1, :, :]).reshape(*tokens.shape, -1)
+    return joined[..., : table.width] * table.scales[tokens]
