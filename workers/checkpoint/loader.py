@@ -22,8 +22,8 @@ Params = dict[str, dict[str, Weight | Table]]
 Index = tuple[slice, ...]
 Array = np.ndarray[Any, np.dtype[Any]]
 
-#: How weights are kept on the devices: as stored, or widened while they load.
-WEIGHT_DTYPES = {"int8": None, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
+#: How weights are kept on the devices: as stored, or widened while they load. Unrounded ones are for native kernels only.
+WEIGHT_DTYPES = {"int8": None, "int8-unrounded": None, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 EMBEDDING = "language_model/in_out_embed/embeddings"
 
@@ -73,7 +73,7 @@ def load_parameters(
         elif file.scales is None:
             value = reader.array(info, partition, widen if info.quantized else None)
         elif packed:
-            value = reader.packed(info, file.scales, partition)
+            value = reader.packed(info, file.scales, partition, rounded=weights == "int8")
         elif widen is None:
             value = reader.quantized(info, file.scales, partition)
         else:
@@ -104,7 +104,9 @@ class _Reader:
     def quantized(self, info: ParameterInfo, scales: ArraySpan, partition: Partition) -> QuantizedWeight:
         return QuantizedWeight(self.array(info, partition, None), self._scales(info, scales, partition))
 
-    def packed(self, info: ParameterInfo, scales: ArraySpan, partition: Partition) -> PackedWeight:
+    def packed(
+        self, info: ParameterInfo, scales: ArraySpan, partition: Partition, rounded: bool
+    ) -> PackedWeight:
         span = self._file.values
         placed = self._scales(info, scales, partition)
         parts = partition.ways(partition.axes(info.axes[-2]))
@@ -112,7 +114,7 @@ class _Reader:
         *lead, rows, columns = info.axes
         axes = (*lead, columns, rows)
         (values,) = self._pack(info, partition, axes, lambda index: (pack(self._slice(span, index), groups),))
-        return PackedWeight(values, placed, span.shape[-2])
+        return PackedWeight(values, placed, span.shape[-2], rounded)
 
     def packed_table(self, info: ParameterInfo, partition: Partition) -> PackedTable:
         span = self._file.values

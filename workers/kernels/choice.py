@@ -17,15 +17,21 @@ def choose_kernels(model: ModelSpec, mesh: MeshSpec, checkpoint: Checkpoint) -> 
 
     They fit 8-bit weights with bfloat16 scales and float32 activations, not split along the embedding. All hosts of a
     mesh must be built alike: what they choose decides what they compute.
+
+    Raises:
+      ValueError: `weights` ask for the native kernels, which are not to be had.
     """
-    if mesh.platform != "cpu":
-        return PORTABLE
     quantized = [file for info, file in checkpoint.tensors if info.quantized]
     packable = all(file.scales is not None and file.scales.dtype.name == "bfloat16" for file in quantized)
-    if model.weights != "int8" or model.activations != "float32" or mesh.rules == "xai" or not packable:
-        return PORTABLE
+    float32 = model.activations == "float32"
+    fits = mesh.platform == "cpu" and packable and float32 and mesh.rules != "xai" and model.weights.startswith("int8")
     try:
-        return native_kernels()
+        if fits:
+            return native_kernels()
+        problem = "they take CPU hosts, bfloat16 scales, float32 activations and mesh.rules other than xai"
     except NativeKernelsError as error:
+        problem = str(error)
         _LOG.warning("%s; computing with plain JAX, which is many times slower", error)
-        return PORTABLE
+    if model.weights == "int8-unrounded":
+        raise ValueError(f"model.weights=int8-unrounded needs the native kernels: {problem}; use int8")
+    return PORTABLE

@@ -23,8 +23,9 @@ class Kernels:
 
     Attributes:
       name: for reports.
-      norm: (x [M, D], scale [D]) -> [M, D] float32: root-mean-square norm.
-      route: (x [M, D], weight [D, E], S) -> gates [M, S], experts [M, S] int32, probabilities [M, E].
+      norm: (x [M, D], valid, scale [D], residual [M, D] or none) -> [M, D] float32: root-mean-square norm, added to
+        `residual`.
+      route: (x [M, D], valid, weight [D, E], S) -> gates [M, S], experts [M, S] int32, probabilities [M, E].
       project: (x [M, K], valid, weights [K, N_i]) -> [M, N_i] float32 each.
       experts: (x [M, D], gates, experts, valid, first expert, gate, up, down, reduce) -> [M, D]: what the experts
         [first, first + E) of this device add to the sum. `reduce` sums both products with D over devices, or is None.
@@ -39,8 +40,8 @@ class Kernels:
     """
 
     name: str
-    norm: Callable[[jax.Array, jax.Array], jax.Array]
-    route: Callable[[jax.Array, jax.Array, int], tuple[jax.Array, jax.Array, jax.Array]]
+    norm: Callable[..., jax.Array]
+    route: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
     project: Callable[[jax.Array, jax.Array, tuple[Weight, ...]], Arrays]
     experts: Callable[..., jax.Array]
     lookup: Callable[[Any, jax.Array], jax.Array]

@@ -19,14 +19,19 @@ NORM_EPSILON = 1e-5
 GroupedMatmul = Callable[[jax.Array, Weight, jax.Array], jax.Array]
 
 
-def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """x / sqrt(mean(x^2) + 1e-5) * scale over the last dimension, in float32 (https://arxiv.org/abs/1910.07467)."""
+def norm(x: jax.Array, valid: jax.Array, scale: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+    """x / sqrt(mean(x^2) + 1e-5) * scale over the last dimension (https://arxiv.org/abs/1910.07467), in float32."""
+    del valid
     wide = x.astype(jnp.float32)
-    return wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + NORM_EPSILON) * scale
+    normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + NORM_EPSILON) * scale
+    return normed if residual is None else residual + normed
 
 
-def route(x: jax.Array, weight: jax.Array, selected: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def route(
+    x: jax.Array, valid: jax.Array, weight: jax.Array, selected: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gates [M, S], experts [M, S] and probabilities [M, E]: softmax in float32 over **all** experts, then the largest."""
+    del valid
     # The highest precision: accelerators otherwise multiply float32 as bfloat16, and choose other experts.
     logits = jnp.matmul(x.astype(jnp.float32), weight.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     probabilities = jax.nn.softmax(logits)

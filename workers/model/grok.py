@@ -65,14 +65,17 @@ class DecoderLayer(hk.Module):
         batch, length, width = x.shape
         residual_axes = ("batch", None, None)
         attention = MultiHeadAttention(config, partition)
-        attended = attention(RMSNorm(partition, "rms_norm")(x, dtype), positions, self._layer, attend)
-        x = partition.constrain(x + RMSNorm(partition, "rms_norm_1")(attended), residual_axes)
+        valid = positions >= 0
+        normed = RMSNorm(partition, "rms_norm")(x, valid).astype(dtype)
+        attended = attention(normed, positions, self._layer, attend)
+        x = partition.constrain(RMSNorm(partition, "rms_norm_1")(attended, valid, x), residual_axes)
 
-        rows = RMSNorm(partition, "rms_norm_2")(x).reshape(batch * length, width)
-        gates, experts, probabilities = Router(config, partition)(rows)
+        rows = RMSNorm(partition, "rms_norm_2")(x, valid).reshape(batch * length, width)
+        flat = valid.reshape(-1)
+        gates, experts, probabilities = Router(config, partition)(rows, flat)
         moe = Experts(config, partition)
-        mixed = moe(rows.astype(dtype), gates, experts, positions.reshape(-1) >= 0).reshape(x.shape)
-        x = partition.constrain(x + RMSNorm(partition, "rms_norm_3")(mixed), residual_axes)
+        mixed = moe(rows.astype(dtype), gates, experts, flat).reshape(x.shape)
+        x = partition.constrain(RMSNorm(partition, "rms_norm_3")(mixed, valid, x), residual_axes)
         return x, Routed(probabilities.reshape(batch, length, -1), experts.reshape(batch, length, -1))
 
 
@@ -150,8 +153,9 @@ class LanguageModel(hk.Module):
         embedding = Embedding(self._config, self._partition)
         x = self._partition.constrain(embedding(tokens), ("batch", None, None))
         x, routed = self._transformer(x, positions, attend, dtype)
-        hidden = read(RMSNorm(self._partition, "rms_norm")(x, dtype))
-        valid = read(positions[..., None] >= 0)[..., 0]
+        valid = positions >= 0
+        hidden = read(RMSNorm(self._partition, "rms_norm")(x, valid).astype(dtype))
+        valid = read(valid[..., None])[..., 0]
         return Output(embedding.logits(hidden, valid), routed)
 
 

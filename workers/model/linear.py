@@ -28,7 +28,7 @@ class RMSNorm(hk.Module):
         super().__init__(name=name)
         self._partition = partition
 
-    def __call__(self, x: jax.Array, dtype: jnp.dtype | type = jnp.float32) -> jax.Array:
-        """[B, T, D] (or [B, D]) -> the same of `dtype`."""
+    def __call__(self, x: jax.Array, valid: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+        """[B, T, D], [B, T] (false for padding) -> [B, T, D] float32, added to `residual` if there is one."""
         scale = hk.get_parameter("scale", [x.shape[-1]], jnp.float32, init=jnp.ones)
-        return self._partition.norm(x, scale).astype(dtype)
+        return self._partition.norm(x, valid, scale, residual)

@@ -26,12 +26,12 @@ class Router(hk.Module):
         self._config = config
         self._partition = partition
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[M, D] float -> gates [M, S] float32, experts [M, S] int32, probabilities [M, E] float32."""
+    def __call__(self, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[M, D] float, [M] bool -> gates [M, S] float32, experts [M, S] int32, probabilities [M, E] float32."""
         c = self._config
         init = hk.initializers.TruncatedNormal(1.0 / c.emb_size**0.5)
         weight = hk.get_parameter("w", [c.emb_size, c.num_experts], jnp.float32, init=init)
-        return self._partition.route(x, weight, c.num_selected_experts)
+        return self._partition.route(x, valid, weight, c.num_selected_experts)
 
 
 class Experts(hk.Module):

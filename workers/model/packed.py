@@ -27,11 +27,13 @@ class PackedWeight:
       values: [..., strips, 4 * padded rows] int8.
       scales: [..., G, N] bfloat16.
       rows: K, of the whole weight, wherever its parts lie.
+      rounded: whether products of value and scale are rounded to bfloat16, as in xAI's code.
     """
 
     values: jax.Array
     scales: jax.Array
     rows: int = dataclasses.field(metadata={"static": True})
+    rounded: bool = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,7 +52,7 @@ class PackedTable:
     """An embedding table [V, D] in 16 bits a value: (256 * high + low) * scale, off by at most 2^-16 of a row's largest.
 
     Attributes:
-      values: [strips, 2, 4 * padded columns] int8, the high plane first.
+      values: [strips, 2 * 4 * padded columns] int8: of each run of 64 columns the high plane, then the low one.
       scales: [V, 1] float32.
       width: D.
     """
@@ -93,8 +95,10 @@ def pack_table(table: Array) -> tuple[Array, Array]:
     quantized = np.rint(wide / np.where(scales > 0, scales, 1.0)).astype(np.int32)
     high = (quantized + 128) >> 8
     planes = [pack(plane.astype(np.int8).T, 1) for plane in (high, quantized - 256 * high)]
-    values = empty((planes[0].shape[0], 2, planes[0].shape[1]))
-    np.stack(planes, axis=1, out=values)
+    strips, size = planes[0].shape
+    values = empty((strips, 2 * size))
+    runs = [plane.reshape(strips, -1, STRIP * RUN) for plane in planes]
+    np.stack(runs, axis=2, out=values.reshape(strips, -1, 2, STRIP * RUN))
     return values, scales
 
 
@@ -108,8 +112,8 @@ def empty(shape: tuple[int, ...]) -> Array:
 
 def rows_of(table: PackedTable, tokens: jax.Array) -> jax.Array:
     """The table's rows for `tokens` [...], all within it: [..., D] float32."""
-    strips, planes, size = table.values.shape
-    runs = table.values.reshape(strips, planes, size // (STRIP * RUN), STRIP, RUN)
-    taken = runs[tokens // STRIP, :, :, tokens % STRIP].astype(jnp.float32)  # [..., 2, runs, RUN]
-    joined = (256.0 * taken[..., 0, :, :] + taken[..., 1, :, :]).reshape(*tokens.shape, -1)
+    strips, size = table.values.shape
+    runs = table.values.reshape(strips, size // (2 * STRIP * RUN), 2, STRIP, RUN)
+    taken = runs[tokens // STRIP, :, :, tokens % STRIP].astype(jnp.float32)  # [..., runs, 2, RUN]
+    joined = (256.0 * taken[..., 0, :] + taken[..., 1, :]).reshape(*tokens.shape, -1)
     return joined[..., : table.width] * table.scales[tokens]

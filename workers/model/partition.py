@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -86,12 +87,13 @@ class Partition:
         return cls(mesh, units, RULES[rules], kernels)
 
     def axes(self, name: str | None) -> MeshAxes:
-        """The mesh axes that the logical axis `name` is split over: none where they don't divide it."""
+        """The mesh axes that the logical axis `name` is split over: none where they don't divide it, or are of one device."""
         if self.mesh is None or name is None:
             return ()
         axes = self.rules.get(name, ())
         unit = self.units.get(name)
-        return axes if unit is None or unit % self.ways(axes) == 0 else ()
+        ways = self.ways(axes)
+        return axes if ways > 1 and (unit is None or unit % ways == 0) else ()
 
     def ways(self, axes: MeshAxes) -> int:
         """The number of parts that splitting over `axes` makes."""
@@ -147,26 +149,33 @@ class Partition:
     def table_spec(self, table: Table) -> Any:
         """The tree of specs that matches an embedding table."""
         if isinstance(table, PackedTable):
-            values, scales = self.spec(("vocab", None, None)), self.spec(("vocab", None))
+            values = scales = self.spec(("vocab", None))
             return dataclasses.replace(table, values=values, scales=scales)
         return self.spec(("vocab", "table_embed"))
 
-    def norm(self, x: jax.Array, scale: jax.Array) -> jax.Array:
-        """Root-mean-square norm of `x` [B, ..., D] times `scale` [D], in float32."""
-        rows = self.spec(("batch", *(None,) * (x.ndim - 1)))
-        normed: jax.Array = self.on_parts(self.kernels.norm, (rows, PartitionSpec()), rows)(x, scale)
+    def norm(self, x: jax.Array, valid: jax.Array, scale: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+        """Root-mean-square norm of `x` [B, ..., D] times `scale` [D], in float32, added to `residual` if there is one."""
+        rows, flags = self.spec(("batch", *(None,) * (x.ndim - 1))), self.spec(("batch", *(None,) * (x.ndim - 2)))
+
+        def local(x: jax.Array, valid: jax.Array, scale: jax.Array, *residual: jax.Array) -> jax.Array:
+            flat = [array.reshape(-1, x.shape[-1]) for array in (x, *residual)]
+            return self.kernels.norm(flat[0], valid.reshape(-1), scale, *flat[1:]).reshape(x.shape)
+
+        more = () if residual is None else (residual,)
+        specs = (rows, flags, PartitionSpec(), *(rows for _ in more))
+        normed: jax.Array = self.on_parts(local, specs, rows)(x, valid, scale, *more)
         return normed
 
-    def route(self, x: jax.Array, weight: jax.Array, selected: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def route(
+        self, x: jax.Array, valid: jax.Array, weight: jax.Array, selected: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Gates, experts and probabilities of rows `x` [M, D], whole on every device; see `Kernels.route`."""
         if self.axes("router_embed"):
-            return self.kernels.route(x, weight, selected)  # the compiler sums over the devices
-
-        def local(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            return self.kernels.route(x, weight, selected)
-
+            return self.kernels.route(x, valid, weight, selected)  # the compiler sums over the devices
         whole = PartitionSpec()
-        routed: tuple[jax.Array, jax.Array, jax.Array] = self.on_parts(local, (whole, whole), (whole,) * 3)(x, weight)
+        local = functools.partial(self.kernels.route, selected=selected)
+        routed: tuple[jax.Array, jax.Array, jax.Array]
+        routed = self.on_parts(local, (whole,) * 3, (whole,) * 3)(x, valid, weight)
         return routed
 
     def lookup(self, table: Table, tokens: jax.Array) -> jax.Array:

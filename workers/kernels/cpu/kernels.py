@@ -70,19 +70,22 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-    normed: jax.Array = jax.ffi.ffi_call("grokmesh_norm", _float32(*x.shape))(x, scale)
+def _norm(x: jax.Array, valid: jax.Array, scale: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+    more = () if residual is None else (residual,)
+    normed: jax.Array = jax.ffi.ffi_call("grokmesh_norm", _float32(*x.shape))(x, valid, scale, *more)
     return normed
 
 
-def _route(x: jax.Array, weight: jax.Array, selected: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _route(
+    x: jax.Array, valid: jax.Array, weight: jax.Array, selected: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     rows = x.shape[0]
     results = (
         _float32(rows, weight.shape[1]),
         _float32(rows, selected),
         jax.ShapeDtypeStruct((rows, selected), jnp.int32),
     )
-    probabilities, gates, experts = jax.ffi.ffi_call("grokmesh_route", results)(x, weight)
+    probabilities, gates, experts = jax.ffi.ffi_call("grokmesh_route", results)(x, valid, weight)
     return gates, experts, probabilities
 
 
@@ -93,7 +96,7 @@ def _project(x: jax.Array, valid: jax.Array, weights: tuple[PackedWeight, ...]) 
         chosen = [i for i, w in enumerate(weights) if w.scales.shape[-2] == groups]
         shapes = tuple(_float32(x.shape[0], weights[i].scales.shape[-1]) for i in chosen)
         flat = [array for i in chosen for array in (weights[i].values, weights[i].scales)]
-        results.update(zip(chosen, jax.ffi.ffi_call("grokmesh_dense", shapes)(x, valid, *flat), strict=True))
+        results.update(zip(chosen, jax.ffi.ffi_call("grokmesh_dense", shapes)(x, valid, *flat, rounded=weights[0].rounded), strict=True))
     return tuple(results[i] for i in range(len(weights)))
 
 
@@ -112,7 +115,7 @@ def _experts(
         raise ValueError("packed weights can't be split along the embedding")
     weights = [array for w in (gate, up, down) for array in (w.values, w.scales)]
     mixed: jax.Array = jax.ffi.ffi_call("grokmesh_experts", _float32(*x.shape))(
-        x, gates, experts, valid, jnp.asarray(first, jnp.int32), *weights
+        x, gates, experts, valid, jnp.asarray(first, jnp.int32), *weights, rounded=gate.rounded
     )
     return mixed
 
@@ -123,7 +126,7 @@ def _lookup(table: PackedTable, tokens: jax.Array) -> jax.Array:
 
 def _logits(hidden: jax.Array, valid: jax.Array, table: PackedTable) -> jax.Array:
     call = jax.ffi.ffi_call("grokmesh_logits", _float32(hidden.shape[0], table.shape[0]))
-    result: jax.Array = call(hidden, valid, table.values, table.scales, multiplier=np.float32(1.0))
+    result: jax.Array = call(hidden, valid, table.values, table.scales)
     return result
 
 

@@ -15,15 +15,20 @@ struct Layout {
   int64_t stride() const { return groups * padded(); }
 };
 
-// A matrix as the products read it: strip i is values[i * planes * 4 * stride ...].
-//   planes = 1: value = round_to_bf16(q * scale), scale bfloat16 [groups, columns].
-//   planes = 2: value = (256 * high + low) * scale, scale float32 [columns, groups]; the low plane follows the high one.
+enum class Kind { kRounded, kUnrounded, kTwoPlanes };
+
+// A matrix as the products read it: strip i is values[i * planes() * 4 * stride ...].
+//   kRounded: value = round_to_bf16(q * scale), scale bfloat16 [groups, columns].
+//   kUnrounded: value = q * scale.
+//   kTwoPlanes: value = (256 * high + low) * scale, scale float32 [columns, groups]; each run of 4 * 64 values of
+//     the high plane is followed by that of the low plane.
 struct Matrix {
   const int8_t* values;
   const void* scales;
   int64_t columns;
-  int planes;
+  Kind kind;
   Layout layout;
+  int planes() const { return kind == Kind::kTwoPlanes ? 2 : 1; }
 };
 
 enum class PageType { kFloat32, kBfloat16 };

@@ -34,6 +34,7 @@ const Kernels* best_kernels() {
 
 const Kernels* chosen = best_kernels();
 
+ffi::Error misfit(const char* what) { return ffi::Error::InvalidArgument(std::string("shapes of ") + what + " do not fit"); }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 std::vector<int64_t> valid_rows(const Mask& valid) {
@@ -66,9 +67,11 @@ struct Packed {
   const int8_t* values;
   const char* scales;
   int64_t columns;
+  Kind kind;
   Layout layout;
   bool fits;
-  Packed(const S8& w, const BF16& s, int64_t rows) : values(w.typed_data()), scales(static_cast<const char*>(s.untyped_data())) {
+  Packed(const S8& w, const BF16& s, int64_t rows, bool rounded)
+      : values(w.typed_data()), scales(static_cast<const char*>(s.untyped_data())), kind(rounded ? Kind::kRounded : Kind::kUnrounded) {
     const auto w_dims = w.dimensions(), s_dims = s.dimensions();
     columns = s_dims.back();
     const int64_t groups = s_dims[s_dims.size() - 2];
@@ -76,7 +79,7 @@ struct Packed {
     fits = w_dims.back() == kStrip * layout.stride() && w_dims[w_dims.size() - 2] == strips(columns) && layout.depth * groups == rows;
   }
   Matrix at(int64_t i) const {
-    return {values + i * strips(columns) * kStrip * layout.stride(), scales + i * layout.groups * columns * 2, columns, 1, layout};
+    return {values + i * strips(columns) * kStrip * layout.stride(), scales + i * layout.groups * columns * 2, columns, kind, layout};
   }
 };
 
@@ -85,23 +88,42 @@ int64_t columns_per_task(int64_t columns, int64_t threads) {
   return std::clamp<int64_t>(ceil_div(ceil_div(columns, threads * 8), 8) * 8, 8, 128);
 }
 
-ffi::Error misfit(const char* what) { return ffi::Error::InvalidArgument(std::string("shapes of ") + what + " do not fit"); }
-
-ffi::Error norm(ffi::ThreadPool pool, F32 x, F32 scale, Result y) {
+// x [M, D] -> norm(x) * scale, added to a residual [M, D] if there is one. Rows that are not valid give zeros.
+ffi::Error norm(ffi::ThreadPool pool, F32 x, Mask valid, F32 scale, ffi::RemainingArgs more, Result y) {
   const int64_t size = scale.element_count(), rows = x.element_count() / size;
+  const float* residual = nullptr;
+  if (more.size()) {
+    auto given = more.get<F32>(0);
+    if (!given) return misfit("the residual");
+    residual = given->typed_data();
+  }
   parallel_phases(pool, {ceil_div(rows, 16)}, [&](int, int64_t task) {
-    for (int64_t r = task * 16; r < std::min(rows, task * 16 + 16); r++)
-      chosen->norm(x.typed_data() + r * size, scale.typed_data(), y->typed_data() + r * size, size);
+    for (int64_t r = task * 16; r < std::min(rows, task * 16 + 16); r++) {
+      float* out = y->typed_data() + r * size;
+      if (!valid.typed_data()[r]) {
+        std::memset(out, 0, size * 4);
+        continue;
+      }
+      chosen->norm(x.typed_data() + r * size, scale.typed_data(), out, size);
+      if (residual)
+        for (int64_t i = 0; i < size; i++) out[i] += residual[r * size + i];
+    }
   });
   return ffi::Error::Success();
 }
 
 // x [M, D], weight [D, E] -> probabilities [M, E], gates [M, S], experts [M, S]: the largest, the first of equals.
-ffi::Error route(ffi::ThreadPool pool, F32 x, F32 weight, Result probabilities, Result gates, ffi::ResultBuffer<ffi::S32> experts) {
+ffi::Error route(ffi::ThreadPool pool, F32 x, Mask valid, F32 weight, Result probabilities, Result gates, ffi::ResultBuffer<ffi::S32> experts) {
   const int64_t rows = x.dimensions()[0], size = x.dimensions()[1], count = weight.dimensions()[1], selected = gates->dimensions()[1];
   parallel_phases(pool, {ceil_div(rows, 16)}, [&](int, int64_t task) {
     for (int64_t r = task * 16; r < std::min(rows, task * 16 + 16); r++) {
       float* p = probabilities->typed_data() + r * count;
+      if (!valid.typed_data()[r]) {
+        std::memset(p, 0, count * 4);
+        std::memset(gates->typed_data() + r * selected, 0, selected * 4);
+        std::memset(experts->typed_data() + r * selected, 0, selected * 4);
+        continue;
+      }
       chosen->route(x.typed_data() + r * size, weight.typed_data(), size, count, p);
       std::vector<bool> taken(count);
       for (int64_t s = 0; s < selected; s++) {
@@ -126,7 +148,7 @@ void multiply_to_rows(const Matrix& w, const Prepared& x, const std::vector<int6
 }
 
 // x [M, K] times several weights of as many groups; rows that are not valid give zeros.
-ffi::Error dense(ffi::ThreadPool pool, F32 x, Mask valid, ffi::RemainingArgs weights, ffi::RemainingRets results) {
+ffi::Error dense(ffi::ThreadPool pool, F32 x, Mask valid, bool rounded, ffi::RemainingArgs weights, ffi::RemainingRets results) {
   const int64_t depth = x.dimensions().back(), all = x.element_count() / depth;
   const std::vector<int64_t> rows = valid_rows(valid);
   std::vector<Packed> packed;
@@ -136,7 +158,7 @@ ffi::Error dense(ffi::ThreadPool pool, F32 x, Mask valid, ffi::RemainingArgs wei
     auto s = weights.get<BF16>(2 * i + 1);
     auto y = results.get<F32>(i);
     if (!w || !s || !y) return misfit("a weight");
-    packed.emplace_back(*w, *s, depth);
+    packed.emplace_back(*w, *s, depth, rounded);
     out.push_back((*y)->typed_data());
     if (!packed.back().fits) return misfit("a weight");
   }
@@ -167,12 +189,12 @@ ffi::Error dense(ffi::ThreadPool pool, F32 x, Mask valid, ffi::RemainingArgs wei
   return ffi::Error::Success();
 }
 
-// x [M, D] times a table of two planes [strips, 2, 4 * stride] with scales [V, 1] -> [M, V]; rows that are not valid give zeros.
-ffi::Error logits(ffi::ThreadPool pool, F32 x, Mask valid, S8 table, F32 scales, float multiplier, Result y) {
+// x [M, D] times a table of two planes [strips, 2 * 4 * stride] with scales [V, 1] -> [M, V]; rows that are not valid give zeros.
+ffi::Error logits(ffi::ThreadPool pool, F32 x, Mask valid, S8 table, F32 scales, Result y) {
   const int64_t depth = x.dimensions().back(), all = x.element_count() / depth, columns = scales.dimensions()[0];
   const Layout layout{1, depth};
-  if (table.dimensions()[2] != kStrip * layout.stride() || table.dimensions()[0] != strips(columns)) return misfit("the table");
-  const Matrix matrix{table.typed_data(), scales.untyped_data(), columns, 2, layout};
+  if (table.dimensions()[1] != 2 * kStrip * layout.stride() || table.dimensions()[0] != strips(columns)) return misfit("the table");
+  const Matrix matrix{table.typed_data(), scales.untyped_data(), columns, Kind::kTwoPlanes, layout};
   const std::vector<int64_t> rows = valid_rows(valid);
   const int64_t per_task = columns_per_task(columns, pool.num_threads());
   const Prepared prepared(layout, rows.size());
@@ -183,8 +205,6 @@ ffi::Error logits(ffi::ThreadPool pool, F32 x, Mask valid, S8 table, F32 scales,
     }
     const int64_t first = task * per_task, last = std::min(first + per_task, columns);
     multiply_to_rows(matrix, prepared, rows, first, last, y->typed_data());
-    for (int64_t r : rows)
-      for (int64_t n = first; n < last; n++) y->typed_data()[r * columns + n] *= multiplier;
   });
   for (int64_t r = 0; r < all; r++)
     if (!valid.typed_data()[r]) std::memset(y->typed_data() + r * columns, 0, columns * 4);
@@ -193,10 +213,10 @@ ffi::Error logits(ffi::ThreadPool pool, F32 x, Mask valid, S8 table, F32 scales,
 
 // The part of a mixture of experts that this device's experts [first, first + E) contribute: x [M, D] -> [M, D].
 ffi::Error experts(ffi::ThreadPool pool, F32 x, F32 gates, S32 chosen_experts, Mask valid, S32 first, S8 gate_w, BF16 gate_s, S8 up_w,
-                   BF16 up_s, S8 down_w, BF16 down_s, Result y) {
+                   BF16 up_s, S8 down_w, BF16 down_s, bool rounded, Result y) {
   const int64_t rows = x.dimensions()[0], size = x.dimensions()[1], selected = gates.dimensions()[1];
   const int64_t here = gate_w.dimensions()[0], hidden = gate_s.dimensions().back();
-  const Packed gate(gate_w, gate_s, size), up(up_w, up_s, size), down(down_w, down_s, hidden);
+  const Packed gate(gate_w, gate_s, size, rounded), up(up_w, up_s, size, rounded), down(down_w, down_s, hidden, rounded);
   if (!gate.fits || !up.fits || !down.fits || gate.layout.groups != up.layout.groups) return misfit("the experts");
   // Places sorted by expert; an expert's rows keep their order.
   std::vector<std::vector<int64_t>> places(here);
@@ -566,16 +586,16 @@ extern "C" bool grokmesh_use(const char* name) {
 }
 
 #define BIND ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
-XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_norm, grokmesh::norm, BIND.Arg<grokmesh::F32>().Arg<grokmesh::F32>().Ret<grokmesh::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_norm, grokmesh::norm, BIND.Arg<grokmesh::F32>().Arg<grokmesh::Mask>().Arg<grokmesh::F32>().RemainingArgs().Ret<grokmesh::F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_route, grokmesh::route,
-                              BIND.Arg<grokmesh::F32>().Arg<grokmesh::F32>().Ret<grokmesh::F32>().Ret<grokmesh::F32>().Ret<grokmesh::S32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_dense, grokmesh::dense, BIND.Arg<grokmesh::F32>().Arg<grokmesh::Mask>().RemainingArgs().RemainingRets());
+                              BIND.Arg<grokmesh::F32>().Arg<grokmesh::Mask>().Arg<grokmesh::F32>().Ret<grokmesh::F32>().Ret<grokmesh::F32>().Ret<grokmesh::S32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_dense, grokmesh::dense, BIND.Arg<grokmesh::F32>().Arg<grokmesh::Mask>().Attr<bool>("rounded").RemainingArgs().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_logits, grokmesh::logits,
-                              BIND.Arg<grokmesh::F32>().Arg<grokmesh::Mask>().Arg<grokmesh::S8>().Arg<grokmesh::F32>().Attr<float>("multiplier").Ret<grokmesh::F32>());
+                              BIND.Arg<grokmesh::F32>().Arg<grokmesh::Mask>().Arg<grokmesh::S8>().Arg<grokmesh::F32>().Ret<grokmesh::F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_experts, grokmesh::experts,
                               BIND.Arg<grokmesh::F32>().Arg<grokmesh::F32>().Arg<grokmesh::S32>().Arg<grokmesh::Mask>().Arg<grokmesh::S32>()
                                   .Arg<grokmesh::S8>().Arg<grokmesh::BF16>().Arg<grokmesh::S8>().Arg<grokmesh::BF16>()
-                                  .Arg<grokmesh::S8>().Arg<grokmesh::BF16>().Ret<grokmesh::F32>());
+                                  .Arg<grokmesh::S8>().Arg<grokmesh::BF16>().Attr<bool>("rounded").Ret<grokmesh::F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_attend, grokmesh::attend,
                               BIND.Arg<grokmesh::F32>().Arg<grokmesh::F32>().Arg<grokmesh::F32>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
                                   .Arg<grokmesh::S32>().Arg<grokmesh::S32>().Attr<float>("scale").Attr<float>("cap")

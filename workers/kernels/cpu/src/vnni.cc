@@ -5,7 +5,8 @@
 // product is (q * m + error) * 2^e with an integer error of at most 64 that depends on |q| and m alone: a table look-up.
 // So all sums are exact integers within a block, in any order, and only blocks are added as floats:
 //   y = sum over blocks of 2^e * scale_x * (m * (256 H + L) + 256 E),  H = q.high, L = q.low, E = error.high
-// (error.low is below 2^-17 of the product). A matrix of two planes is the same with m = 256 and its low plane as error.
+// (error.low is below 2^-17 of the product). A matrix of two planes is the same with m = 256 and its low plane as error;
+// weights that are not rounded have no error, and take two products instead of three.
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,fma")
 // GCC 12 takes the undefined operands of its own intrinsics for mistakes.
@@ -97,18 +98,18 @@ void prepare(const Layout& l, const float* x, void* prepared) {
 // A strip of four columns over a block: 64 values of each in turn.
 struct Strip {
   const int8_t* values;
-  const int8_t* error[4];  // tables; null for two planes, where the low plane lies `low` bytes after the high one
-  int64_t low;
+  const int8_t* error[4];  // tables, of rounded weights
+  int64_t next;            // bytes to the same place of the next strip
   float m[4], power[4];
 };
 
 inline Strip strip(const Matrix& w, int64_t index, int64_t group, int64_t offset) {
   Strip s;
-  s.low = kStrip * w.layout.stride();
-  s.values = w.values + index * w.planes * s.low + kStrip * offset;
+  s.next = w.planes() * kStrip * w.layout.stride();
+  s.values = w.values + w.planes() * kStrip * (index * w.layout.stride() + offset);
   for (int c = 0; c < kStrip; c++) {
     const int64_t n = std::min(index * kStrip + c, w.columns - 1);
-    if (w.planes == 2) {
+    if (w.kind == Kind::kTwoPlanes) {
       s.error[c] = nullptr;
       s.m[c] = 256.0f;
       s.power[c] = static_cast<const float*>(w.scales)[n * w.layout.groups + group];
@@ -124,15 +125,18 @@ inline Strip strip(const Matrix& w, int64_t index, int64_t group, int64_t offset
   return s;
 }
 
+template <Kind kKind>
+constexpr int kPlanes = kKind == Kind::kTwoPlanes ? 2 : 1;
+
 // The unsigned operands of 64 weights: q + 128, and error + 64 or low + 128.
-template <bool kPlanes>
+template <Kind kKind>
 inline void decode(const Strip& s, int64_t k, int c, __m512i* values, __m512i* errors) {
-  const int8_t* at = s.values + kStrip * k + 64 * c;
+  const int8_t* at = s.values + kPlanes<kKind> * kStrip * k + 64 * c;
   const __m512i q = _mm512_load_si512(at), offset = _mm512_set1_epi8(-128);
   *values = _mm512_xor_si512(q, offset);
-  if constexpr (kPlanes) {
-    *errors = _mm512_xor_si512(_mm512_load_si512(at + s.low), offset);
-  } else {
+  if constexpr (kKind == Kind::kTwoPlanes) {
+    *errors = _mm512_xor_si512(_mm512_load_si512(at + 64 * kStrip), offset);
+  } else if constexpr (kKind == Kind::kRounded) {
     const __m512i size = _mm512_permutex2var_epi8(_mm512_load_si512(s.error[c]), _mm512_abs_epi8(q),
                                                   _mm512_load_si512(s.error[c] + 64));
     const __m512i center = _mm512_set1_epi8(64);
@@ -148,7 +152,7 @@ inline void dot(__m512i& sum, __m512i values, const __m512i& x) {
 enum class Decode { kOnce, kStore, kStored };  // used up at once, kept for other rows, or kept already
 
 // kRows rows times a strip over one block of `size` values, added to totals [kRows][kStrip] of 16 lanes.
-template <int kRows, bool kPlanes, Decode kDecode>
+template <int kRows, Kind kKind, Decode kDecode>
 __attribute__((noinline)) void tile(const Strip& s, int8_t* decoded, int64_t size, const char* const* headers,
                                     const int8_t* const* bytes, __m512* totals) {
   __m512i high[kRows][kStrip], low[kRows][kStrip], error[kRows][kStrip];
@@ -159,7 +163,7 @@ __attribute__((noinline)) void tile(const Strip& s, int8_t* decoded, int64_t siz
     for (int c = 0; c < kStrip; c++) {
       high[r][c] = _mm512_set1_epi32(h.start_high);
       low[r][c] = _mm512_set1_epi32(h.start_low);
-      error[r][c] = _mm512_set1_epi32(kPlanes ? h.start_high : h.start_error);
+      error[r][c] = _mm512_set1_epi32(kKind == Kind::kTwoPlanes ? h.start_high : h.start_error);
     }
   }
   for (int64_t k = 0; k < size; k += 64) {
@@ -175,20 +179,26 @@ __attribute__((noinline)) void tile(const Strip& s, int8_t* decoded, int64_t siz
       int8_t* kept = decoded + 2 * (kStrip * k + 64 * c);
       if constexpr (kDecode == Decode::kStored) {
         values = _mm512_load_si512(kept);
-        errors = _mm512_load_si512(kept + 64);
+        if constexpr (kKind != Kind::kUnrounded) errors = _mm512_load_si512(kept + 64);
+        // Memory must not rest meanwhile: the next strip comes.
+        const int8_t* soon = s.values + s.next + kPlanes<kKind> * kStrip * k + 64 * c;
+        _mm_prefetch(soon, _MM_HINT_T1);
+        if constexpr (kKind == Kind::kTwoPlanes) _mm_prefetch(soon + 64 * kStrip, _MM_HINT_T1);
       } else {
-        _mm_prefetch(s.values + kStrip * k + 64 * c + kAhead, _MM_HINT_T0);
-        decode<kPlanes>(s, k, c, &values, &errors);
+        const int8_t* soon = s.values + kPlanes<kKind> * kStrip * k + 64 * c + kAhead;
+        _mm_prefetch(soon, _MM_HINT_T0);
+        if constexpr (kKind == Kind::kTwoPlanes) _mm_prefetch(soon + 64 * kStrip, _MM_HINT_T0);
+        decode<kKind>(s, k, c, &values, &errors);
         if constexpr (kDecode == Decode::kStore) {
           _mm512_store_si512(kept, values);
-          _mm512_store_si512(kept + 64, errors);
+          if constexpr (kKind != Kind::kUnrounded) _mm512_store_si512(kept + 64, errors);
         }
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; r++) {
         dot(high[r][c], values, x_high[r]);
         dot(low[r][c], values, x_low[r]);
-        dot(error[r][c], errors, x_high[r]);
+        if constexpr (kKind != Kind::kUnrounded) dot(error[r][c], errors, x_high[r]);
       }
     }
   }
@@ -201,7 +211,9 @@ __attribute__((noinline)) void tile(const Strip& s, int8_t* decoded, int64_t siz
       const __m512 main = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[r][c], 8), low[r][c]));
       __m512 total = totals[r * kStrip + c];
       total = _mm512_fmadd_ps(main, _mm512_set1_ps(unit * s.m[c]), total);
-      totals[r * kStrip + c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(error[r][c]), _mm512_set1_ps(unit * 256.0f), total);
+      if constexpr (kKind != Kind::kUnrounded)
+        total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(error[r][c]), _mm512_set1_ps(unit * 256.0f), total);
+      totals[r * kStrip + c] = total;
     }
   }
 }
@@ -216,7 +228,7 @@ inline __m128 sums(const __m512* v) {
 }
 
 // kRows rows times strip `index` over all blocks; `decoded` has room for the strip's whole decoded form unless kOnce.
-template <int kRows, bool kPlanes, Decode kDecode>
+template <int kRows, Kind kKind, Decode kDecode>
 void walk(const Matrix& w, const char* x, int64_t x_stride, int64_t index, int8_t* decoded, float* y, int64_t y_stride, int64_t columns) {
   const Layout& l = w.layout;
   const Blocks blocks(l);
@@ -232,7 +244,7 @@ void walk(const Matrix& w, const char* x, int64_t x_stride, int64_t index, int8_
         headers[r] = x + r * x_stride + block * 64;
         bytes[r] = reinterpret_cast<const int8_t*>(x + r * x_stride + blocks.count * 64 + 2 * offset);
       }
-      tile<kRows, kPlanes, kDecode>(strip(w, index, g, offset), decoded + 2 * kStrip * offset, size, headers, bytes, totals);
+      tile<kRows, kKind, kDecode>(strip(w, index, g, offset), decoded + 2 * kStrip * offset, size, headers, bytes, totals);
     }
   for (int r = 0; r < kRows; r++) {
     float four[kStrip];
@@ -251,27 +263,31 @@ int8_t* decoded_strip(int64_t bytes) {
   return buffer.get();
 }
 
-template <bool kPlanes>
-void multiply_planes(const Matrix& w, const char* x, int64_t x_stride, int64_t rows, int64_t first, int64_t last, float* y,
+template <Kind kKind>
+void multiply_kind(const Matrix& w, const char* x, int64_t x_stride, int64_t rows, int64_t first, int64_t last, float* y,
                      int64_t y_stride) {
   int8_t* decoded = rows > 2 ? decoded_strip(2 * kStrip * w.layout.stride()) : nullptr;
   for (int64_t n = first; n < last; n += kStrip, y += kStrip) {
     const int64_t index = n / kStrip, columns = std::min(kStrip, last - n);
-    if (rows == 1) walk<1, kPlanes, Decode::kOnce>(w, x, x_stride, index, decoded, y, y_stride, columns);
-    if (rows == 2) walk<2, kPlanes, Decode::kOnce>(w, x, x_stride, index, decoded, y, y_stride, columns);
+    if (rows == 1) walk<1, kKind, Decode::kOnce>(w, x, x_stride, index, decoded, y, y_stride, columns);
+    if (rows == 2) walk<2, kKind, Decode::kOnce>(w, x, x_stride, index, decoded, y, y_stride, columns);
     if (rows <= 2) continue;
-    walk<2, kPlanes, Decode::kStore>(w, x, x_stride, index, decoded, y, y_stride, columns);
+    walk<2, kKind, Decode::kStore>(w, x, x_stride, index, decoded, y, y_stride, columns);
     int64_t r = 2;
     for (; r + 2 <= rows; r += 2)
-      walk<2, kPlanes, Decode::kStored>(w, x + r * x_stride, x_stride, index, decoded, y + r * y_stride, y_stride, columns);
+      walk<2, kKind, Decode::kStored>(w, x + r * x_stride, x_stride, index, decoded, y + r * y_stride, y_stride, columns);
     if (r < rows)
-      walk<1, kPlanes, Decode::kStored>(w, x + r * x_stride, x_stride, index, decoded, y + r * y_stride, y_stride, columns);
+      walk<1, kKind, Decode::kStored>(w, x + r * x_stride, x_stride, index, decoded, y + r * y_stride, y_stride, columns);
   }
 }
 
 void multiply(const Matrix& w, const char* x, int64_t x_stride, int64_t rows, int64_t first, int64_t last, float* y,
               int64_t y_stride) {
-  (w.planes == 2 ? multiply_planes<true> : multiply_planes<false>)(w, x, x_stride, rows, first, last, y, y_stride);
+  switch (w.kind) {
+    case Kind::kRounded: return multiply_kind<Kind::kRounded>(w, x, x_stride, rows, first, last, y, y_stride);
+    case Kind::kUnrounded: return multiply_kind<Kind::kUnrounded>(w, x, x_stride, rows, first, last, y, y_stride);
+    case Kind::kTwoPlanes: return multiply_kind<Kind::kTwoPlanes>(w, x, x_stride, rows, first, last, y, y_stride);
+  }
 }
 
 }  // namespace
