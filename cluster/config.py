@@ -34,13 +34,15 @@ class ModelSection:
       weights: int8 (as released, and rounded to bfloat16 when scaled, as xAI's code does), bfloat16 or float32; on CPU hosts
         also int8-unrounded: up to half as fast again in batches and prompts, while logits move by half a percent of their
         spread, which is less than what bfloat16 activations move them.
-      activations: float32 or bfloat16; also the type of the KV cache.
+      activations: float32 or bfloat16.
+      kv_cache: float32 or bfloat16: how keys and values are kept; as activations if absent.
     """
 
     name: str
     checkpoint: pathlib.Path
     weights: str = "int8"
     activations: str = "float32"
+    kv_cache: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +112,10 @@ class EngineSection:
       context: longest sequence; the model's own if absent.
       kv_pages: KV pages over all batch groups, one of each for padding; as many as all slots can fill if absent.
       max_waiting: requests that may wait for a slot.
+      steps_per_plan: most tokens of a sequence that one dispatch draws while nobody waits for a slot. More is less work for
+        the leader, but tokens then come in bursts, and a cancelled request holds its slot for so long.
+      prefill_slowdown: a step that computes prompts beside decoding may take so many times as long as one that does not. Less
+        makes tokens come more evenly, more makes first tokens come sooner and the whole faster.
     """
 
     slots: int = 16
@@ -118,6 +124,8 @@ class EngineSection:
     context: int | None = None
     kv_pages: int | None = None
     max_waiting: int = 512
+    steps_per_plan: int = 1
+    prefill_slowdown: float = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +183,7 @@ class Config:
     @property
     def model_spec(self) -> ModelSpec:
         """For the hosts."""
-        return ModelSpec(str(self.model.checkpoint), self.model.weights, self.model.activations)
+        return ModelSpec(str(self.model.checkpoint), self.model.weights, self.model.activations, self.model.kv_cache)
 
     @property
     def mesh_spec(self) -> MeshSpec:
@@ -303,7 +311,7 @@ class _Reader:
         for name in (
             "replicas", "cluster.cpus_per_host", "mesh.hosts", "mesh.devices_per_host", "mesh.data", "mesh.model",
             "engine.slots", "engine.page_size", "engine.prefill_chunk", "engine.context", "engine.kv_pages",
-            "engine.max_waiting", "gateway.max_requests", "gateway.max_message_bytes", "autoscaling.max_replicas",
+            "engine.max_waiting", "engine.steps_per_plan", "gateway.max_requests", "gateway.max_message_bytes", "autoscaling.max_replicas",
         ):  # fmt: skip
             value = _lookup(config, name)
             if value is not None and value < 1:
@@ -311,18 +319,19 @@ class _Reader:
         for name, choices in (
             ("model.weights", WEIGHTS),
             ("model.activations", ACTIVATIONS),
+            ("model.kv_cache", (*ACTIVATIONS, None)),
             ("cluster.platform", PLATFORMS),
             ("mesh.rules", RULES),
         ):
             if _lookup(config, name) not in choices:
-                self.fail(name, f"{name}={_lookup(config, name)} is unknown; use {', '.join(choices)}")
+                self.fail(name, f"{name}={_lookup(config, name)} is unknown; use {', '.join(filter(None, choices))}")
         for name in ("gateway.address", "telemetry.address"):
             host, _, port = _lookup(config, name).rpartition(":")
             if not host or not port.isdecimal() or int(port) > 65535:
                 self.fail(name, f"{name}={_lookup(config, name)} is no host:port")
         for name in (
             "gateway.drain_seconds", "autoscaling.queue_per_replica", "autoscaling.time_to_first_token",
-            "autoscaling.up_seconds", "autoscaling.down_seconds",
+            "autoscaling.up_seconds", "autoscaling.down_seconds", "engine.prefill_slowdown",
         ):  # fmt: skip
             value = _lookup(config, name)
             if not (math.isfinite(value) and value >= 0):

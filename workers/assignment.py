@@ -13,11 +13,13 @@ class ModelSpec:
       checkpoint: directory, as the host sees it.
       weights: `int8`, `bfloat16` or `float32`: how weights are kept on the devices.
       activations: `float32` or `bfloat16`.
+      kv_cache: `float32` or `bfloat16`; None for that of the activations.
     """
 
     checkpoint: str
     weights: str
     activations: str
+    kv_cache: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,8 @@ class EngineSpec:
       context: None for the model's own.
       kv_pages: pages over all groups; None for as many as all slots can fill.
       max_waiting: requests that may wait for a slot.
+      steps_per_plan: most tokens of a sequence that one plan draws when nobody waits.
+      prefill_slowdown: how many times as long a step may take when it computes prompts too.
     """
 
     slots: int
@@ -56,6 +60,8 @@ class EngineSpec:
     context: int | None
     kv_pages: int | None
     max_waiting: int
+    steps_per_plan: int = 1
+    prefill_slowdown: float = 3.0
 
 
 @dataclasses.dataclass(frozen=True)

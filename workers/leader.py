@@ -13,7 +13,9 @@ from grok.engine.v1 import engine_pb2
 from workers import metrics, wire
 from workers.engine.plan import Plan
 from workers.engine.request import Refused, Timing, TokenEvent
-from workers.engine.scheduler import Scheduler
+from workers.engine.budget import PromptBudget
+from workers.engine.scheduler import Counts, Scheduler
+from workers.grammar import Grammars
 from workers.link import GatewayLink, LeaderServer, Link, LinkError
 from workers.model.config import GrokConfig
 from workers.runtime.profiler import Profiler
@@ -37,6 +39,8 @@ class Leader:
         epoch: int,
         compilations: Callable[[], int],
         profiler: Profiler,
+        grammars: Callable[[], Grammars],
+        prefill_slowdown: float,
     ) -> None:
         self._runtime = runtime
         self._scheduler = scheduler
@@ -44,6 +48,9 @@ class Leader:
         self._epoch = epoch
         self._compilations = compilations
         self._profiler = profiler
+        self._grammars = grammars
+        self._budget = PromptBudget(runtime.shape.chunk, prefill_slowdown)
+        self._counted = Counts()
         self._waits: dict[str, _Wait] = {}
         self._routing = Routing(runtime.config)
         metrics.SLOTS.set(runtime.shape.slots)
@@ -72,6 +79,7 @@ class Leader:
                 dispatched = self._runtime.execute(plan)
                 clock.lap("dispatch")
             events: list[TokenEvent] = []
+            finished = pending.plan if pending is not None else None
             if pending is not None:
                 tokens = self._runtime.read(pending)
                 clock.lap("device")
@@ -81,7 +89,8 @@ class Leader:
             _probe(self._runtime, pending)
             self._tell(events)
             clock.lap("deliver")
-            clock.step()
+            self._scheduler.prompt_budget = self._budget.after(finished, clock.step())
+            metrics.PROMPT_BUDGET.set(self._scheduler.prompt_budget)
 
     def _hear(self, block: bool) -> None:
         """Takes what gateways sent; if there is nothing to compute, waits for it."""
@@ -103,7 +112,9 @@ class Leader:
 
     def _submit(self, gateway: GatewayLink, message: engine_pb2.Submit) -> None:
         try:
-            self._scheduler.submit(wire.request_from_proto(message))
+            request = wire.request_from_proto(message)
+            constraint = self._grammars().matcher(request.grammar) if request.grammar else None
+            self._scheduler.submit(request, constraint)
             self._owners[message.request_id] = gateway
             self._waits[message.request_id] = _Wait(time.monotonic())
         except (Refused, ValueError) as error:  # a ValueError is a message that makes no request
@@ -138,6 +149,7 @@ class Leader:
         metrics.WAITING.set(load.waiting)
         metrics.PAGES_USED.set(load.pages_used)
         metrics.PAGES_TOTAL.set(load.pages_total)
+        metrics.PAGES_CACHED.set(load.pages_cached)
         metrics.GENERATED_TOKENS.inc(len(events))
         shared = wire.load_to_proto(
             load, self._runtime.shape.slots, self._compilations(), self._routing.messages if self._gateways else None
@@ -162,9 +174,15 @@ class Leader:
     def _count(self, plan: Plan) -> None:
         metrics.PLANS.inc()
         metrics.PROMPT_TOKENS.inc(plan.prompt_tokens)
-        metrics.ASSIGNMENTS.inc((plan.prompt_tokens + len(plan.decode)) * self._routing.assignments_per_token)
-        if plan.decode:
-            metrics.BATCH.observe(len(plan.decode))
+        counts, before = self._scheduler.counts, self._counted
+        metrics.PREFIX_TOKENS.labels("hit").inc(counts.prompt_tokens_cached - before.prompt_tokens_cached)
+        metrics.PREFIX_TOKENS.labels("miss").inc(counts.prompt_tokens_computed - before.prompt_tokens_computed)
+        metrics.DRAFT_TOKENS.labels("right").inc(counts.guesses_right - before.guesses_right)
+        metrics.DRAFT_TOKENS.labels("wrong").inc(counts.guesses_wrong - before.guesses_wrong)
+        self._counted = dataclasses.replace(counts)
+        metrics.ASSIGNMENTS.inc((plan.prompt_tokens + plan.decode_rows) * self._routing.assignments_per_token)
+        if plan.decode or plan.drafts:
+            metrics.BATCH.observe(len(plan.decode) + len(plan.drafts))
         now = time.monotonic()
         for admission in plan.admissions:
             wait = self._waits.get(admission.request_id)
@@ -263,6 +281,9 @@ class _Clock:
         metrics.HOST_SECONDS.labels(part).inc(now - self._last)
         self._last = now
 
-    def step(self) -> None:
-        metrics.STEP_SECONDS.observe(self._last - self._began)
+    def step(self) -> float:
+        """Ends a step; its seconds."""
+        seconds = self._last - self._began
+        metrics.STEP_SECONDS.observe(seconds)
         self._began = self._last
+        return seconds

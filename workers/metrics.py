@@ -71,6 +71,21 @@ RUNNING = Gauge("grokmesh_engine_running_requests", "Requests that have a slot."
 WAITING = Gauge("grokmesh_engine_waiting_requests", "Requests that wait for a slot.", registry=LEADER)
 PAGES_USED = Gauge("grokmesh_engine_kv_pages_used", "Pages of the KV cache that requests own.", registry=LEADER)
 PAGES_TOTAL = Gauge("grokmesh_engine_kv_pages", "Pages of the KV cache.", registry=LEADER)
+PAGES_CACHED = Gauge(
+    "grokmesh_engine_kv_pages_cached", "Pages that hold prefixes which later prompts may share.", registry=LEADER
+)
+PREFIX_TOKENS = Counter(
+    "grokmesh_engine_prefix_tokens",
+    "Prompt positions by whether the prefix cache had them (hit) or they were computed (miss).",
+    ["result"],
+    registry=LEADER,
+)
+DRAFT_TOKENS = Counter(
+    "grokmesh_engine_draft_tokens", "Guessed tokens that were verified, by result (right or wrong).", ["result"], registry=LEADER
+)
+PROMPT_BUDGET = Gauge(
+    "grokmesh_engine_prompt_budget", "Prompt positions that a step may compute beside decoding.", registry=LEADER
+)
 EXPERT_TOKENS = Counter(
     "grokmesh_moe_expert_tokens",
     "Tokens that an expert computed, counted on the devices and summed over a group of layers.",

@@ -45,6 +45,13 @@ class Tokenizer:
         """Whether a token stands for no text at all: one that ends or pads, or is outside of the vocabulary."""
         return id >= self.vocab_size or bool(self._processor.IsControl(id))
 
+    def spelled(self, id: int) -> bytes | None:
+        """The bytes that a token adds to a text, None if it stands for no text."""
+        if self.has_no_text(id) or self._processor.IsUnknown(id):
+            return None
+        piece = str(self._processor.IdToPiece(id))
+        return bytes([int(piece[3:5], 16)]) if self._processor.IsByte(id) else piece.replace("\u2581", " ").encode()
+
     def piece(self, id: int) -> str:
         """The piece of text that a token stands for, with U+2581 for a space."""
         return str(self._processor.IdToPiece(id)) if id < self.vocab_size else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grok.engine.v1 import engine_pb2
-from workers.engine.plan import Admission, Chunk, Plan, Sampling, Token
+from workers.engine.plan import Admission, Chunk, Draft, Mask, Plan, Sampling, Token
 from workers.engine.request import Finish, Load, Request, Timing, TokenEvent
 
 _FINISH = {
@@ -24,6 +24,11 @@ def sampling_to_proto(sampling: Sampling) -> engine_pb2.Sampling:
         bias_tokens=[token for token, _ in sampling.logit_bias],
         bias_values=[value for _, value in sampling.logit_bias],
         allowed_tokens=sampling.allowed_tokens,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        masked=sampling.masked,
     )
 
 
@@ -36,6 +41,11 @@ def sampling_from_proto(message: engine_pb2.Sampling) -> Sampling:
         seed=message.seed,
         logit_bias=tuple(zip(message.bias_tokens, message.bias_values, strict=True)),
         allowed_tokens=tuple(message.allowed_tokens),
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        masked=message.masked,
     )
 
 
@@ -47,6 +57,8 @@ def request_to_proto(request: Request) -> engine_pb2.Submit:
         max_tokens=request.max_tokens,
         sampling=sampling_to_proto(request.sampling),
         stop_tokens=sorted(request.stop_tokens),
+        priority=request.priority,
+        grammar=request.grammar,
     )
 
 
@@ -58,6 +70,8 @@ def request_from_proto(message: engine_pb2.Submit) -> Request:
         max_tokens=message.max_tokens,
         sampling=sampling_from_proto(message.sampling),
         stop_tokens=frozenset(message.stop_tokens),
+        priority=message.priority,
+        grammar=message.grammar,
     )
 
 
@@ -68,7 +82,11 @@ def plan_to_proto(plan: Plan, epoch: int) -> engine_pb2.Plan:
         number=plan.number,
         admissions=[
             engine_pb2.Admission(
-                slot=a.slot, pages=a.pages, sampling=sampling_to_proto(a.sampling), request_id=a.request_id
+                slot=a.slot,
+                pages=a.pages,
+                sampling=sampling_to_proto(a.sampling),
+                request_id=a.request_id,
+                prompt=a.prompt,
             )
             for a in plan.admissions
         ],
@@ -79,6 +97,9 @@ def plan_to_proto(plan: Plan, epoch: int) -> engine_pb2.Plan:
             for chunks in plan.prefills
         ],
         decode=plan.decode,
+        masks=[engine_pb2.Mask(slot=mask.slot, words=mask.words) for mask in plan.masks],
+        drafts=[engine_pb2.Draft(slot=d.slot, position=d.position, tokens=d.tokens) for d in plan.drafts],
+        steps=plan.steps,
     )
 
 
@@ -87,13 +108,17 @@ def plan_from_proto(message: engine_pb2.Plan) -> Plan:
     return Plan(
         number=message.number,
         admissions=tuple(
-            Admission(a.slot, tuple(a.pages), sampling_from_proto(a.sampling), a.request_id) for a in message.admissions
+            Admission(a.slot, tuple(a.pages), sampling_from_proto(a.sampling), a.request_id, tuple(a.prompt))
+            for a in message.admissions
         ),
         prefills=tuple(
             tuple(Chunk(c.slot, c.start, tuple(c.tokens), c.last) for c in prefill.chunks)
             for prefill in message.prefills
         ),
         decode=tuple(message.decode),
+        masks=tuple(Mask(mask.slot, mask.words) for mask in message.masks),
+        drafts=tuple(Draft(d.slot, d.position, tuple(d.tokens)) for d in message.drafts),
+        steps=message.steps,
     )
 
 
@@ -132,6 +157,7 @@ def load_to_proto(
         waiting=load.waiting,
         pages_used=load.pages_used,
         pages_total=load.pages_total,
+        pages_cached=load.pages_cached,
         slots=slots,
         compilations=compilations,
         routing=routing,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import pathlib
 import time
@@ -13,7 +14,9 @@ from workers.assignment import Assignment, MeshSpec, Progress
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.engine.plan import EngineShape
 from workers.engine.scheduler import Scheduler
+from workers.grammar import Grammars
 from workers.link import LeaderServer, connect
+from workers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from workers.runtime.profiler import Profiler
@@ -90,7 +93,7 @@ class Worker:
         kernels = choose_kernels(a.model, a.mesh, checkpoint)
         _LOG.info("kernels: %s", kernels.name)
         partition = Partition.create(config, mesh, a.mesh.rules, kernels)
-        shape = engine_shape(a, config.sequence_len, partition.batch_groups)
+        shape = engine_shape(a, config.sequence_len, partition.batch_groups, kernels.exact_rows)
         devices = jax.local_device_count()
         dtype: Any = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[a.model.activations]
 
@@ -104,7 +107,8 @@ class Worker:
 
         params, _ = load_parameters(checkpoint, partition, weights=a.model.weights, dtype=dtype, report=loaded)
         self._report("compiling", 0.0)
-        self.runtime = Runtime(config, shape, partition, params, dtype)
+        kv_dtype: Any = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[a.model.kv_cache or a.model.activations]
+        self.runtime = Runtime(config, shape, partition, params, dtype, kv_dtype)
         self.profiler = Profiler()
         for kind, size in self.runtime.device_bytes.items():
             metrics.DEVICE_BYTES.labels(kind).set(size)
@@ -127,15 +131,29 @@ class Worker:
             follow(self.runtime, connect(a.leader, hello, JOIN_SECONDS), a.epoch, self.profiler)
             return
         runtime = self.runtime
-        scheduler = Scheduler(runtime.shape, runtime.config.vocab_size, a.engine.max_waiting)
+        scheduler = Scheduler(runtime.shape, runtime.config.vocab_size, a.engine.max_waiting, a.engine.steps_per_plan)
         assert self._server is not None
         try:
             self._server.wait_for_followers(a.mesh.hosts - 1, JOIN_SECONDS)
             metrics.lead()
             compilations = self._compilations_while_serving
-            Leader(runtime, scheduler, self._server, a.epoch, compilations, self.profiler).run()
+            slowdown = a.engine.prefill_slowdown
+            leader = Leader(
+                runtime, scheduler, self._server, a.epoch, compilations, self.profiler, self._grammars, slowdown
+            )
+            leader.run()
         finally:
             self._server.close()
+
+    @functools.cached_property
+    def _made_grammars(self) -> Grammars:
+        tokenizer = Tokenizer(pathlib.Path(self._assignment.model.checkpoint) / "tokenizer.model")
+        config = self.runtime.config
+        return Grammars(tokenizer, config.vocab_size, config.eos_token)
+
+    def _grammars(self) -> Grammars:
+        """Made when the first request with a grammar comes."""
+        return self._made_grammars
 
     def _compilations_while_serving(self) -> int:
         return self._compilations - self._compilations_before_serving
@@ -152,7 +170,7 @@ class Worker:
         _LOG.info("%s", phase)
 
 
-def engine_shape(assignment: Assignment, model_context: int, groups: int) -> EngineShape:
+def engine_shape(assignment: Assignment, model_context: int, groups: int, exact_rows: bool) -> EngineShape:
     """The engine's sizes for a model of `model_context` on a mesh with `groups` batch groups.
 
     Raises:
@@ -170,4 +188,5 @@ def engine_shape(assignment: Assignment, model_context: int, groups: int) -> Eng
         page_size=engine.page_size,
         chunk=engine.prefill_chunk,
         context=context,
+        exact_rows=exact_rows,
     )

@@ -134,7 +134,7 @@ class _Reader:
             if str(index) not in made:
                 made[str(index)] = make(index)
             parts.append([jax.device_put(part, device) for part in made[str(index)]])
-        arrays = []
+        arrays: list[jax.Array] = []
         for pieces in zip(*parts, strict=True):
             sizes = pieces[0].shape
             ways = [partition.ways(partition.axes(axis)) for axis in (*axes, *(None,) * len(sizes))]

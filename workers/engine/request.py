@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from typing import Protocol
 
 from workers.engine.plan import Sampling, Token
 
@@ -18,6 +19,8 @@ class Request:
       max_tokens: most tokens to draw, at least one; prompt and these must fit the context.
       sampling: how to draw.
       stop_tokens: a token of these ends the completion (and is reported as its last token).
+      priority: requests of a higher one are admitted first.
+      grammar: what its tokens must spell, as `workers.grammar` has it; empty for anything.
     """
 
     id: str
@@ -25,6 +28,18 @@ class Request:
     max_tokens: int
     sampling: Sampling
     stop_tokens: frozenset[int] = frozenset()
+    priority: int = 0
+    grammar: str = ""
+
+
+class Constraint(Protocol):
+    """Which tokens may come next in a completion that must follow a grammar."""
+
+    def mask(self) -> bytes:
+        """A bit for each token, as in `workers.engine.plan.Mask`; at least one is set."""
+
+    def accept(self, token: int) -> None:
+        """Takes the next token."""
 
 
 class Finish(enum.Enum):
@@ -59,12 +74,13 @@ class TokenEvent:
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """How busy an engine is."""
+    """How busy an engine is; `pages_cached` hold prefixes that may be shared, owned or not."""
 
     running: int
     waiting: int
     pages_used: int
     pages_total: int
+    pages_cached: int = 0
 
 
 class Refused(Exception):  # noqa: N818

@@ -4,53 +4,95 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
+from collections.abc import Iterator
 
+from workers.engine.draft import Drafter
 from workers.engine.pages import PagePool
-from workers.engine.plan import Admission, Chunk, EngineShape, Plan, StepTokens, Token
-from workers.engine.request import Finish, Load, Refused, Request, TokenEvent
+from workers.engine.plan import MAX_DRAFT, Admission, Chunk, Draft, EngineShape, Mask, Plan, StepTokens, Token
+from workers.engine.request import Constraint, Finish, Load, Refused, Request, TokenEvent
+
+#: Rows of a step above which guesses are not computed: the weights that they read are then read anyway, and arithmetic counts.
+MAX_DRAFT_ROWS = 8
 
 
 @dataclasses.dataclass(eq=False)
 class _Sequence:
     """A request that has a slot.
 
-    `planned` counts prompt positions that plans have covered, `drawn` the tokens that plans draw, `received` the tokens
-    that came back: plans run ahead of their results.
+    `planned` counts prompt positions that plans have covered, `drawn` the tokens that plans draw for certain, `tokens` holds
+    those that came back: plans run ahead of their results. While `drafting`, it is unknown how many tokens will.
     """
 
     request: Request
     slot: int
-    planned: int = 0
+    constraint: Constraint | None
+    cached: int
+    planned: int
+    drafter: Drafter | None = None
     drawn: int = 0
-    received: int = 0
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    drafting: bool = False
     done: bool = False
 
     @property
     def prompt_done(self) -> bool:
         return self.planned == len(self.request.prompt)
 
+    @property
+    def left(self) -> int:
+        """Tokens that may still be planned."""
+        return self.request.max_tokens - self.drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class _InFlight:
+    """Who gets the tokens of a plan."""
+
+    number: int
+    prefilled: list[_Sequence]
+    decoded: list[_Sequence]
+    drafted: list[tuple[_Sequence, Draft]]
+
+
+@dataclasses.dataclass
+class Counts:
+    """What the scheduler has done since it was made."""
+
+    prompt_tokens_cached: int = 0
+    prompt_tokens_computed: int = 0
+    guesses_right: int = 0
+    guesses_wrong: int = 0
+
 
 class Scheduler:
     """Turns requests into plans and sampled tokens into events. Single-threaded; knows nothing of devices.
 
-    First come, first served: a request that waits is never overtaken, and all pages that it can ever need are its own from
-    admission on, so that it always ends. Each plan prefills at most one chunk a group, so that a long prompt delays
-    decoding by one chunk at most.
+    First come, first served among requests of a priority: all pages that a request can ever need are its own from admission
+    on, so that it always ends. A request is overtaken only while a prompt that begins like its own is being computed, whose
+    pages it will share.
+
+    Each plan computes at most `prompt_budget` prompt positions while others decode, so that a long prompt delays them by that
+    much at most.
 
     A plan may be made before the tokens of the one before are known. A sequence that turns out to have ended meanwhile is
     computed once more, for nothing; its slot and pages may be given away at once, because hosts carry plans out in order.
+    Sequences with a grammar or a draft wait for their tokens.
     """
 
-    def __init__(self, shape: EngineShape, vocab_size: int, max_waiting: int) -> None:
+    def __init__(self, shape: EngineShape, vocab_size: int, max_waiting: int, steps: int = 1) -> None:
         self._shape = shape
         self._vocab_size = vocab_size
         self._max_waiting = max_waiting
-        self._pools = [PagePool(shape.pages) for _ in range(shape.groups)]
+        self._steps = steps
+        self._pools = [PagePool(shape.pages, shape.page_size) for _ in range(shape.groups)]
         self._free_slots = list(range(shape.slots))
-        self._waiting: collections.OrderedDict[str, Request] = collections.OrderedDict()
+        self._waiting: dict[str, tuple[Request, Constraint | None]] = {}
         self._running: dict[str, _Sequence] = {}
-        self._in_flight: collections.deque[tuple[int, list[_Sequence], list[_Sequence]]] = collections.deque()
+        self._in_flight: collections.deque[_InFlight] = collections.deque()
         self._next_number = 1
+        self.prompt_budget = shape.chunk
+        self.counts = Counts()
 
     @property
     def load(self) -> Load:
@@ -60,10 +102,11 @@ class Scheduler:
             waiting=len(self._waiting),
             pages_used=sum(pool.used for pool in self._pools),
             pages_total=(self._shape.pages - 1) * self._shape.groups,
+            pages_cached=sum(pool.cached for pool in self._pools),
         )
 
-    def submit(self, request: Request) -> None:
-        """Queues a request.
+    def submit(self, request: Request, constraint: Constraint | None = None) -> None:
+        """Queues a request, with what its grammar allows if it has one.
 
         Raises:
           Refused: it can never be served (too long, or not well formed), or the queue is full.
@@ -89,7 +132,7 @@ class Scheduler:
             raise Refused(f"a token is outside the vocabulary of {self._vocab_size}")
         if len(self._waiting) >= self._max_waiting:
             raise Refused(f"{len(self._waiting)} requests are waiting already", full=True)
-        self._waiting[request.id] = request
+        self._waiting[request.id] = (request, constraint)
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request without further events; its slot and pages are free for the next plan. False if unknown."""
@@ -102,26 +145,36 @@ class Scheduler:
         return True
 
     def plan(self) -> Plan | None:
-        """The next step, or None when there is nothing to compute."""
+        """The next step, or None when there is nothing to compute before tokens come back."""
         admissions = self._admit()
-        chunks = self._prefill()
-        decoding = [
-            sequence
-            for sequence in sorted(self._running.values(), key=lambda sequence: sequence.slot)
-            if sequence.prompt_done and sequence.drawn < sequence.request.max_tokens
-        ]
-        if not chunks and not decoding:
+        ready = [s for s in self._running.values() if s.prompt_done and s.left > 0 and not self._awaited(s)]
+        calls = list(self._prefill(self.prompt_budget if ready else self._shape.chunk))
+        ready.sort(key=lambda sequence: sequence.slot)
+        drafts = list(self._draft(ready))
+        decoding = [s for s in ready if not s.drafting]
+        if not calls and not decoding and not drafts:
             return None
+        steps = self._steps_ahead(decoding) if not calls and not drafts and not self._waiting else 1
+        last = [sequence for call in calls for sequence, chunk in call if chunk.last]
+        masks = tuple(
+            Mask(sequence.slot, sequence.constraint.mask())
+            for sequence in (*last, *decoding)
+            if sequence.constraint is not None
+        )
         for sequence in decoding:
-            sequence.drawn += 1
+            sequence.drawn += steps
         plan = Plan(
             number=self._next_number,
             admissions=admissions,
-            prefills=(tuple(chunk for _, chunk in chunks),) if chunks else (),
+            masks=masks,
+            prefills=tuple(tuple(chunk for _, chunk in call) for call in calls),
             decode=tuple(sequence.slot for sequence in decoding),
+            drafts=tuple(draft for _, draft in drafts),
+            steps=steps,
         )
-        self._in_flight.append((plan.number, [sequence for sequence, chunk in chunks if chunk.last], decoding))
+        self._in_flight.append(_InFlight(plan.number, last, decoding, drafts))
         self._next_number += 1
+        self.counts.prompt_tokens_computed += plan.prompt_tokens
         return plan
 
     def complete(self, tokens: StepTokens) -> list[TokenEvent]:
@@ -130,16 +183,20 @@ class Scheduler:
         Raises:
           ValueError: the tokens are not that plan's.
         """
-        number, prefilled, decoded = self._in_flight.popleft()
-        if number != tokens.number:
-            raise ValueError(f"tokens of plan {tokens.number} came; those of {number} are due")
-        events = []
-        for sequence, token in (
-            *zip(prefilled, tokens.prefilled, strict=True),
-            *zip(decoded, tokens.decoded, strict=True),
-        ):
-            if not sequence.done:
-                events.append(self._receive(sequence, token))
+        due = self._in_flight.popleft()
+        if due.number != tokens.number:
+            raise ValueError(f"tokens of plan {tokens.number} came; those of {due.number} are due")
+        events: list[TokenEvent] = []
+        for sequence, token in zip(due.prefilled, tokens.prefilled, strict=True):
+            events += self._receive(sequence, (token,))
+        for sequence, decoded in zip(due.decoded, tokens.decoded, strict=True):
+            events += self._receive(sequence, decoded)
+        for (sequence, draft), drafted in zip(due.drafted, tokens.drafted, strict=True):
+            sequence.drawn += len(drafted)
+            sequence.drafting = False
+            self.counts.guesses_right += len(drafted) - 1
+            self.counts.guesses_wrong += len(draft.tokens) - len(drafted)
+            events += self._receive(sequence, drafted)
         return events
 
     def _pages(self, request: Request) -> int:
@@ -148,55 +205,155 @@ class Scheduler:
 
     def _admit(self) -> tuple[Admission, ...]:
         admissions = []
-        while self._waiting:
-            request = next(iter(self._waiting.values()))
-            slot = self._slot_for(self._pages(request))
-            if slot is None:
+        for request, constraint in sorted(self._waiting.values(), key=lambda entry: -entry[0].priority):
+            if not self._free_slots:
                 break
+            placed = self._place(request)
+            if placed is None:
+                break
+            slot, shared = placed
+            cached = len(shared) * self._shape.page_size
+            if self._will_be_shared(request, slot, cached):
+                continue
             del self._waiting[request.id]
             self._free_slots.remove(slot)
-            pages = self._pools[self._shape.group_of(slot)].take(request.id, self._pages(request))
-            self._running[request.id] = _Sequence(request, slot)
-            admissions.append(Admission(slot, pages, request.sampling, request.id))
+            pool = self._pools[self._shape.group_of(slot)]
+            pages = pool.take(request.id, shared, self._pages(request) - len(shared))
+            self._running[request.id] = _Sequence(request, slot, constraint, cached, planned=cached)
+            self.counts.prompt_tokens_cached += cached
+            sampling = request.sampling
+            prompt = request.prompt if sampling.repetition_penalty != 1.0 else ()
+            admissions.append(Admission(slot, pages, sampling, request.id, prompt))
         return tuple(admissions)
 
-    def _slot_for(self, pages: int) -> int | None:
-        """The lowest free slot of the group with the most free pages, if that has enough."""
+    def _place(self, request: Request) -> tuple[int, tuple[int, ...]] | None:
+        """The lowest free slot of the group with the longest cached prefix, then the most free pages, if one has enough;
+        and that prefix's pages."""
         groups = {self._shape.group_of(slot) for slot in self._free_slots}
-        roomy = [group for group in groups if self._pools[group].free >= pages]
+        found = {group: self._shared(request, group) for group in groups}
+        needed = self._pages(request)
+        roomy = [g for g in groups if self._pools[g].can_take(found[g], needed - len(found[g]))]
         if not roomy:
             return None
-        best = max(roomy, key=lambda group: (self._pools[group].free, -group))
-        return min(slot for slot in self._free_slots if self._shape.group_of(slot) == best)
+        best = max(roomy, key=lambda group: (len(found[group]), self._pools[group].free, -group))
+        return min(slot for slot in self._free_slots if self._shape.group_of(slot) == best), found[best]
 
-    def _prefill(self) -> list[tuple[_Sequence, Chunk]]:
-        """The next chunk of the oldest unfinished prompt of each group."""
-        chunks: dict[int, tuple[_Sequence, Chunk]] = {}
-        for sequence in self._running.values():
-            group = self._shape.group_of(sequence.slot)
-            if group in chunks or sequence.prompt_done:
+    def _shared(self, request: Request, group: int) -> tuple[int, ...]:
+        """Cached pages of the prompt that leave at least one position to compute, where a chunk may begin."""
+        pages = self._pools[group].match(request.prompt[:-1])
+        if self._shape.exact_rows:
+            return pages
+        aligned = math.lcm(self._shape.chunk, self._shape.page_size) // self._shape.page_size
+        return pages[: len(pages) // aligned * aligned]
+
+    def _will_be_shared(self, request: Request, slot: int, cached: int) -> bool:
+        """Whether a prompt that is being computed in the slot's group will lengthen the cached prefix."""
+        group, wanted = self._shape.group_of(slot), cached + self._shape.page_size
+        if not self._shape.exact_rows:
+            wanted = -(-wanted // math.lcm(self._shape.chunk, self._shape.page_size))
+            wanted *= math.lcm(self._shape.chunk, self._shape.page_size)
+        if wanted >= len(request.prompt):
+            return False
+        return any(
+            self._shape.group_of(other.slot) == group
+            and other.planned < wanted <= len(other.request.prompt)
+            and other.request.prompt[:wanted] == request.prompt[:wanted]
+            for other in self._running.values()
+        )
+
+    def _prefill(self, budget: int) -> Iterator[list[tuple[_Sequence, Chunk]]]:
+        """Calls that together compute up to `budget` positions of the oldest unfinished prompts (at least one call)."""
+        first = True
+        while first or budget > 0:
+            chunks: dict[int, tuple[_Sequence, Chunk]] = {}
+            for sequence in self._running.values():
+                group = self._shape.group_of(sequence.slot)
+                if group in chunks or sequence.prompt_done:
+                    continue
+                # Cut anywhere only where that changes no bits.
+                most = self._shape.chunk
+                if self._shape.exact_rows:
+                    most = max(1, min(most, budget))
+                elif not first and budget < most:
+                    continue
+                start = sequence.planned
+                piece = sequence.request.prompt[start : start + most]
+                sequence.planned += len(piece)
+                budget -= len(piece)
+                sequence.drawn += sequence.prompt_done
+                chunks[group] = (sequence, Chunk(sequence.slot, start, piece, sequence.prompt_done))
+                self._pools[group].publish(sequence.request.id, sequence.request.prompt[: sequence.planned])
+                if budget <= 0 and self._shape.exact_rows:
+                    break
+            if not chunks:
+                return
+            yield [chunks[group] for group in sorted(chunks)]
+            first = False
+
+    def _draft(self, ready: list[_Sequence]) -> Iterator[tuple[_Sequence, Draft]]:
+        """Drafts of sequences whose guesses are worth it; such a sequence waits until its tokens are known."""
+        if not self._few():
+            return
+        for sequence in ready:
+            if sequence.drafter is None or not sequence.drafter.worth or sequence.drawn != len(sequence.tokens):
                 continue
-            start = sequence.planned
-            piece = sequence.request.prompt[start : start + self._shape.chunk]
-            sequence.planned += len(piece)
-            last = sequence.prompt_done
-            sequence.drawn += last
-            chunks[group] = (sequence, Chunk(sequence.slot, start, piece, last))
-        return [chunks[group] for group in sorted(chunks)]
+            guesses = sequence.drafter.guesses(sequence.left - 1)
+            if not guesses:
+                continue
+            position = len(sequence.request.prompt) + sequence.drawn - 1
+            sequence.drafting = True
+            yield sequence, Draft(sequence.slot, position, (sequence.tokens[-1], *guesses))
 
-    def _receive(self, sequence: _Sequence, token: Token) -> TokenEvent:
-        sequence.received += 1
-        finish = None
-        if token.id in sequence.request.stop_tokens:
-            finish = Finish.STOP
-        elif sequence.received == sequence.request.max_tokens:
-            finish = Finish.LENGTH
-        if finish is not None:
-            self._release(sequence)
-        return TokenEvent(sequence.request.id, token, finish)
+    def _few(self) -> bool:
+        return len(self._running) <= MAX_DRAFT_ROWS // (1 + MAX_DRAFT)
+
+    def _needs_tokens(self, sequence: _Sequence) -> bool:
+        """Whether a plan for a sequence needs all of its tokens."""
+        drafter = sequence.drafter
+        return sequence.constraint is not None or (self._few() and drafter is not None and drafter.worth)
+
+    def _awaited(self, sequence: _Sequence) -> bool:
+        """Whether nothing can be planned for a sequence until tokens come back."""
+        return sequence.drafting or (self._needs_tokens(sequence) and sequence.drawn != len(sequence.tokens))
+
+    def _steps_ahead(self, decoding: list[_Sequence]) -> int:
+        if any(self._needs_tokens(sequence) for sequence in decoding):
+            return 1
+        return max(1, min(self._steps, *(sequence.left for sequence in decoding)))
+
+    def _receive(self, sequence: _Sequence, tokens: tuple[Token, ...]) -> Iterator[TokenEvent]:
+        for token in tokens:
+            if sequence.done:
+                return
+            request = sequence.request
+            sequence.tokens.append(token.id)
+            if sequence.constraint is not None:
+                sequence.constraint.accept(token.id)
+            self._watch(sequence, token.id)
+            finish = None
+            if token.id in request.stop_tokens:
+                finish = Finish.STOP
+            elif len(sequence.tokens) == request.max_tokens:
+                finish = Finish.LENGTH
+            if finish is not None:
+                self._release(sequence)
+            yield TokenEvent(request.id, token, finish)
+
+    def _watch(self, sequence: _Sequence, token: int) -> None:
+        """Lets the drafter learn; there is one where drafts are exact, and the next token depends on no others but by the model."""
+        request = sequence.request
+        if not self._shape.exact_rows or sequence.constraint is not None or request.sampling.penalized:
+            return
+        if sequence.drafter is not None:
+            sequence.drafter.add(token)
+        elif self._few():
+            sequence.drafter = Drafter((*request.prompt, *sequence.tokens))
 
     def _release(self, sequence: _Sequence) -> None:
         sequence.done = True
-        del self._running[sequence.request.id]
+        request, pool = sequence.request, self._pools[self._shape.group_of(sequence.slot)]
+        if self._shape.exact_rows and sequence.prompt_done:
+            pool.publish(request.id, (*request.prompt, *sequence.tokens[:-1]))
+        del self._running[request.id]
         self._free_slots.append(sequence.slot)
-        self._pools[self._shape.group_of(sequence.slot)].give_back(sequence.request.id)
+        pool.give_back(request.id)

@@ -104,7 +104,7 @@ class Partition:
         """The number of parts that the rows of a batch are split into."""
         return self.ways(self.axes("batch"))
 
-    def spec(self, axes: Axes) -> PartitionSpec:
+    def spec(self, axes: Axes) -> Any:
         """The partition of an array whose dimensions are the logical `axes`."""
         return PartitionSpec(*(self.axes(name) or None for name in axes))
 

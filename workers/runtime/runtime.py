@@ -149,7 +149,7 @@ class Runtime:
         steps = [_first(packed) for packed in pending.decodes]  # [slots, ...] each
         if plan.drafts:
             (drawn,) = steps
-            decoded = tuple((_token(drawn[slot, 0]),) for slot in plan.decode)
+            decoded: tuple[tuple[Token, ...], ...] = tuple((_token(drawn[slot, 0]),) for slot in plan.decode)
             drafted = tuple(_right(draft, drawn[draft.slot]) for draft in plan.drafts)
         else:
             decoded = tuple(tuple(_token(rows[slot]) for rows in steps) for slot in plan.decode)

@@ -16,6 +16,7 @@ from workers.kernels.kernels import Arrays, Kernels
 from workers.kernels.paged_attention import LOGIT_CAP
 from workers.kernels.sampling import Sampled, SamplingRows, SamplingState, uniforms
 from workers.model.packed import PackedTable, PackedWeight, rows_of
+from workers.model.quantized import Weight
 
 _OPERATIONS = ("norm", "route", "dense", "experts", "logits", "attend", "sample")
 
@@ -89,15 +90,18 @@ def _route(
     return gates, experts, probabilities
 
 
-def _project(x: jax.Array, valid: jax.Array, weights: tuple[PackedWeight, ...]) -> Arrays:
+def _project(x: jax.Array, valid: jax.Array, weights: tuple[Weight, ...]) -> Arrays:
     """Weights with as many groups of rows share a call, and x is prepared once for all of them."""
+    packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
+    if len(packed) != len(weights):
+        raise TypeError("the native kernels take packed weights")
     results: dict[int, jax.Array] = {}
-    for groups in {w.scales.shape[-2] for w in weights}:
-        chosen = [i for i, w in enumerate(weights) if w.scales.shape[-2] == groups]
-        shapes = tuple(_float32(x.shape[0], weights[i].scales.shape[-1]) for i in chosen)
-        flat = [array for i in chosen for array in (weights[i].values, weights[i].scales)]
-        results.update(zip(chosen, jax.ffi.ffi_call("grokmesh_dense", shapes)(x, valid, *flat, rounded=weights[0].rounded), strict=True))
-    return tuple(results[i] for i in range(len(weights)))
+    for groups in {w.scales.shape[-2] for w in packed}:
+        chosen = [i for i, w in enumerate(packed) if w.scales.shape[-2] == groups]
+        shapes = tuple(_float32(x.shape[0], packed[i].scales.shape[-1]) for i in chosen)
+        flat = [array for i in chosen for array in (packed[i].values, packed[i].scales)]
+        results.update(zip(chosen, jax.ffi.ffi_call("grokmesh_dense", shapes)(x, valid, *flat, rounded=packed[0].rounded), strict=True))
+    return tuple(results[i] for i in range(len(packed)))
 
 
 def _experts(

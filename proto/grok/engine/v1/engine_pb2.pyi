@@ -90,6 +90,11 @@ class Sampling(_message.Message):
     BIAS_TOKENS_FIELD_NUMBER: _builtins.int
     BIAS_VALUES_FIELD_NUMBER: _builtins.int
     ALLOWED_TOKENS_FIELD_NUMBER: _builtins.int
+    MIN_P_FIELD_NUMBER: _builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
+    MASKED_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """0 takes the most likely token."""
     top_p: _builtins.float
@@ -98,6 +103,16 @@ class Sampling(_message.Message):
     """0 keeps all."""
     seed: _builtins.int
     """Key of the request's random numbers."""
+    min_p: _builtins.float
+    """Part of the most likely token's probability that a token must have, in [0, 1]."""
+    repetition_penalty: _builtins.float
+    """Divides the logits of tokens seen before; 1 for none."""
+    presence_penalty: _builtins.float
+    """Taken from the logits of drawn tokens once ..."""
+    frequency_penalty: _builtins.float
+    """... and for each time."""
+    masked: _builtins.bool
+    """Whether plans bring masks."""
     @_builtins.property
     def bias_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens with biased logits ..."""
@@ -120,10 +135,15 @@ class Sampling(_message.Message):
         bias_tokens: _abc.Iterable[_builtins.int] | None = ...,
         bias_values: _abc.Iterable[_builtins.float] | None = ...,
         allowed_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        min_p: _builtins.float = ...,
+        repetition_penalty: _builtins.float = ...,
+        presence_penalty: _builtins.float = ...,
+        frequency_penalty: _builtins.float = ...,
+        masked: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_tokens", b"allowed_tokens", "bias_tokens", b"bias_tokens", "bias_values", b"bias_values", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_tokens", b"allowed_tokens", "bias_tokens", b"bias_tokens", "bias_values", b"bias_values", "frequency_penalty", b"frequency_penalty", "masked", b"masked", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -140,10 +160,16 @@ class Submit(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOP_TOKENS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique among the leader's current requests."""
     max_tokens: _builtins.int
     """Most tokens to draw."""
+    priority: _builtins.int
+    """Requests of a higher one are admitted first."""
+    grammar: _builtins.str
+    """What the tokens must spell, as workers.grammar has it; empty for anything."""
     @_builtins.property
     def prompt(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt tokens."""
@@ -164,10 +190,12 @@ class Submit(_message.Message):
         max_tokens: _builtins.int = ...,
         sampling: Global___Sampling | None = ...,
         stop_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        priority: _builtins.int = ...,
+        grammar: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_tokens", b"max_tokens", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop_tokens", b"stop_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "max_tokens", b"max_tokens", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop_tokens", b"stop_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -372,6 +400,7 @@ class Load(_message.Message):
     SLOTS_FIELD_NUMBER: _builtins.int
     COMPILATIONS_FIELD_NUMBER: _builtins.int
     ROUTING_FIELD_NUMBER: _builtins.int
+    PAGES_CACHED_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Sequences with a slot."""
     waiting: _builtins.int
@@ -384,6 +413,8 @@ class Load(_message.Message):
     """Slots of the engine."""
     compilations: _builtins.int
     """Programs compiled since warm-up."""
+    pages_cached: _builtins.int
+    """Pages that hold prefixes which may be shared."""
     @_builtins.property
     def routing(self) -> _containers.RepeatedCompositeFieldContainer[Global___Routing]:
         """What the router did so far."""
@@ -398,10 +429,11 @@ class Load(_message.Message):
         slots: _builtins.int = ...,
         compilations: _builtins.int = ...,
         routing: _abc.Iterable[Global___Routing] | None = ...,
+        pages_cached: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compilations", b"compilations", "pages_total", b"pages_total", "pages_used", b"pages_used", "routing", b"routing", "running", b"running", "slots", b"slots", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compilations", b"compilations", "pages_cached", b"pages_cached", "pages_total", b"pages_total", "pages_used", b"pages_used", "routing", b"routing", "running", b"running", "slots", b"slots", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -489,6 +521,7 @@ class Admission(_message.Message):
     PAGES_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     """The slot taken."""
     request_id: _builtins.str
@@ -501,6 +534,10 @@ class Admission(_message.Message):
     def sampling(self) -> Global___Sampling:
         """How its tokens are drawn."""
 
+    @_builtins.property
+    def prompt(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Its prompt, where penalties need to know it."""
+
     def __init__(
         self,
         *,
@@ -508,14 +545,73 @@ class Admission(_message.Message):
         pages: _abc.Iterable[_builtins.int] | None = ...,
         sampling: Global___Sampling | None = ...,
         request_id: _builtins.str = ...,
+        prompt: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages", "request_id", b"request_id", "sampling", b"sampling", "slot", b"slot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "slot", b"slot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Admission: _TypeAlias = Admission  # noqa: Y015
+
+@_typing.final
+class Mask(_message.Message):
+    """See workers.engine.plan.Mask."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    slot: _builtins.int
+    """Of the sequence."""
+    words: _builtins.bytes
+    """A bit for each token."""
+    def __init__(
+        self,
+        *,
+        slot: _builtins.int = ...,
+        words: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["slot", b"slot", "words", b"words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Mask: _TypeAlias = Mask  # noqa: Y015
+
+@_typing.final
+class Draft(_message.Message):
+    """See workers.engine.plan.Draft."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    slot: _builtins.int
+    """Of the sequence."""
+    position: _builtins.int
+    """Position of the first token."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The sequence's last token, and guesses of those after it."""
+
+    def __init__(
+        self,
+        *,
+        slot: _builtins.int = ...,
+        position: _builtins.int = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "slot", b"slot", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Draft: _TypeAlias = Draft  # noqa: Y015
 
 @_typing.final
 class Chunk(_message.Message):
@@ -588,10 +684,15 @@ class Plan(_message.Message):
     ADMISSIONS_FIELD_NUMBER: _builtins.int
     PREFILLS_FIELD_NUMBER: _builtins.int
     DECODE_FIELD_NUMBER: _builtins.int
+    MASKS_FIELD_NUMBER: _builtins.int
+    DRAFTS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Of the leader."""
     number: _builtins.int
     """Consecutive from 1."""
+    steps: _builtins.int
+    """Tokens for each slot that decodes."""
     @_builtins.property
     def admissions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Admission]:
         """Sequences that take slots."""
@@ -604,6 +705,14 @@ class Plan(_message.Message):
     def decode(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Slots that decode."""
 
+    @_builtins.property
+    def masks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Mask]:
+        """What they may draw."""
+
+    @_builtins.property
+    def drafts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Draft]:
+        """Guesses to verify."""
+
     def __init__(
         self,
         *,
@@ -612,10 +721,13 @@ class Plan(_message.Message):
         admissions: _abc.Iterable[Global___Admission] | None = ...,
         prefills: _abc.Iterable[Global___Prefill] | None = ...,
         decode: _abc.Iterable[_builtins.int] | None = ...,
+        masks: _abc.Iterable[Global___Mask] | None = ...,
+        drafts: _abc.Iterable[Global___Draft] | None = ...,
+        steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissions", b"admissions", "decode", b"decode", "epoch", b"epoch", "number", b"number", "prefills", b"prefills"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissions", b"admissions", "decode", b"decode", "drafts", b"drafts", "epoch", b"epoch", "masks", b"masks", "number", b"number", "prefills", b"prefills", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
