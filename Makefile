@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo serve stop check lint types proto test test-rayup load golden docs dashboards pictures clean
+.PHONY: help install demo serve stop check lint types proto test test-rayup determinism load golden docs dashboards pictures clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -43,6 +43,9 @@ test: install ## all tests that CI runs
 
 test-rayup: install ## `ray up` onto three hosts in namespaces of this machine; part of make test (needs root)
 	$(BIN)/python -m pytest tests/rayup
+
+determinism: install ## two thousand random schedules, each against what its requests get alone
+	GROKMESH_SCHEDULES=2000 $(BIN)/python -m pytest -q tests/workers/test_schedules.py
 
 golden: install ## every golden set, mesh and number of hosts; GOLDEN=DIR for sets elsewhere
 	scripts/verify_all.sh $(or $(GOLDEN),tests/golden)

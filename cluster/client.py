@@ -59,6 +59,8 @@ class Completion:
       finish_reason: `eos`, `stop` or `length`; None in all parts but the last.
       prompt_tokens: 0 in all parts but the last.
       seed: with which the same request gives the same tokens.
+      index: of the completion, where several were asked for.
+      others: of a whole completion, the others that were asked for.
     """
 
     request_id: str
@@ -67,6 +69,8 @@ class Completion:
     finish_reason: str | None
     prompt_tokens: int
     seed: int
+    index: int = 0
+    others: tuple[Completion, ...] = ()
 
 
 class Options(TypedDict, total=False):
@@ -82,6 +86,15 @@ class Options(TypedDict, total=False):
     stop: Sequence[str]
     ignore_eos: bool
     top_logprobs: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    json_schema: str
+    regex: str
+    choice: Sequence[str]
+    n: int
+    priority: int
 
 
 def completion_request(prompt: str | Sequence[int], **options: Unpack[Options]) -> generation_pb2.Completion:
@@ -95,10 +108,19 @@ def completion_request(prompt: str | Sequence[int], **options: Unpack[Options]) 
             seed=options.get("seed"),
             logit_bias=options.get("logit_bias"),
             allowed_tokens=options.get("allowed_tokens"),
+            min_p=options.get("min_p"),
+            repetition_penalty=options.get("repetition_penalty"),
+            presence_penalty=options.get("presence_penalty"),
+            frequency_penalty=options.get("frequency_penalty"),
         ),
         stop=options.get("stop"),
         ignore_eos=options.get("ignore_eos", False),
         top_logprobs=options.get("top_logprobs", 0),
+        json_schema=options.get("json_schema"),
+        regex=options.get("regex"),
+        choice=generation_pb2.Choice(texts=options["choice"]) if "choice" in options else None,
+        n=options.get("n", 1),
+        priority=options.get("priority", 0),
     )
     if isinstance(prompt, str):
         completion.text = prompt
@@ -315,6 +337,8 @@ def _part(response: generation_pb2.GenerateResponse | generation_pb2.GenerateOnc
         finish_reason=reason,
         prompt_tokens=response.usage.prompt_tokens,
         seed=response.seed,
+        index=getattr(response, "index", 0),
+        others=tuple(_part(other) for other in getattr(response, "others", ())),
     )
 
 

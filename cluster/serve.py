@@ -30,6 +30,7 @@ from cluster.telemetry.traces import make_tracer
 from cluster.telemetry.web import WebServer
 from grok.serving.v1 import cluster_pb2
 from workers.checkpoint.checkpoint import open_checkpoint
+from workers.grammar import Grammars
 from workers.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -61,7 +62,9 @@ def serve(config: Config, path: pathlib.Path, *, replace: bool = False) -> None:
             f"the model embeds {checkpoint.config.vocab_size}"
         )
     keys = Keys.load(config.gateway.api_keys)
-    limits = Limits(checkpoint.config, config.engine.context or checkpoint.config.sequence_len)
+    model = checkpoint.config
+    grammars = Grammars(tokenizer, model.vocab_size, model.eos_token)
+    limits = Limits(model, config.engine.context or model.sequence_len, grammars)
     with contextlib.ExitStack() as stack:
         predecessor = daemon.replaceable(config.gateway.address) if replace else None
         if predecessor is None:

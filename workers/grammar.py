@@ -65,7 +65,9 @@ class Grammars:
 
     def matcher(self, grammar: str) -> Matcher:
         """Follows one completion."""
-        return Matcher(LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits()), self._vocab_size, self._eos)
+        return Matcher(
+            LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits()), self._vocab_size, self._eos
+        )
 
 
 class Matcher:

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 from grok.engine.v1 import engine_pb2
 from workers import metrics, wire
+from workers.engine.budget import PromptBudget
 from workers.engine.plan import Plan
 from workers.engine.request import Refused, Timing, TokenEvent
-from workers.engine.budget import PromptBudget
 from workers.engine.scheduler import Counts, Scheduler
 from workers.grammar import Grammars
 from workers.link import GatewayLink, LeaderServer, Link, LinkError

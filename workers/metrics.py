@@ -81,7 +81,10 @@ PREFIX_TOKENS = Counter(
     registry=LEADER,
 )
 DRAFT_TOKENS = Counter(
-    "grokmesh_engine_draft_tokens", "Guessed tokens that were verified, by result (right or wrong).", ["result"], registry=LEADER
+    "grokmesh_engine_draft_tokens",
+    "Guessed tokens that were verified, by result (right or wrong).",
+    ["result"],
+    registry=LEADER,
 )
 PROMPT_BUDGET = Gauge(
     "grokmesh_engine_prompt_budget", "Prompt positions that a step may compute beside decoding.", registry=LEADER

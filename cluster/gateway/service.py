@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -20,6 +22,7 @@ from cluster.gateway.validation import Limits, to_request
 from cluster.telemetry import metrics, traces
 from grok.serving.v1 import generation_pb2, generation_pb2_grpc
 from workers.engine.plan import Token
+from workers.engine.request import Request
 from workers.tokenizer import Tokenizer
 
 
@@ -49,39 +52,49 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
-        """Streams a completion."""
+        """Streams completions: parts of one in order, those of several as they come."""
         completion = request.completion
-        with self._session(completion, context) as session:
-            finished = False
-            while not finished:
-                deltas = await session.next_deltas()
-                finished = deltas[-1].finish is not None
-                yield generation_pb2.GenerateResponse(
-                    request_id=session.request.id,
-                    text="".join(delta.text for delta in deltas),
-                    tokens=[_token(delta.token, completion.top_logprobs) for delta in deltas],
-                    finish_reason=deltas[-1].finish or generation_pb2.FINISH_REASON_UNSPECIFIED,
-                    usage=_usage(session) if finished else None,
-                    seed=session.request.sampling.seed,
-                )
+        with self._sessions(completion, context) as sessions:
+            if len(sessions) == 1:
+                while sessions[0].finish is None:
+                    yield _part(sessions[0], await sessions[0].next_deltas(), completion, 0)
+                return
+            waiting = {asyncio.ensure_future(session.next_deltas()): i for i, session in enumerate(sessions)}
+            try:
+                while waiting:
+                    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        i = waiting.pop(task)
+                        yield _part(sessions[i], task.result(), completion, i)
+                        if sessions[i].finish is None:
+                            waiting[asyncio.ensure_future(sessions[i].next_deltas())] = i
+            finally:
+                for task in waiting:
+                    task.cancel()
 
     async def GenerateOnce(
         self, request: generation_pb2.GenerateOnceRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> generation_pb2.GenerateOnceResponse:
-        """Returns a whole completion."""
+        """Returns whole completions."""
         completion = request.completion
-        with self._session(completion, context) as session:
-            deltas: list[Delta] = []
-            while not deltas or deltas[-1].finish is None:
-                deltas += await session.next_deltas()
-            return generation_pb2.GenerateOnceResponse(
-                request_id=session.request.id,
-                text="".join(delta.text for delta in deltas),
-                tokens=[_token(delta.token, completion.top_logprobs) for delta in deltas],
-                finish_reason=deltas[-1].finish or generation_pb2.FINISH_REASON_UNSPECIFIED,
-                usage=_usage(session),
-                seed=session.request.sampling.seed,
-            )
+        with self._sessions(completion, context) as sessions:
+            responses = []
+            for session in sessions:
+                deltas: list[Delta] = []
+                while session.finish is None:
+                    deltas += await session.next_deltas()
+                responses.append(
+                    generation_pb2.GenerateOnceResponse(
+                        request_id=session.request.id,
+                        text="".join(delta.text for delta in deltas),
+                        tokens=[_token(delta.token, completion.top_logprobs) for delta in deltas],
+                        finish_reason=session.finish or generation_pb2.FINISH_REASON_UNSPECIFIED,
+                        usage=_usage(session),
+                        seed=session.request.sampling.seed,
+                    )
+                )
+            responses[0].others.extend(responses[1:])
+            return responses[0]
 
     async def Tokenize(
         self, request: generation_pb2.TokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -113,13 +126,27 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return self._model
 
     @contextlib.contextmanager
-    def _session(
+    def _sessions(
         self, completion: generation_pb2.Completion, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> Iterator[list[Session]]:
+        """A session for each of the completions that are asked for; see `_session`."""
+        request = to_request(completion, self._limits, self._tokenizer, CURRENT.get().request_id)
+        with contextlib.ExitStack() as stack:
+            sessions = []
+            for i in range(max(1, completion.n)):
+                sampling = dataclasses.replace(request.sampling, seed=(request.sampling.seed + i) % 2**64)
+                name = f"{request.id}-{i}" if i else request.id
+                one = dataclasses.replace(request, id=name, sampling=sampling)
+                sessions.append(stack.enter_context(self._session(one, completion, context)))
+            yield sessions
+
+    @contextlib.contextmanager
+    def _session(
+        self, request: Request, completion: generation_pb2.Completion, context: grpc.aio.ServicerContext[Any, Any]
     ) -> Iterator[Session]:
         """An admitted session, sent to a replica; however the block ends, the replica forgets it and times are counted."""
         call = CURRENT.get()
         with self._admission.admitted():
-            request = to_request(completion, self._limits, self._tokenizer, call.request_id)
             session = Session(request, tuple(completion.stop), self._tokenizer)
             link = self._router.start(session)
             call.replica, call.epoch = link.leader.replica, link.leader.epoch
@@ -167,6 +194,20 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 def _reason(session: Session) -> str:
     name: str = generation_pb2.FinishReason.Name(session.finish or generation_pb2.FINISH_REASON_UNSPECIFIED)
     return name.removeprefix("FINISH_REASON_").lower()
+
+
+def _part(
+    session: Session, deltas: list[Delta], completion: generation_pb2.Completion, index: int
+) -> generation_pb2.GenerateResponse:
+    return generation_pb2.GenerateResponse(
+        request_id=session.request.id,
+        text="".join(delta.text for delta in deltas),
+        tokens=[_token(delta.token, completion.top_logprobs) for delta in deltas],
+        finish_reason=session.finish or generation_pb2.FINISH_REASON_UNSPECIFIED,
+        usage=_usage(session) if session.finish is not None else None,
+        seed=session.request.sampling.seed,
+        index=index,
+    )
 
 
 def _token(token: Token, alternatives: int) -> generation_pb2.GeneratedToken:

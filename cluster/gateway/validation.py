@@ -11,6 +11,7 @@ from cluster.gateway.errors import Violation, invalid
 from grok.serving.v1 import generation_pb2
 from workers.engine.plan import ALTERNATIVES, Sampling
 from workers.engine.request import Request
+from workers.grammar import MAX_SOURCE, GrammarError, Grammars, choice, json_schema, regex
 from workers.model.config import GrokConfig
 from workers.tokenizer import Tokenizer
 
@@ -22,6 +23,10 @@ MAX_BIASES = 1024
 MAX_ALLOWED_TOKENS = 4096
 MAX_TEMPERATURE = 100.0
 MAX_BIAS = 100.0
+MAX_REPETITION_PENALTY = 10.0
+MAX_PENALTY = 2.0
+MAX_COMPLETIONS = 16
+MAX_PRIORITY = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +36,12 @@ class Limits:
     Attributes:
       model: that is served.
       context: longest sequence of the engine.
+      grammars: over the model's tokens.
     """
 
     model: GrokConfig
     context: int
+    grammars: Grammars
 
 
 def to_request(completion: generation_pb2.Completion, limits: Limits, tokenizer: Tokenizer, request_id: str) -> Request:
@@ -68,11 +75,16 @@ def to_request(completion: generation_pb2.Completion, limits: Limits, tokenizer:
     for i, text in enumerate(completion.stop):
         if not 0 < len(text.encode()) <= MAX_STOP_BYTES:
             wrong(f"stop[{i}]", f"must have 1 to {MAX_STOP_BYTES} bytes")
-    sampling = _sampling(completion.sampling, limits.model.vocab_size, wrong)
+    if not 0 <= completion.n <= MAX_COMPLETIONS:
+        wrong("n", f"is {completion.n}; must be from 1 to {MAX_COMPLETIONS}")
+    if abs(completion.priority) > MAX_PRIORITY:
+        wrong("priority", f"is {completion.priority}; must be from -{MAX_PRIORITY} to {MAX_PRIORITY}")
+    grammar = _grammar(completion, limits, wrong)
+    sampling = _sampling(completion.sampling, limits.model.vocab_size, bool(grammar), wrong)
     if violations:
         raise invalid(violations)
     stop_tokens = frozenset() if completion.ignore_eos else frozenset({limits.model.eos_token})
-    return Request(request_id, tuple(prompt), max_tokens, sampling, stop_tokens)
+    return Request(request_id, tuple(prompt), max_tokens, sampling, stop_tokens, completion.priority, grammar)
 
 
 def _prompt(completion: generation_pb2.Completion, limits: Limits, tokenizer: Tokenizer, wrong: _Wrong) -> list[int]:
@@ -94,7 +106,30 @@ def _prompt(completion: generation_pb2.Completion, limits: Limits, tokenizer: To
     return prompt
 
 
-def _sampling(params: generation_pb2.SamplingParams, vocab_size: int, wrong: _Wrong) -> Sampling:
+def _grammar(completion: generation_pb2.Completion, limits: Limits, wrong: _Wrong) -> str:
+    """The grammar of the format that is asked for; empty for none."""
+    kind = completion.WhichOneof("format")
+    if kind is None:
+        return ""
+    source = getattr(completion, kind)
+    size = source.ByteSize() if isinstance(source, generation_pb2.Choice) else len(source.encode())
+    if size > MAX_SOURCE:
+        wrong(kind, f"is longer than {MAX_SOURCE} bytes")
+        return ""
+    if completion.ignore_eos:
+        wrong("ignore_eos", f"can't be set together with {kind}, whose end is the model's end token")
+    try:
+        grammar = (
+            json_schema(source) if kind == "json_schema" else regex(source) if kind == "regex" else choice(source.texts)
+        )
+        limits.grammars.check(grammar)
+    except GrammarError as error:
+        wrong(kind, str(error))
+        return ""
+    return grammar
+
+
+def _sampling(params: generation_pb2.SamplingParams, vocab_size: int, masked: bool, wrong: _Wrong) -> Sampling:
     temperature = params.temperature if params.HasField("temperature") else 1.0
     if not 0 <= temperature <= MAX_TEMPERATURE:  # also false for NaN
         wrong("sampling.temperature", f"is {temperature}; must be a number from 0 to {MAX_TEMPERATURE:g}")
@@ -103,6 +138,18 @@ def _sampling(params: generation_pb2.SamplingParams, vocab_size: int, wrong: _Wr
         wrong("sampling.top_p", f"is {top_p:g}; must be more than 0 and at most 1")
     if params.top_k < 0:
         wrong("sampling.top_k", f"is {params.top_k}; must be at least 0")
+    repetition = params.repetition_penalty if params.HasField("repetition_penalty") else 1.0
+    if not 0 < repetition <= MAX_REPETITION_PENALTY:
+        wrong(
+            "sampling.repetition_penalty", f"is {repetition:g}; must be more than 0, at most {MAX_REPETITION_PENALTY:g}"
+        )
+    for field, value, least, greatest in (
+        ("min_p", params.min_p, 0.0, 1.0),
+        ("presence_penalty", params.presence_penalty, -MAX_PENALTY, MAX_PENALTY),
+        ("frequency_penalty", params.frequency_penalty, -MAX_PENALTY, MAX_PENALTY),
+    ):
+        if not least <= value <= greatest:
+            wrong(f"sampling.{field}", f"is {value:g}; must be from {least:g} to {greatest:g}")
     for field, entries, most in (
         ("logit_bias", params.logit_bias, MAX_BIASES),
         ("allowed_tokens", params.allowed_tokens, MAX_ALLOWED_TOKENS),
@@ -121,6 +168,11 @@ def _sampling(params: generation_pb2.SamplingParams, vocab_size: int, wrong: _Wr
         temperature=temperature,
         top_p=top_p,
         top_k=min(params.top_k, vocab_size),
+        min_p=params.min_p,
+        repetition_penalty=repetition,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        masked=masked,
         seed=params.seed if params.HasField("seed") else secrets.randbits(64),
         logit_bias=tuple(sorted(params.logit_bias.items())),
         allowed_tokens=tuple(sorted(set(params.allowed_tokens))),

@@ -22,11 +22,13 @@ from grok.serving.v1 import generation_pb2
 from tests.conftest import DEMO
 from workers.engine.plan import Sampling, Token
 from workers.engine.request import Finish, Request, TokenEvent
+from workers.grammar import Grammars
 from workers.model.config import GrokConfig
 from workers.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(DEMO / "tokenizer.model")
-LIMITS = Limits(GrokConfig.load(DEMO / "config.json"), context=64)
+MODEL = GrokConfig.load(DEMO / "config.json")
+LIMITS = Limits(MODEL, 64, Grammars(TOKENIZER, MODEL.vocab_size, MODEL.eos_token))
 
 
 def _request(prompt: str | list[int], **options: object) -> Request:
@@ -54,6 +56,19 @@ def _request(prompt: str | list[int], **options: object) -> Request:
         ("x", {"top_p": 0.0}, "sampling.top_p", "is 0; must be more than 0 and at most 1"),
         ("x", {"top_p": 1.5}, "sampling.top_p", "is 1.5; must be more than 0 and at most 1"),
         ("x", {"top_p": math.nan}, "sampling.top_p", "is nan"),
+        ("x", {"min_p": 1.5}, "sampling.min_p", "is 1.5; must be from 0 to 1"),
+        ("x", {"repetition_penalty": 0.0}, "sampling.repetition_penalty", "is 0; must be more than 0"),
+        ("x", {"presence_penalty": math.nan}, "sampling.presence_penalty", "is nan; must be from -2 to 2"),
+        ("x", {"frequency_penalty": -3.0}, "sampling.frequency_penalty", "is -3; must be from -2 to 2"),
+        ("x", {"n": 17}, "n", "is 17; must be from 1 to 16"),
+        ("x", {"priority": 11}, "priority", "is 11; must be from -10 to 10"),
+        ("x", {"regex": "(["}, "regex", "unclosed character class"),
+        ("x", {"regex": "a" * 70_000}, "regex", "is longer than 65536 bytes"),
+        ("x", {"json_schema": "{"}, "json_schema", "is no JSON"),
+        ("x", {"json_schema": "[1]"}, "json_schema", "must be a JSON object"),
+        ("x", {"json_schema": '{"type": "foo"}'}, "json_schema", "Invalid type: foo"),
+        ("x", {"choice": ["a", ""]}, "choice", "none of them empty"),
+        ("x", {"regex": "a+", "ignore_eos": True}, "ignore_eos", "can't be set together with regex"),
         ("x", {"top_k": -1}, "sampling.top_k", "is -1; must be at least 0"),
         ("x", {"logit_bias": {9999: 1.0}}, "sampling.logit_bias", "has token 9999"),
         ("x", {"logit_bias": {9: math.inf}}, "sampling.logit_bias", "is inf for token 9"),

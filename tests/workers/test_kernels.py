@@ -67,8 +67,8 @@ def _paged(
     rng: np.random.Generator, lengths: list[int], sequences: list[np.ndarray], queries: np.ndarray
 ) -> np.ndarray:
     """Attention of the last `queries.shape[1]` positions of sequences, laid out on random pages."""
-    key_pages = rng.standard_normal((PAGES, PAGE, KV_HEADS, SIZE)).astype(np.float32)
-    value_pages = rng.standard_normal((PAGES, PAGE, KV_HEADS, SIZE)).astype(np.float32)
+    key_pages = rng.standard_normal((PAGES, KV_HEADS, SIZE, PAGE)).astype(np.float32)
+    value_pages = rng.standard_normal((PAGES, KV_HEADS, PAGE, SIZE)).astype(np.float32)
     width = 40
     free = iter(rng.permutation(np.arange(1, PAGES)).tolist())
     table = np.zeros((len(lengths), width), np.int32)
@@ -77,7 +77,8 @@ def _paged(
             if position % PAGE == 0:
                 table[row, position // PAGE] = next(free)
             page = table[row, position // PAGE]
-            key_pages[page, position % PAGE], value_pages[page, position % PAGE] = kv[0, position], kv[1, position]
+            key_pages[page, :, :, position % PAGE] = kv[0, position]
+            value_pages[page, :, position % PAGE] = kv[1, position]
     count = queries.shape[1]
     positions = np.array([range(length - count, length) for length in lengths], np.int32)
     return np.asarray(_attend(queries, key_pages, value_pages, table, positions, scale=0.7))
@@ -109,7 +110,7 @@ def test_attention_gives_the_same_bits_beside_a_longer_sequence_and_on_other_pag
 
 
 def test_padding_attends_to_nothing() -> None:
-    pages = jnp.ones((3, PAGE, KV_HEADS, SIZE))
+    keys, values = jnp.ones((3, KV_HEADS, SIZE, PAGE)), jnp.ones((3, KV_HEADS, PAGE, SIZE))
     positions = jnp.full((1, 2), -1, jnp.int32)
-    got = _attend(jnp.ones((1, 2, HEADS, SIZE)), pages, pages, jnp.zeros((1, 4), jnp.int32), positions, scale=1.0)
+    got = _attend(jnp.ones((1, 2, HEADS, SIZE)), keys, values, jnp.zeros((1, 4), jnp.int32), positions, scale=1.0)
     np.testing.assert_array_equal(np.asarray(got), 0)

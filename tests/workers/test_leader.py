@@ -11,6 +11,7 @@ from typing import Any
 from grok.engine.v1 import engine_pb2
 from workers.engine.plan import EngineShape, Plan, StepTokens, Token
 from workers.engine.scheduler import Scheduler
+from workers.grammar import Grammars
 from workers.leader import Leader
 from workers.link import LeaderServer, Link, connect, free_port
 from workers.model.config import GrokConfig
@@ -31,13 +32,18 @@ class _FakeRuntime:
         plan: Plan = pending.plan
         token = Token(5, -1.0, ())
         last = [chunk for chunks in plan.prefills for chunk in chunks if chunk.last]
-        return StepTokens(plan.number, (token,) * len(last), (token,) * len(plan.decode), ((1,) * 8, (2,) * 8))
+        decoded = ((token,) * plan.steps,) * len(plan.decode)
+        return StepTokens(plan.number, (token,) * len(last), decoded, (), ((1,) * 8, (2,) * 8))
 
     def wait(self, plan: Plan) -> None:
         pass
 
     def probe(self) -> float:
         return 0.0
+
+
+def _no_grammars() -> Grammars:
+    raise AssertionError("nobody asked for a grammar")
 
 
 @contextlib.contextmanager
@@ -47,7 +53,8 @@ def _leading(slots: int, max_waiting: int = 10) -> Iterator[Link]:
     shape = EngineShape(slots=slots, groups=1, pages=9, page_size=4, chunk=8, context=32)
     runtime: Any = _FakeRuntime(shape)
     server = LeaderServer(address, epoch=1, secret=b"s")
-    leader = Leader(runtime, Scheduler(shape, 100, max_waiting), server, 1, compilations=lambda: 0, profiler=Profiler())
+    scheduler = Scheduler(shape, 100, max_waiting)
+    leader = Leader(runtime, scheduler, server, 1, lambda: 0, Profiler(), _no_grammars, prefill_slowdown=2.0)
     threading.Thread(target=leader.run, daemon=True).start()
     link = connect(address, engine_pb2.Hello(epoch=1, secret=b"s"), 5)
     link.settimeout(5)

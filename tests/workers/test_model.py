@@ -108,6 +108,7 @@ def test_a_loaded_weight_has_the_files_values_on_any_mesh(data: int, model: int,
             np.testing.assert_array_equal(np.asarray(loaded), file.map(file.values))
             continue
         raw = QuantizedWeight(jnp.asarray(file.map(file.values)), jnp.asarray(file.map(file.scales)))
+        assert isinstance(loaded, QuantizedWeight)
         np.testing.assert_array_equal(np.asarray(dequantize(loaded)), np.asarray(dequantize(raw)))
 
 

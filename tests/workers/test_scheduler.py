@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import itertools
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from workers.engine.plan import EngineShape, Plan, Sampling, StepTokens, Token
+from workers.engine.plan import Draft, EngineShape, Plan, Sampling, StepTokens, Token
 from workers.engine.request import Finish, Refused, Request, TokenEvent
 from workers.engine.scheduler import Scheduler
 
 EOS = 2
 VOCAB = 100
 SHAPE = EngineShape(slots=4, groups=2, pages=9, page_size=4, chunk=6, context=40)
+EXACT = dataclasses.replace(SHAPE, exact_rows=True)
 MAX_WAITING = 6
 
 
@@ -30,14 +33,22 @@ def _answer(plan: Plan, tokens: list[int]) -> StepTokens:
     return StepTokens(
         plan.number,
         tuple(Token(next(source), 0.0, ()) for _ in last),
-        tuple(Token(next(source), 0.0, ()) for _ in plan.decode),
+        tuple(tuple(Token(next(source), 0.0, ()) for _ in range(plan.steps)) for _ in plan.decode),
+        tuple(_verified(draft, Token(next(source), 0.0, ())) for draft in plan.drafts),
     )
+
+
+def _verified(draft: Draft, token: Token) -> tuple[Token, ...]:
+    """As if guesses below `token` were right."""
+    right = list(itertools.takewhile(lambda guess: guess < token.id, draft.tokens[1:]))
+    return (*(Token(guess, 0.0, ()) for guess in right), token)
 
 
 class _Mesh:
     """What hosts know: who owns a slot, how far it is. Checks each plan as a careful host would."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: EngineShape) -> None:
+        self.shape = shape
         self.pages: dict[int, tuple[int, ...]] = {}
         self.position: dict[int, int] = {}
         self.prompt_done: dict[int, bool] = {}
@@ -45,13 +56,17 @@ class _Mesh:
     def execute(self, plan: Plan) -> None:
         for admission in plan.admissions:
             self.pages[admission.slot] = admission.pages
-            self.position[admission.slot] = 0
+            self.position[admission.slot] = -1  # where its first chunk starts
             self.prompt_done[admission.slot] = False
         for chunks in plan.prefills:
             groups = [SHAPE.group_of(chunk.slot) for chunk in chunks]
             assert len(set(groups)) == len(groups), "two chunks of a group in one call"
             for chunk in chunks:
-                assert chunk.start % SHAPE.chunk == 0, "a chunk starts at a multiple of the chunk size"
+                if not self.shape.exact_rows:
+                    assert chunk.start % SHAPE.chunk == 0, "a chunk starts at a multiple of the chunk size"
+                if self.position[chunk.slot] == -1:
+                    assert chunk.start % SHAPE.page_size == 0, "full pages are shared"
+                    self.position[chunk.slot] = chunk.start
                 assert self.position[chunk.slot] == chunk.start
                 assert not self.prompt_done[chunk.slot]
                 assert 0 < len(chunk.tokens) <= SHAPE.chunk
@@ -60,7 +75,11 @@ class _Mesh:
         assert len(set(plan.decode)) == len(plan.decode)
         for slot in plan.decode:
             assert self.prompt_done[slot]
-            self._advance(slot, 1)
+            self._advance(slot, plan.steps)
+        for draft in plan.drafts:
+            assert self.prompt_done[draft.slot]
+            assert draft.slot not in plan.decode
+            assert draft.position + len(draft.tokens) <= len(self.pages[draft.slot]) * SHAPE.page_size
 
     def _advance(self, slot: int, count: int) -> None:
         self.position[slot] += count
@@ -70,10 +89,12 @@ class _Mesh:
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests, cancellations, plans and tokens in any order, with up to two plans in flight."""
 
+    shape, steps = SHAPE, 1
+
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(SHAPE, VOCAB, MAX_WAITING)
-        self.mesh = _Mesh()
+        self.scheduler = Scheduler(self.shape, VOCAB, MAX_WAITING, self.steps)
+        self.mesh = _Mesh(self.shape)
         self.in_flight: collections.deque[Plan] = collections.deque()
         self.requests: dict[str, Request] = {}
         self.received: collections.Counter[str] = collections.Counter()
@@ -113,7 +134,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data())
     def complete(self, data: st.DataObject) -> None:
-        tokens = st.lists(st.sampled_from([EOS, 5, 6, 7, 8, 9]), min_size=2 * SHAPE.slots, max_size=2 * SHAPE.slots)
+        most = (1 + self.steps) * SHAPE.slots
+        tokens = st.lists(st.sampled_from([EOS, 5, 6, 7, 8, 9]), min_size=most, max_size=most)
         self._receive(self.scheduler.complete(_answer(self.in_flight.popleft(), data.draw(tokens))))
 
     def _receive(self, events: list[TokenEvent]) -> None:
@@ -129,7 +151,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 del self.requests[request.id]
 
     @invariant()
-    def every_page_belongs_to_one(self) -> None:
+    def every_page_belongs_to_one_or_is_a_shared_prefix(self) -> None:
         load = self.scheduler.load
         assert load.running + load.waiting == len(self.requests)
         assert load.waiting <= MAX_WAITING
@@ -138,17 +160,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         for sequence in running:
             group = SHAPE.group_of(sequence.slot)
             owned.update((group, page) for page in self.scheduler._pools[group]._owned[sequence.request.id])
-        assert all(count == 1 for count in owned.values())
         assert all(page != 0 for _, page in owned)
         assert len(owned) == load.pages_used
         assert load.pages_used + sum(pool.free for pool in self.scheduler._pools) == load.pages_total
         assert len({sequence.slot for sequence in running}) == load.running
+        for (group, page), count in owned.items():
+            assert count == 1 or page in self.scheduler._pools[group]._by_page, "a page of two that is no known prefix"
 
     def teardown(self) -> None:
         """Everything that was taken ends within a bounded number of steps, and leaves nothing behind."""
         for _ in range(2000):
             if self.in_flight:
-                self._receive(self.scheduler.complete(_answer(self.in_flight.popleft(), [5] * 20)))
+                self._receive(self.scheduler.complete(_answer(self.in_flight.popleft(), [5] * 40)))
             plan = self.scheduler.plan()
             if plan is not None:
                 self.mesh.execute(plan)
@@ -160,14 +183,172 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(self.scheduler._free_slots) == SHAPE.slots
 
 
+class ExactSchedulerMachine(SchedulerMachine):
+    """Prompts cut anywhere, completions shared, guesses, several steps a plan."""
+
+    shape, steps = EXACT, 3
+
+    @rule(budget=st.integers(1, SHAPE.chunk))
+    def set_budget(self, budget: int) -> None:
+        self.scheduler.prompt_budget = budget
+
+
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestExactScheduler = ExactSchedulerMachine.TestCase
+TestScheduler.settings = TestExactScheduler.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
+
+
+def _completed(scheduler: Scheduler, request: Request) -> list[Plan]:
+    """The plans that a request takes alone; every token is 5."""
+    scheduler.submit(request)
+    plans = []
+    while (plan := scheduler.plan()) is not None:
+        plans.append(plan)
+        scheduler.complete(_answer(plan, [5] * 40))
+    return plans
+
+
+def test_a_prompt_that_was_computed_before_is_not_computed_again() -> None:
+    scheduler = Scheduler(EXACT, VOCAB, MAX_WAITING)
+    first, second = (_completed(scheduler, _request(name, 13, 2)) for name in ("first", "second"))
+    assert sum(plan.prompt_tokens for plan in first) == 13
+    assert sum(plan.prompt_tokens for plan in second) == 1  # three full pages of four are shared
+    assert scheduler.counts.prompt_tokens_cached == 12
+
+
+def test_a_completion_is_shared_with_the_prompt_that_quotes_it() -> None:
+    scheduler = Scheduler(EXACT, VOCAB, MAX_WAITING)
+    first = _request("first", 6, 8)
+    _completed(scheduler, first)
+    again = dataclasses.replace(first, id="again", prompt=(*first.prompt, *[5] * 7))
+    assert sum(plan.prompt_tokens for plan in _completed(scheduler, again)) == 1  # of 13
+
+
+def test_where_bits_depend_on_the_cut_a_prefix_is_shared_up_to_a_cut() -> None:
+    scheduler = Scheduler(SHAPE, VOCAB, MAX_WAITING)
+    _completed(scheduler, _request("first", 20, 2))
+    second = _completed(scheduler, _request("second", 20, 2))
+    assert sum(plan.prompt_tokens for plan in second) == 8  # 12 is a multiple of the page of 4 and the chunk of 6
+
+
+def test_prompts_that_begin_alike_and_come_together_are_computed_once() -> None:
+    scheduler = Scheduler(EXACT, VOCAB, MAX_WAITING)
+    for i in range(2):
+        scheduler.submit(_request(f"r{i}", 9, 4))
+    computed, running = 0, []
+    while (plan := scheduler.plan()) is not None:
+        computed += plan.prompt_tokens
+        running.append(scheduler.load.running)
+        scheduler.complete(_answer(plan, [5] * 40))
+    assert computed == 9 + 1
+    assert max(running) == 2
+
+
+def test_the_longest_unused_prefix_makes_room() -> None:
+    scheduler = Scheduler(EXACT, VOCAB, MAX_WAITING)
+    for start in (3, 33, 63):  # six pages each: two groups of eight pages can't keep three
+        request = Request(f"r{start}", tuple(range(start, start + 23)), 2, Sampling(), frozenset({EOS}))
+        _completed(scheduler, request)
+    load = scheduler.load
+    assert load.pages_used == 0
+    assert load.pages_cached <= load.pages_total
+    newest = Request("newest", tuple(range(63, 86)), 2, Sampling(), frozenset({EOS}))
+    assert sum(plan.prompt_tokens for plan in _completed(scheduler, newest)) == 3
+
+
+def test_a_higher_priority_goes_first_among_those_that_wait() -> None:
+    scheduler = Scheduler(SHAPE, VOCAB, MAX_WAITING)
+    for i in range(5):
+        scheduler.submit(dataclasses.replace(_request(f"r{i}", 2, 3), priority=int(i == 4)))
+    plan = scheduler.plan()
+    assert plan is not None
+    assert [admission.request_id for admission in plan.admissions] == ["r4", "r0", "r1", "r2"]
+
+
+def test_a_sequence_that_repeats_itself_is_guessed_and_gets_several_tokens_a_step() -> None:
+    scheduler = Scheduler(EXACT, VOCAB, MAX_WAITING)
+    prompt = (7, 8, 9, 10) * 4
+    scheduler.submit(Request("again", prompt, 16, Sampling(), frozenset()))
+    expected = itertools.cycle(prompt)
+    got, steps = [], 0
+    while (plan := scheduler.plan()) is not None:
+        steps += 1
+        drafted = tuple(tuple(Token(next(expected), 0.0, ()) for _ in draft.tokens) for draft in plan.drafts)
+        drawn = [*plan.decode, *(chunk for call in plan.prefills for chunk in call if chunk.last)]
+        answer = _answer(dataclasses.replace(plan, drafts=()), [next(expected) for _ in drawn])
+        got += [event.token.id for event in scheduler.complete(dataclasses.replace(answer, drafted=drafted))]
+    assert tuple(got) == prompt
+    assert scheduler.counts.guesses_right >= 3
+    assert scheduler.counts.guesses_wrong == 0
+    assert steps < 16
+
+
+def test_a_sequence_that_surprises_is_not_guessed() -> None:
+    scheduler = Scheduler(EXACT, VOCAB, MAX_WAITING)
+    scheduler.submit(Request("new", (3, 4, 5) * 3, 20, Sampling(), frozenset()))
+    tokens = iter(range(10, 100))
+    while (plan := scheduler.plan()) is not None:
+        assert not plan.drafts
+        scheduler.complete(_answer(plan, [next(tokens), next(tokens)]))
+
+
+def test_several_steps_are_planned_at_once_only_while_nobody_waits() -> None:
+    scheduler = Scheduler(EXACT, VOCAB, MAX_WAITING, steps=4)
+    for i in range(4):
+        scheduler.submit(_request(f"r{i}", 1 + i, 9))
+    steps = []
+    for _ in range(4):
+        plan = scheduler.plan()
+        assert plan is not None
+        steps.append((bool(plan.prefills), plan.steps))
+    assert steps == [
+        (True, 1),
+        (True, 1),
+        (False, 4),
+        (False, 2),
+    ]  # nine tokens: 2 beside prompts, 4, and one has 2 left
+    scheduler.submit(_request("waits", 3, 9))
+    last = scheduler.plan()
+    assert last is not None
+    assert last.steps == 1
+
+
+class _AllowOnly:
+    """Allows one token after the other."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+    def mask(self) -> bytes:
+        return (1 << self.tokens[0]).to_bytes(16, "little")
+
+    def accept(self, token: int) -> None:
+        assert token == self.tokens.pop(0)
+
+
+def test_a_grammar_gives_each_token_its_own_mask_and_holds_up_nobody_else() -> None:
+    scheduler = Scheduler(SHAPE, VOCAB, MAX_WAITING)
+    scheduler.submit(_request("free", 2, 20))
+    scheduler.submit(_request("bound", 3, 20), _AllowOnly([11, 12, EOS]))
+    masked = []
+    pending: Plan | None = None
+    while (plan := scheduler.plan()) is not None or pending is not None:
+        if plan is not None:
+            slots = {mask.slot: mask for mask in plan.masks}
+            masked += [int.from_bytes(mask.words, "little").bit_length() - 1 for mask in plan.masks]
+        if pending is not None:  # one plan ahead, as the leader is
+            allowed = {m.slot: int.from_bytes(m.words, "little").bit_length() - 1 for m in pending.masks}
+            tokens = [allowed.get(c.slot, 5) for call in pending.prefills for c in call if c.last]
+            scheduler.complete(_answer(pending, tokens + [allowed.get(slot, 5) for slot in pending.decode]))
+        pending = plan
+    assert masked == [11, 12, EOS]
+    assert slots == {}
 
 
 def test_who_comes_first_is_served_first() -> None:
     scheduler = Scheduler(SHAPE, VOCAB, MAX_WAITING)
     for i in range(4):
-        scheduler.submit(_request(f"small{i}", 5, 8))
+        scheduler.submit(Request(f"small{i}", tuple(range(3 + 20 * i, 8 + 20 * i)), 8, Sampling(), frozenset({EOS})))
     scheduler.plan()
     scheduler.submit(_request("large", 20, 12))  # waits for pages
     scheduler.submit(_request("late", 1, 1))  # would fit, but must not overtake

@@ -127,7 +127,9 @@ def _values(file: TensorFile) -> Array:
         grouped = values.reshape(*lead, groups, rows // groups, columns).astype(np.float32) * scales[..., :, None, :]
         values = grouped.astype(ml_dtypes.bfloat16).reshape(values.shape)  # as the model rounds them
     values = values.astype(np.float32)
-    is_product = file.scales is not None or (values.ndim == 2 and values.shape[0] > values.shape[1] and values.shape[1] < 64)
+    is_product = file.scales is not None or (
+        values.ndim == 2 and values.shape[0] > values.shape[1] and values.shape[1] < 64
+    )
     return np.ascontiguousarray(values.swapaxes(-1, -2)) if is_product else values
 
 

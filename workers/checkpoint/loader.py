@@ -13,9 +13,9 @@ import numpy as np
 
 from workers.checkpoint.checkpoint import Checkpoint
 from workers.checkpoint.tensor_file import ArraySpan, TensorFile
+from workers.model.packed import PackedTable, PackedWeight, pack, pack_table
 from workers.model.parameters import Axes, ParameterInfo
 from workers.model.partition import Partition
-from workers.model.packed import PackedTable, PackedWeight, pack, pack_table
 from workers.model.quantized import QuantizedWeight, Table, Weight
 
 Params = dict[str, dict[str, Weight | Table]]
@@ -104,9 +104,7 @@ class _Reader:
     def quantized(self, info: ParameterInfo, scales: ArraySpan, partition: Partition) -> QuantizedWeight:
         return QuantizedWeight(self.array(info, partition, None), self._scales(info, scales, partition))
 
-    def packed(
-        self, info: ParameterInfo, scales: ArraySpan, partition: Partition, rounded: bool
-    ) -> PackedWeight:
+    def packed(self, info: ParameterInfo, scales: ArraySpan, partition: Partition, rounded: bool) -> PackedWeight:
         span = self._file.values
         placed = self._scales(info, scales, partition)
         parts = partition.ways(partition.axes(info.axes[-2]))

@@ -93,7 +93,9 @@ class PagePool:
             node = self._tree.get(key)
             if node is None:
                 node = self._tree[key] = self._by_page[page] = _Cached(key, page)
-            elif node.page != page:  # another computed the same; what follows would hang on a page that is not the owner's
+            elif (
+                node.page != page
+            ):  # another computed the same; what follows would hang on a page that is not the owner's
                 return
 
     def give_back(self, owner: str) -> None:

@@ -126,7 +126,10 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """A slot's last token, at `position`, and guesses of those that follow. Right guesses become tokens in one step."""
+    """A slot's last token, at `position`, and guesses of those that follow. Right guesses become tokens in one step.
+
+    After one with guesses, only a draft may follow for the slot; after one without, anything.
+    """
 
     slot: int
     position: int

@@ -21,7 +21,8 @@ class _Sequence:
     """A request that has a slot.
 
     `planned` counts prompt positions that plans have covered, `drawn` the tokens that plans draw for certain, `tokens` holds
-    those that came back: plans run ahead of their results. While `drafting`, it is unknown how many tokens will.
+    those that came back: plans run ahead of their results. While `drafting`, it is unknown how many tokens will; `moved`
+    tells that hosts don't know the sequence's position.
     """
 
     request: Request
@@ -33,6 +34,7 @@ class _Sequence:
     drawn: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
     drafting: bool = False
+    moved: bool = False
     done: bool = False
 
     @property
@@ -147,8 +149,9 @@ class Scheduler:
     def plan(self) -> Plan | None:
         """The next step, or None when there is nothing to compute before tokens come back."""
         admissions = self._admit()
+        others_decode = any(sequence.prompt_done for sequence in self._running.values())
+        calls = list(self._prefill(self.prompt_budget if others_decode else self._shape.chunk))
         ready = [s for s in self._running.values() if s.prompt_done and s.left > 0 and not self._awaited(s)]
-        calls = list(self._prefill(self.prompt_budget if ready else self._shape.chunk))
         ready.sort(key=lambda sequence: sequence.slot)
         drafts = list(self._draft(ready))
         decoding = [s for s in ready if not s.drafting]
@@ -213,7 +216,7 @@ class Scheduler:
                 break
             slot, shared = placed
             cached = len(shared) * self._shape.page_size
-            if self._will_be_shared(request, slot, cached):
+            if self._will_be_shared(request, cached):
                 continue
             del self._waiting[request.id]
             self._free_slots.remove(slot)
@@ -246,17 +249,16 @@ class Scheduler:
         aligned = math.lcm(self._shape.chunk, self._shape.page_size) // self._shape.page_size
         return pages[: len(pages) // aligned * aligned]
 
-    def _will_be_shared(self, request: Request, slot: int, cached: int) -> bool:
-        """Whether a prompt that is being computed in the slot's group will lengthen the cached prefix."""
-        group, wanted = self._shape.group_of(slot), cached + self._shape.page_size
+    def _will_be_shared(self, request: Request, cached: int) -> bool:
+        """Whether a prompt that is being computed will lengthen the cached prefix."""
+        wanted = cached + self._shape.page_size
         if not self._shape.exact_rows:
             wanted = -(-wanted // math.lcm(self._shape.chunk, self._shape.page_size))
             wanted *= math.lcm(self._shape.chunk, self._shape.page_size)
         if wanted >= len(request.prompt):
             return False
         return any(
-            self._shape.group_of(other.slot) == group
-            and other.planned < wanted <= len(other.request.prompt)
+            other.planned < wanted <= len(other.request.prompt)
             and other.request.prompt[:wanted] == request.prompt[:wanted]
             for other in self._running.values()
         )
@@ -291,17 +293,20 @@ class Scheduler:
             first = False
 
     def _draft(self, ready: list[_Sequence]) -> Iterator[tuple[_Sequence, Draft]]:
-        """Drafts of sequences whose guesses are worth it; such a sequence waits until its tokens are known."""
-        if not self._few():
-            return
+        """Drafts of sequences whose guesses are worth it; such a sequence waits until its tokens are known.
+
+        Hosts don't know how far a draft took a sequence. So after one comes another, or one without guesses, after which
+        they do.
+        """
         for sequence in ready:
-            if sequence.drafter is None or not sequence.drafter.worth or sequence.drawn != len(sequence.tokens):
+            if sequence.drawn != len(sequence.tokens) or not sequence.tokens:
                 continue
-            guesses = sequence.drafter.guesses(sequence.left - 1)
-            if not guesses:
+            drafter = sequence.drafter
+            guesses = drafter.guesses(sequence.left - 1) if self._few() and drafter is not None and drafter.worth else ()
+            if not guesses and not sequence.moved:
                 continue
+            sequence.drafting, sequence.moved = True, bool(guesses)
             position = len(sequence.request.prompt) + sequence.drawn - 1
-            sequence.drafting = True
             yield sequence, Draft(sequence.slot, position, (sequence.tokens[-1], *guesses))
 
     def _few(self) -> bool:
@@ -310,7 +315,7 @@ class Scheduler:
     def _needs_tokens(self, sequence: _Sequence) -> bool:
         """Whether a plan for a sequence needs all of its tokens."""
         drafter = sequence.drafter
-        return sequence.constraint is not None or (self._few() and drafter is not None and drafter.worth)
+        return sequence.constraint is not None or sequence.moved or (self._few() and drafter is not None and drafter.worth)
 
     def _awaited(self, sequence: _Sequence) -> bool:
         """Whether nothing can be planned for a sequence until tokens come back."""
@@ -340,7 +345,7 @@ class Scheduler:
             yield TokenEvent(request.id, token, finish)
 
     def _watch(self, sequence: _Sequence, token: int) -> None:
-        """Lets the drafter learn; there is one where drafts are exact, and the next token depends on no others but by the model."""
+        """Lets the drafter learn. There is one where drafts are exact and tokens depend on others through the model alone."""
         request = sequence.request
         if not self._shape.exact_rows or sequence.constraint is not None or request.sampling.penalized:
             return

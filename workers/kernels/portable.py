@@ -27,9 +27,7 @@ def norm(x: jax.Array, valid: jax.Array, scale: jax.Array, residual: jax.Array |
     return normed if residual is None else residual + normed
 
 
-def route(
-    x: jax.Array, valid: jax.Array, weight: jax.Array, selected: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def route(x: jax.Array, valid: jax.Array, weight: jax.Array, selected: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gates [M, S], experts [M, S] and probabilities [M, E]: softmax in float32 over **all** experts, then the largest."""
     del valid
     # The highest precision: accelerators otherwise multiply float32 as bfloat16, and choose other experts.

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from workers.model.config import GrokConfig
-from workers.model.parameters import Axes
 from workers.kernels.kernels import PORTABLE, Kernels
+from workers.model.config import GrokConfig
 from workers.model.packed import PackedTable, PackedWeight
+from workers.model.parameters import Axes
 from workers.model.quantized import QuantizedWeight, Table, Weight
 
 MeshAxes = tuple[str, ...]

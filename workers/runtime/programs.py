@@ -171,9 +171,7 @@ class Programs:
         sampled = self._partition.on_parts(local, (split, PartitionSpec(), split), split)(logits, state, rows)
         return self._replicate(sampled)
 
-    def _next(
-        self, state: State, pages: Pages, tokens: jax.Array, rows: SamplingRows, drawn: jax.Array
-    ) -> State:
+    def _next(self, state: State, pages: Pages, tokens: jax.Array, rows: SamplingRows, drawn: jax.Array) -> State:
         """The state after a call. Drawn tokens count where penalties will ask for them."""
         counted = jnp.where(rows.active & (rows.flags & PENALIZED != 0), rows.slot, self._shape.slots)
         counts = state.sampling.counts.at[counted, drawn].add(1, mode="drop")

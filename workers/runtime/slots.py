@@ -69,7 +69,7 @@ class SlotTable:
     def verify(self, slots: tuple[int, ...], drafts: tuple[Draft, ...]) -> IntArray:
         """The packed rows [slots, PAGES + N + 1 + MAX_DRAFT] of a call that decodes `slots` and verifies `drafts`.
 
-        How far a draft's slot gets is not known here: its next plan says its position. A token of -1 stands for the
+        How far guesses take a slot is not known here: its next plan says its position. A token of -1 stands for the
         slot's last one, which the device knows.
         """
         width = self._rows.shape[1]
@@ -80,6 +80,8 @@ class SlotTable:
             row = packed[draft.slot]
             row[POSITION], row[LENGTH], row[DRAWS] = draft.position, len(draft.tokens), 1
             row[width : width + len(draft.tokens)] = draft.tokens
+            if len(draft.tokens) == 1:
+                self._rows[draft.slot, POSITION] = draft.position + 1
         return packed
 
 

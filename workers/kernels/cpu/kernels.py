@@ -77,9 +77,7 @@ def _norm(x: jax.Array, valid: jax.Array, scale: jax.Array, residual: jax.Array 
     return normed
 
 
-def _route(
-    x: jax.Array, valid: jax.Array, weight: jax.Array, selected: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _route(x: jax.Array, valid: jax.Array, weight: jax.Array, selected: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     rows = x.shape[0]
     results = (
         _float32(rows, weight.shape[1]),
@@ -100,7 +98,13 @@ def _project(x: jax.Array, valid: jax.Array, weights: tuple[Weight, ...]) -> Arr
         chosen = [i for i, w in enumerate(packed) if w.scales.shape[-2] == groups]
         shapes = tuple(_float32(x.shape[0], packed[i].scales.shape[-1]) for i in chosen)
         flat = [array for i in chosen for array in (packed[i].values, packed[i].scales)]
-        results.update(zip(chosen, jax.ffi.ffi_call("grokmesh_dense", shapes)(x, valid, *flat, rounded=packed[0].rounded), strict=True))
+        results.update(
+            zip(
+                chosen,
+                jax.ffi.ffi_call("grokmesh_dense", shapes)(x, valid, *flat, rounded=packed[0].rounded),
+                strict=True,
+            )
+        )
     return tuple(results[i] for i in range(len(packed)))
 
 

@@ -68,12 +68,15 @@ void prepare(const Layout& l, const float* x, void* prepared) {
       const int64_t size = std::min(padded, l.depth - from);
       const float* in = x + g * l.depth + from;
       __m512 most = _mm512_setzero_ps();
+      __mmask16 unordered = 0;  // the maximum loses them
       for (int64_t k = 0; k < size; k += 16) {
         const __mmask16 mask = size - k >= 16 ? 0xffff : (1u << (size - k)) - 1;
-        most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(mask, in + k)));
+        const __m512 v = _mm512_maskz_loadu_ps(mask, in + k);
+        most = _mm512_max_ps(most, _mm512_abs_ps(v));
+        unordered |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
       }
       const float largest = _mm512_reduce_max_ps(most);
-      const bool usable = largest >= 1e-30f && std::isfinite(largest);
+      const bool finite = !unordered && std::isfinite(largest), usable = finite && largest >= 1e-30f;
       const __m512 factor = _mm512_set1_ps(usable ? 32512.0f / largest : 0.0f);
       const __m512i round = _mm512_set1_epi32(128);
       __m512i sum_high = _mm512_setzero_si512(), sum_low = sum_high;
@@ -89,7 +92,7 @@ void prepare(const Layout& l, const float* x, void* prepared) {
       }
       const int32_t high = _mm512_reduce_add_epi32(sum_high), low = _mm512_reduce_add_epi32(sum_low);
       // A NaN or an infinity in x must not pass for a number.
-      const float scale = usable ? largest / 32512.0f : largest >= 1e-30f || std::isnan(largest) ? NAN : 0.0f;
+      const float scale = usable ? largest / 32512.0f : finite ? 0.0f : NAN;
       *reinterpret_cast<BlockHeader*>(header) = {scale, -8 * high, -8 * low, -4 * high};
       bytes += 2 * padded;
     }
