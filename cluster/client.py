@@ -116,12 +116,15 @@ def completion_request(prompt: str | Sequence[int], **options: Unpack[Options]) 
         stop=options.get("stop"),
         ignore_eos=options.get("ignore_eos", False),
         top_logprobs=options.get("top_logprobs", 0),
-        json_schema=options.get("json_schema"),
-        regex=options.get("regex"),
-        choice=generation_pb2.Choice(texts=options["choice"]) if "choice" in options else None,
         n=options.get("n", 1),
         priority=options.get("priority", 0),
     )
+    if "json_schema" in options:
+        completion.json_schema = options["json_schema"]
+    if "regex" in options:
+        completion.regex = options["regex"]
+    if "choice" in options:
+        completion.choice.texts.extend(options["choice"])
     if isinstance(prompt, str):
         completion.text = prompt
     else:

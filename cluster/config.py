@@ -311,7 +311,8 @@ class _Reader:
         for name in (
             "replicas", "cluster.cpus_per_host", "mesh.hosts", "mesh.devices_per_host", "mesh.data", "mesh.model",
             "engine.slots", "engine.page_size", "engine.prefill_chunk", "engine.context", "engine.kv_pages",
-            "engine.max_waiting", "engine.steps_per_plan", "gateway.max_requests", "gateway.max_message_bytes", "autoscaling.max_replicas",
+            "engine.max_waiting", "engine.steps_per_plan",
+            "gateway.max_requests", "gateway.max_message_bytes", "autoscaling.max_replicas",
         ):  # fmt: skip
             value = _lookup(config, name)
             if value is not None and value < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import logging
 import pathlib
@@ -28,18 +29,14 @@ HEARTBEAT_SECONDS = 10
 JOIN_SECONDS = 60.0
 
 
-def configure_jax(mesh: MeshSpec, compilation_cache: str | None) -> None:
-    """Chooses the platform, and where compiled programs are kept. Must come before JAX starts its backend."""
+def configure_jax(mesh: MeshSpec) -> None:
+    """Chooses the platform. Must come before JAX starts its backend."""
     import jax
 
     if mesh.platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", mesh.devices_per_host)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(compilation_cache).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 class Worker:
@@ -66,7 +63,7 @@ class Worker:
         if a.leader and a.rank == 0:
             # Before the long work, in which somebody else might take the port.
             self._server = LeaderServer(a.leader, a.epoch, a.secret)
-        configure_jax(a.mesh, a.compilation_cache)
+        configure_jax(a.mesh)
         import jax
         import jax.numpy as jnp
 
@@ -80,13 +77,16 @@ class Worker:
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=HEARTBEAT_SECONDS // 2,
             )
-        from workers.checkpoint.loader import LoadProgress, load_parameters
+        from workers.checkpoint.loader import LoadProgress, load_parameters, parameter_shapes
         from workers.kernels.choice import choose_kernels
         from workers.model.partition import Partition
+        from workers.runtime.compilation import use_cache
         from workers.runtime.mesh import make_mesh
         from workers.runtime.profiler import Profiler
         from workers.runtime.runtime import Runtime
 
+        if a.compilation_cache:
+            use_cache(pathlib.Path(a.compilation_cache).expanduser(), a.rank)
         mesh = make_mesh(a.mesh.data, a.mesh.model)
         checkpoint = open_checkpoint(pathlib.Path(a.model.checkpoint))
         config = checkpoint.config
@@ -95,7 +95,8 @@ class Worker:
         partition = Partition.create(config, mesh, a.mesh.rules, kernels)
         shape = engine_shape(a, config.sequence_len, partition.batch_groups, kernels.exact_rows)
         devices = jax.local_device_count()
-        dtype: Any = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[a.model.activations]
+        dtypes: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+        dtype, kv_dtype = dtypes[a.model.activations], dtypes[a.model.kv_cache or a.model.activations]
 
         began = time.monotonic()
 
@@ -103,12 +104,21 @@ class Worker:
             metrics.LOAD_SECONDS.set(time.monotonic() - began)
             metrics.CHECKPOINT_BYTES.inc(progress.read - self.progress.bytes_read)
             fraction = progress.tensors / len(checkpoint.tensors)
-            self.progress = Progress("loading", fraction, devices, progress.read)
+            self.progress = Progress("loading and compiling", fraction, devices, progress.read)
 
-        params, _ = load_parameters(checkpoint, partition, weights=a.model.weights, dtype=dtype, report=loaded)
-        self._report("compiling", 0.0)
-        kv_dtype: Any = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[a.model.kv_cache or a.model.activations]
-        self.runtime = Runtime(config, shape, partition, params, dtype, kv_dtype)
+        def compiled(fraction: float) -> None:
+            if loading.done():
+                self._report("compiling", fraction)
+
+        # Reading and packing weights leaves cores for the compiler, and the other way round.
+        with concurrent.futures.ThreadPoolExecutor(1, "load") as pool:
+            loading = pool.submit(
+                load_parameters, checkpoint, partition, weights=a.model.weights, dtype=dtype, report=loaded
+            )
+            shapes = parameter_shapes(checkpoint, partition, weights=a.model.weights, dtype=dtype)
+            self.runtime = Runtime(config, shape, partition, shapes, dtype, kv_dtype, compiled)
+            params, _ = loading.result()
+        self.runtime.set_parameters(params)
         self.profiler = Profiler()
         for kind, size in self.runtime.device_bytes.items():
             metrics.DEVICE_BYTES.labels(kind).set(size)

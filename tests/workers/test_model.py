@@ -15,7 +15,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from tests.conftest import GOLDEN
 from workers.checkpoint.checkpoint import open_checkpoint
-from workers.checkpoint.loader import Params, load_parameters
+from workers.checkpoint.loader import Params, load_parameters, parameter_shapes
+from workers.kernels.cpu.kernels import native_kernels
+from workers.kernels.kernels import PORTABLE
 from workers.model.config import GrokConfig
 from workers.model.grok import Output, causal_forward
 from workers.model.parameters import parameter_table
@@ -118,3 +120,24 @@ def test_each_device_holds_only_its_part() -> None:
     assert isinstance(weight, QuantizedWeight)
     assert {shard.data.shape for shard in weight.weight.addressable_shards} == {(8, 48, 128)}
     assert {shard.data.shape for shard in weight.scales.addressable_shards} == {(8, 2, 128)}
+
+
+@pytest.mark.parametrize("weights", ["int8", "float32"])
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize(
+    ("data", "model", "rules"), [(1, 3, "tensor"), (2, 4, "tensor"), (4, 2, "batch"), (2, 2, "xai")]
+)
+def test_shapes_are_known_before_anything_is_loaded(
+    data: int, model: int, rules: str, native: bool, weights: str
+) -> None:
+    if native and (rules == "xai" or weights != "int8"):
+        pytest.skip("native kernels take neither")
+    checkpoint = open_checkpoint(GOLDEN / "nano-s1")
+    kernels = native_kernels() if native else PORTABLE
+    partition = Partition.create(checkpoint.config, _mesh(data, model), rules, kernels)
+    params, _ = load_parameters(checkpoint, partition, weights=weights)
+    shapes = parameter_shapes(checkpoint, partition, weights=weights)
+    assert str(jax.tree.structure(params)) == str(jax.tree.structure(shapes))
+    for loaded, told in zip(jax.tree.leaves(params), jax.tree.leaves(shapes), strict=True):
+        assert (loaded.shape, loaded.dtype) == (told.shape, told.dtype)
+        assert loaded.sharding.is_equivalent_to(told.sharding, loaded.ndim)

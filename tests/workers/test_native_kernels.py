@@ -86,7 +86,8 @@ def test_experts_are_those_of_plain_jax(rows: int) -> None:
     chosen = np.stack([rng.permutation(count + 2)[:2] for _ in range(rows)]).astype(np.int32)  # some are not here
     valid = rng.random(rows) < 0.8
     first = jnp.int32(1)
-    want = portable.experts(x, gates, chosen, valid, first, gate, up, down, None)
+    given = [jnp.asarray(array) for array in (x, gates, chosen, valid)]
+    want = portable.experts(given[0], given[1], given[2], given[3], first, gate, up, down, None)
     got = jax.jit(functools.partial(KERNELS.experts, reduce=None))(
         x, gates, chosen, valid, first, _packed(gate), _packed(up), _packed(down)
     )
@@ -111,13 +112,16 @@ def test_norms_and_routes_are_those_of_plain_jax() -> None:
     scale, valid = rng.random(70).astype(np.float32), np.ones(20, bool)
     np.testing.assert_allclose(
         np.asarray(jax.jit(KERNELS.norm)(x, valid, scale, residual)),
-        np.asarray(portable.norm(x, valid, scale, residual)),
+        np.asarray(portable.norm(*map(jnp.asarray, (x, valid, scale, residual)))),
         rtol=1e-5,
         atol=1e-5,
     )
     for experts in (8, 5):
         weight = rng.standard_normal((70, experts)).astype(np.float32)
-        for got, want in zip(KERNELS.route(x, valid, weight, 2), portable.route(x, valid, weight, 2), strict=True):
+        arrays = (jnp.asarray(x), jnp.asarray(valid), jnp.asarray(weight))
+        for got, want in zip(
+            KERNELS.route(*arrays, 2), portable.route(arrays[0], arrays[1], arrays[2], 2), strict=True
+        ):
             np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-4, atol=1e-6)
 
 
@@ -164,7 +168,8 @@ def test_a_row_gives_the_same_bits_in_any_company() -> None:
     size, hidden = 1100, 130
     gate, up = (_packed(_quantized(rng, 4, size, hidden, groups=1)) for _ in range(2))
     down = _packed(_quantized(rng, 4, hidden, size, groups=2))
-    table = PackedTable(*map(jnp.asarray, pack_table(rng.standard_normal((50, size)).astype(np.float32))), size)
+    values, scales = pack_table(rng.standard_normal((50, size)).astype(np.float32))
+    table = PackedTable(jnp.asarray(values), jnp.asarray(scales), size)
     mine = rng.standard_normal(size).astype(np.float32)
     seen = set()
     for rows in (1, 2, 3, 4, 5, 8, 16, 33):

@@ -65,7 +65,7 @@ def runtime(request: pytest.FixtureRequest) -> Runtime:
 def make_requests(count: int, seed: int) -> list[Request]:
     """Requests of all kinds, some of which begin alike or repeat themselves."""
     rng = random.Random(seed)
-    made = []
+    made: list[Request] = []
     for i in range(count):
         sampling = Sampling(
             temperature=rng.choice([0.0, 0.8, 1.5]),

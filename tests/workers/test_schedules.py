@@ -1,5 +1,5 @@
-"""The same request gives the same bits under any schedule: alone and in company, in any order of arrival, wherever its prompt is
-cut, whether or not its prefix is cached, guessed or not, however many steps are planned at once.
+"""The same request gives the same bits under any schedule: alone and in company, in any order of arrival, wherever its prompt
+is cut, whether or not its prefix is cached, guessed or not, however many steps are planned at once.
 
 GROKMESH_SCHEDULES sets how many random schedules are tried; `make determinism` tries thousands.
 """

@@ -13,7 +13,7 @@ import numpy as np
 
 from workers.checkpoint.checkpoint import Checkpoint
 from workers.checkpoint.tensor_file import ArraySpan, TensorFile
-from workers.model.packed import PackedTable, PackedWeight, pack, pack_table
+from workers.model.packed import RUN, STRIP, PackedTable, PackedWeight, pack, pack_table
 from workers.model.parameters import Axes, ParameterInfo
 from workers.model.partition import Partition
 from workers.model.quantized import QuantizedWeight, Table, Weight
@@ -82,6 +82,50 @@ def load_parameters(
         progress.tensors += 1
         report(progress)
     return params, progress
+
+
+def parameter_shapes(
+    checkpoint: Checkpoint, partition: Partition, *, weights: str = "int8", dtype: jnp.dtype | type = jnp.float32
+) -> Params:
+    """The shapes, types and places of what `load_parameters` will return, for compiling before anything is loaded."""
+    shapes: Params = {}
+    for info, file in checkpoint.tensors:
+        module, name = info.path.rsplit("/", 1)
+        shapes.setdefault(module, {})[name] = _shape(info, file, partition, weights, dtype)
+    return shapes
+
+
+def _shape(info: ParameterInfo, file: TensorFile, partition: Partition, weights: str, dtype: Any) -> Any:
+    def array(shape: tuple[int, ...], dtype: Any, axes: Axes) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=partition.sharding(axes))
+
+    def packed(rows: int, columns: int, groups: int, planes: int, row_ways: int, column_ways: int) -> tuple[int, int]:
+        padded = -(-(rows // row_ways) // groups // RUN) * RUN
+        strips = -(-(columns // column_ways) // STRIP)
+        return strips * column_ways, planes * STRIP * groups * padded * row_ways
+
+    span, widen = file.values, WEIGHT_DTYPES[weights]
+    if info.path == EMBEDDING:
+        if not partition.kernels.packed:
+            return array(span.shape, dtype, info.axes)
+        ways = partition.ways(partition.axes(info.axes[0]))
+        shape = packed(span.shape[1], span.shape[0], 1, 2, 1, ways)
+        scales = array((span.shape[0], 1), jnp.float32, (info.axes[0], None))
+        return PackedTable(array(shape, jnp.int8, info.axes), scales, span.shape[-1])  # type: ignore[arg-type]
+    if file.scales is None:
+        return array(span.shape, widen if info.quantized and widen else span.dtype, info.axes)
+    if not partition.kernels.packed and widen is not None:
+        return array(span.shape, widen, info.axes)
+    *lead, rows, columns = info.axes
+    kept = partition.scale_groups(file.scales.shape[-2], rows)
+    scale_shape = (*file.scales.shape[:-2], kept, file.scales.shape[-1])
+    scales = array(scale_shape, file.scales.dtype, partition.scale_axes(kept, info.axes))
+    if not partition.kernels.packed:
+        return QuantizedWeight(array(span.shape, span.dtype, info.axes), scales)  # type: ignore[arg-type]
+    row_ways, column_ways = (partition.ways(partition.axes(axis)) for axis in (rows, columns))
+    shape = packed(span.shape[-2], span.shape[-1], max(1, kept // row_ways), 1, row_ways, column_ways)
+    values = array((*span.shape[:-2], *shape), jnp.int8, (*lead, columns, rows))
+    return PackedWeight(values, scales, span.shape[-2], weights == "int8")  # type: ignore[arg-type]
 
 
 class _Reader:

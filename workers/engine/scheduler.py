@@ -302,7 +302,9 @@ class Scheduler:
             if sequence.drawn != len(sequence.tokens) or not sequence.tokens:
                 continue
             drafter = sequence.drafter
-            guesses = drafter.guesses(sequence.left - 1) if self._few() and drafter is not None and drafter.worth else ()
+            guesses = (
+                drafter.guesses(sequence.left - 1) if self._few() and drafter is not None and drafter.worth else ()
+            )
             if not guesses and not sequence.moved:
                 continue
             sequence.drafting, sequence.moved = True, bool(guesses)
@@ -315,7 +317,9 @@ class Scheduler:
     def _needs_tokens(self, sequence: _Sequence) -> bool:
         """Whether a plan for a sequence needs all of its tokens."""
         drafter = sequence.drafter
-        return sequence.constraint is not None or sequence.moved or (self._few() and drafter is not None and drafter.worth)
+        return (
+            sequence.constraint is not None or sequence.moved or (self._few() and drafter is not None and drafter.worth)
+        )
 
     def _awaited(self, sequence: _Sequence) -> bool:
         """Whether nothing can be planned for a sequence until tokens come back."""

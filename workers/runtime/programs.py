@@ -94,7 +94,7 @@ class Programs:
         flat = jnp.repeat(packed, length, axis=0)
         rows = sampling_rows(flat, where.reshape(-1) + 1, (where >= 0).reshape(-1) & (flat[:, DRAWS] == 1))
         samples = self._sample(output.logits.reshape(flat.shape[0], -1), state.sampling, rows)
-        samples = samples.reshape(packed.shape[0], length, -1)
+        samples = self._replicate(samples.reshape(packed.shape[0], length, -1))
         drawn = samples[:, :, 0]
         # The guess at place i + 1 is right if place i drew it, and so were all before.
         right = (drawn[:, :-1] == given[:, 1:]) & (where[:, 1:] >= 0)

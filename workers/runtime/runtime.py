@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from workers.kernels.sampling import IN_PROMPT, SamplingState
 from workers.model.config import GrokConfig
 from workers.model.partition import Partition
 from workers.runtime.cache import allocate_pages
+from workers.runtime.compilation import compile_all
 from workers.runtime.programs import Programs, State
 from workers.runtime.slots import SlotTable
 
@@ -51,7 +54,17 @@ class Runtime:
         params: Params,
         dtype: jnp.dtype | type = jnp.float32,
         kv_dtype: jnp.dtype | type | None = None,
+        report: Callable[[float], None] = lambda _: None,
     ) -> None:
+        """Allocates the state and compiles all programs.
+
+        Args:
+          config, shape, partition: of the model, the engine and the mesh.
+          params: the parameters, or their shapes (see `parameter_shapes`) if `set_parameters` is called later.
+          dtype: of the activations.
+          kv_dtype: of keys and values; as the activations if None.
+          report: told the fraction of the programs that are compiled.
+        """
         self.config = config
         self.shape = shape
         self._partition = partition
@@ -72,13 +85,19 @@ class Runtime:
         self._slots = SlotTable(shape)
         programs = Programs(config, shape, partition, dtype)
         state = (params, self._state)
-        self._prefill = programs.prefill.lower(*state, self._slots.prefill(())).compile()
-        self._decode = programs.decode.lower(*state, self._slots.decode(())).compile()
-        self._verify = programs.verify.lower(*state, self._slots.verify((), ())).compile() if shape.exact_rows else None
-        self._set_row = {
-            name: programs.set_row.lower(array, np.int32(0), np.zeros(array.shape[1], array.dtype)).compile()
-            for name, array in vars(sampling).items()
+        no_chunk, no_slot, no_draft = self._slots.prefill(()), self._slots.decode(()), self._slots.verify((), ())
+        lowered: dict[str, tuple[Any, ...]] = {
+            "prefill": (programs.prefill, *state, no_chunk),
+            "decode": (programs.decode, *state, no_slot),
         }
+        if shape.exact_rows:
+            lowered["verify"] = (programs.verify, *state, no_draft)
+        for name, array in vars(sampling).items():
+            lowered[name] = (programs.set_row, array, np.int32(0), np.zeros(array.shape[1], array.dtype))
+        compiled = compile_all({name: functools.partial(_compile, *call) for name, call in lowered.items()}, report)
+        self._prefill, self._decode = compiled["prefill"], compiled["decode"]
+        self._verify = compiled.get("verify")
+        self._set_row = {name: compiled[name] for name in vars(sampling)}
         self._score = programs.score
         self._group_starts = [group.start for group in config.layer_groups()]
         mesh = partition.mesh
@@ -86,6 +105,10 @@ class Runtime:
         everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._ones = jax.jit(lambda: jnp.ones(mesh.size, jnp.int32), out_shardings=everywhere)()
         self._all_reduce = jax.jit(jnp.sum, out_shardings=whole).lower(self._ones).compile()
+
+    def set_parameters(self, params: Params) -> None:
+        """Gives the parameters to an engine that was made from their shapes."""
+        self._params = params
 
     @property
     def device_bytes(self) -> dict[str, int]:
@@ -196,6 +219,12 @@ class Runtime:
         row = np.zeros(self.config.vocab_size, np.int32)
         row[list(admission.prompt)] = IN_PROMPT
         return row
+
+
+def _compile(function: Any, *arguments: Any) -> Any:
+    # Each operation takes all threads as it is; several at a time would only wait for each other.
+    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False} if jax.default_backend() == "cpu" else None
+    return function.lower(*arguments).compile(compiler_options=options)
 
 
 def _first(array: jax.Array) -> Array:

@@ -1,0 +1,57 @@
+"""Compiling programs side by side, and keeping them for the next start."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax._src import distributed
+
+#: Threads that compile. XLA uses several for one program, but not all the time.
+MAX_THREADS = 8
+
+
+def use_cache(directory: pathlib.Path, rank: int) -> None:
+    """Keeps compiled programs of this rank in a folder of its own: on CPU hosts they differ by rank. Before any compilation."""
+    jax.config.update("jax_compilation_cache_dir", str(directory / f"rank{rank}"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@contextlib.contextmanager
+def every_rank_writes() -> Iterator[None]:
+    """Lets this rank write what it compiles meanwhile to its cache.
+
+    JAX writes on process 0 alone, so that processes don't contend for a folder that they share. Ours don't share, and other
+    ranks would compile anew at each start. JAX has no setting for it.
+    """
+    state = distributed.global_state
+    process, state.process_id = state.process_id, 0
+    try:
+        yield
+    finally:
+        state.process_id = process
+
+
+def compile_all(
+    programs: Mapping[str, Callable[[], Any]], report: Callable[[float], None] = lambda _: None
+) -> dict[str, Any]:
+    """Compiles `programs`, several at a time; returns them by name.
+
+    Args:
+      programs: each returns what `jax.stages.Lowered.compile` does.
+      report: told the fraction that is done.
+    """
+    done: dict[str, Any] = {}
+    threads = max(1, min(MAX_THREADS, os.cpu_count() or 1))
+    with every_rank_writes(), concurrent.futures.ThreadPoolExecutor(threads, "compile") as pool:
+        futures = {pool.submit(compile_one): name for name, compile_one in programs.items()}
+        for future in concurrent.futures.as_completed(futures):
+            done[futures[future]] = future.result()
+            report(len(done) / len(futures))
+    return done
