@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import dataclasses
+import json
 import os
 import pathlib
 import subprocess
@@ -82,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, help="only so many likeliest tokens (default: all)")
     generate.add_argument("--seed", type=int, help="for the same tokens again (default: random)")
     generate.add_argument("--stop", action="append", help="text that ends the completion; may be repeated")
+    form = generate.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", type=pathlib.Path, help="file with the JSON schema that the completion must fit")
+    form.add_argument("--regex", help="expression that the completion must match")
+    form.add_argument("--choice", action="append", help="text that the completion may be; to be repeated")
     generate.add_argument("--timeout", type=float, help="seconds that an attempt of the request may take")
     generate.set_defaults(run=_generate)
 
@@ -100,6 +107,29 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="list a checkpoint's tensors and its configuration")
     inspect.add_argument("directory", type=pathlib.Path, help="directory with ckpt-0/")
     inspect.set_defaults(run=_inspect)
+
+    convert = commands.add_parser("convert", help="write a checkpoint in another format")
+    convert.add_argument("directory", type=pathlib.Path, help="directory with ckpt-0/")
+    convert.add_argument("target", type=pathlib.Path, help="file to write")
+    convert.add_argument("--to", choices=("gguf",), required=True, help="format: gguf is llama.cpp's")
+    convert.add_argument("--type", choices=("q8_0", "f32"), default="q8_0", help="of matrices (default: %(default)s)")
+    convert.set_defaults(run=_convert)
+
+    bench = commands.add_parser("bench", help="measure a running service, or the engine alone")
+    kinds = bench.add_subparsers(required=True, metavar="KIND")
+    _bench_serve_options(kinds.add_parser("serve", help="send a load and report latencies, throughput and goodput"))
+    engine = kinds.add_parser("engine", help="steps of the engine as shares of what this machine can do")
+    engine.add_argument(
+        "--checkpoint", type=pathlib.Path, required=True, help="directory; a random model if it is empty"
+    )
+    engine.add_argument("--weights", choices=WEIGHTS, default="int8", help="as kept on devices (default: %(default)s)")
+    engine.add_argument("--kv-cache", choices=ACTIVATIONS, default="bfloat16", help="type (default: %(default)s)")
+    engine.add_argument("--devices", type=int, default=1, help="devices of the mesh (default: %(default)s)")
+    engine.add_argument(
+        "--context", type=int, default=8000, help="positions of the long case; 0: none (default: %(default)s)"
+    )
+    engine.add_argument("--output", type=pathlib.Path, help="JSON file to write")
+    engine.set_defaults(run=_bench_engine)
 
     status = commands.add_parser("status", help="show replicas, hosts and load of a running service")
     _address(status)
@@ -127,6 +157,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _bench_serve_options(parser: argparse.ArgumentParser) -> None:
+    _address(parser)
+    parser.add_argument("--requests", type=int, default=200, help="in all (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=16, help="requests at once, at most (default: %(default)s)")
+    parser.add_argument("--rate", type=float, help="arrivals a second, a Poisson process (default: a closed loop)")
+    parser.add_argument("--ramp", type=float, default=0.0, help="seconds until all clients, or the rate, are reached")
+    parser.add_argument("--prompt", default="128", help="tokens, or least and greatest: 64:256 (default: %(default)s)")
+    parser.add_argument("--completion", default="64", help="tokens, likewise (default: %(default)s)")
+    parser.add_argument(
+        "--shared-prefix", type=int, default=0, help="tokens that all prompts begin with (default: none)"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the draws (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of lengths, prompts and arrivals (default: %(default)s)")
+    parser.add_argument(
+        "--slo-first-token", type=float, default=1.0, help="seconds, for goodput (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--slo-token", type=float, default=0.2, help="seconds a token, for goodput (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=pathlib.Path, help="folder for bench.json and bench.png")
+    parser.set_defaults(run=_bench_serve)
+
+
 def _address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default=DEFAULT_ADDRESS, help="of the gateway (default: %(default)s)")
 
@@ -152,8 +205,10 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+    names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "regex", "choice")
     options: Options = {name: value for name in names if (value := getattr(arguments, name)) is not None}  # type: ignore[assignment]
+    if arguments.json_schema:
+        options["json_schema"] = arguments.json_schema.read_text()
     try:
         completion_request(arguments.prompt, **options)
     except ValueError as error:  # a number that its field can't hold
@@ -191,6 +246,50 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     print(describe(arguments.directory))
     return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from workers.checkpoint.checkpoint import open_checkpoint
+    from workers.checkpoint.gguf_export import export_gguf
+
+    export_gguf(open_checkpoint(arguments.directory), arguments.target, arguments.type)
+    print(f"{arguments.target}: {arguments.target.stat().st_size:,} bytes")
+    return 0
+
+
+def _bench_serve(arguments: argparse.Namespace) -> int:
+    from cluster.bench.load import Lengths, Load, run_load
+    from cluster.bench.report import Objective, plot, summarize, table
+
+    try:
+        prompt, completion = Lengths.parse(arguments.prompt), Lengths.parse(arguments.completion)
+    except ValueError as error:
+        print(f"grokmesh: {error}", file=sys.stderr)
+        return 2
+    load = Load(
+        arguments.requests, arguments.clients, arguments.rate, arguments.ramp, prompt, completion,
+        arguments.shared_prefix, arguments.temperature, arguments.seed,
+    )  # fmt: skip
+    samples = asyncio.run(run_load(arguments.address, load, os.environ.get(API_KEY_VARIABLE)))
+    summary = summarize(samples, Objective(arguments.slo_first_token, arguments.slo_token))
+    print(table(summary))
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        shown = {"load": dataclasses.asdict(load), "summary": summary}
+        (arguments.output / "bench.json").write_text(json.dumps(shown, indent=1))
+        try:
+            plot(samples, arguments.output / "bench.png")
+        except ImportError as error:
+            print(f"no picture: {error}; pip install 'grokmesh[bench]' brings matplotlib", file=sys.stderr)
+    return 1 if summary["errors"] else 0
+
+
+def _bench_engine(arguments: argparse.Namespace) -> int:
+    command = [sys.executable, "-m", "workers.bench.engine"]
+    for name in ("checkpoint", "weights", "kv_cache", "devices", "context", "output"):
+        if (value := getattr(arguments, name)) is not None:
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    return subprocess.run(command, check=False).returncode
 
 
 def _status(arguments: argparse.Namespace) -> int:
