@@ -13,4 +13,4 @@ case ${EXTRA:-cpu} in
     tpu) $pip --constraint requirements.lock "jax[tpu]" ;;
     *) echo "EXTRA=$EXTRA is unknown; use cpu, gpu or tpu" >&2; exit 2 ;;
 esac
-$pip --no-deps .
+$pip --no-deps --no-build-isolation .

@@ -133,6 +133,10 @@ def test_the_image_is_linted_pinned_and_installs_as_a_bare_machine_does(tmp_path
     inspect = [str(target / "bin" / "grokmesh"), "inspect", str(PROJECT / "models" / "demo")]
     shown = subprocess.run(inspect, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
     assert "language_model/in_out_embed/embeddings" in shown
+    kernels = "from workers.kernels.cpu.kernels import native_kernels; print(native_kernels().name)"
+    python = [str(target / "bin" / "python"), "-c", kernels]
+    built = subprocess.run(python, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert built.stdout.startswith("native (")
     page = "import importlib.resources as r; print(r.files('cluster.telemetry').joinpath('status.html').is_file())"
     found = subprocess.run(
         [target / "bin" / "python", "-c", page], cwd=tmp_path, capture_output=True, text=True, check=True

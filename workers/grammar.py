@@ -29,7 +29,8 @@ def json_schema(schema: str) -> str:
         raise GrammarError(f"is no JSON: {error}") from error
     if not isinstance(parsed, (dict, bool)):
         raise GrammarError("must be a JSON object or a boolean")
-    return str(LLMatcher.grammar_from_json_schema(schema))
+    # Without spaces and line ends, which a model may go on with for ever.
+    return str(LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_flexible": False}))
 
 
 def regex(expression: str) -> str:

@@ -63,8 +63,9 @@ class Leader:
         pending: Pending | None = None
         clock = _Clock()
         while True:
-            # With nothing in flight the head of the queue can always be admitted, so this does not spin.
-            idle = pending is None and self._scheduler.load.waiting == 0
+            # With nothing in flight, who runs can be planned and the head of the queue admitted: this does not spin.
+            load = self._scheduler.load
+            idle = pending is None and load.waiting == 0 and load.running == 0
             self._hear(block=idle)
             if idle:
                 clock.restart()

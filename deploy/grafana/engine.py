@@ -85,6 +85,35 @@ ENGINE = Dashboard(
                     warn=0.85, bad=0.95,
                 ),
                 Panel(
+                    "Prompt positions from the prefix cache",
+                    "The share that need not be computed, as an earlier prompt or completion began alike, and the share of pages "
+                    "that hold such prefixes. Low although prompts share a preamble: the pages are too few (engine.kv_pages).",
+                    "percentunit",
+                    (
+                        Query(
+                            'sum by (replica) (rate(grokmesh_engine_prefix_tokens_total{model=~"$model", result="hit"}[$__rate_interval])) / '
+                            + rate("grokmesh_engine_prefix_tokens_total", "replica"),
+                            "found, replica {{replica}}",
+                        ),
+                        Query(
+                            f"{total('grokmesh_engine_kv_pages_cached', 'replica')} / {total('grokmesh_engine_kv_pages', 'replica')}",
+                            "pages, replica {{replica}}",
+                        ),
+                    ),
+                ),
+                Panel(
+                    "Guessed tokens",
+                    "Tokens a second that were guessed from a sequence's own past and verified in one step, right or wrong. Guesses "
+                    "are made only while few sequences run and theirs come true; many wrong ones would be a defect.",
+                    "short", (Query(rate("grokmesh_engine_draft_tokens_total", "result"), "{{result}}"),),
+                ),
+                Panel(
+                    "Prompt positions a step may compute",
+                    "What engine.prefill_slowdown comes to on these hosts: the most prompt positions beside decoding, from measured "
+                    "times. At 1 prompts crawl while others decode: allow a higher slowdown.",
+                    "short", (Query(total("grokmesh_engine_prompt_budget", "replica"), "replica {{replica}}"),),
+                ),
+                Panel(
                     "Programs compiled",
                     "By each host, since its start. After warm-up the lines must stay flat: a step that compiles stalls everybody. "
                     "If they rise, see the runbook, GrokmeshCompilesWhileServing.",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import pathlib
+import re
 import signal
 import threading
 import time
@@ -20,7 +22,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from cluster.cli import main
-from cluster.client import AsyncClient, Client, completion_request
+from cluster.client import AsyncClient, Client, Completion, Options, completion_request
 from grok.serving.v1 import cluster_pb2, generation_pb2, generation_pb2_grpc
 from tests.cluster.service import Service, read_metrics, running
 from tests.conftest import DEMO
@@ -32,10 +34,16 @@ METHOD = "/grok.serving.v1.GenerationService/"
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Where the service keeps its files."""
+    return tmp_path_factory.mktemp("service")
+
+
+@pytest.fixture(scope="module")
+def service(folder: pathlib.Path) -> Iterator[Service]:
     """The demo: two hosts of two devices."""
     mesh = {"hosts": 2, "devices_per_host": 2, "data": 2, "model": 2}
-    with running(tmp_path_factory.mktemp("service"), mesh=mesh) as service:
+    with running(folder, mesh=mesh) as service:
         yield service
 
 
@@ -123,6 +131,106 @@ def test_masks_and_stop_texts_hold(client: Client) -> None:
     stopped = client.complete(PROMPT, max_tokens=30, temperature=0, stop=[stop])
     assert stopped.finish_reason == "stop"
     assert stopped.text == free.text[: free.text.index(stop)]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_completions_have_the_form_that_was_asked_for_and_others_beside_them_are_free(service: Service) -> None:
+    async def ask() -> list[Completion]:
+        async with AsyncClient(service.address) as client:
+            forms: list[Options] = [{"json_schema": json.dumps(SCHEMA)}, {"regex": "[a-f]{3}-[0-9]{2}"}, {}]
+            forms.append({"choice": ["yes", "no", "perhaps"]})
+            requests: list[Options] = []
+            for seed in range(3):
+                for form in forms:
+                    options = form.copy()
+                    options.update({"seed": seed, "max_tokens": 60})
+                    requests.append(options)
+            return await asyncio.gather(*(client.complete(PROMPT, **options) for options in requests))
+
+    completions = asyncio.run(ask())
+    for i in range(0, 12, 4):
+        person = json.loads(completions[i].text)
+        assert set(person) == {"name", "age"}
+        assert 0 <= person["age"] <= 99
+        assert re.fullmatch("[a-f]{3}-[0-9]{2}", completions[i + 1].text)
+        assert completions[i + 3].text in ("yes", "no", "perhaps")
+        assert completions[i].finish_reason == completions[i + 1].finish_reason == "eos"
+    with Client(service.address) as client:
+        alone = client.complete(PROMPT, seed=1, max_tokens=60)
+    assert alone.tokens == completions[6].tokens
+
+
+def test_several_completions_of_a_prompt_are_those_of_the_seeds_that_follow(client: Client) -> None:
+    options: Options = {"max_tokens": 12, "temperature": 1.2}
+    three: Options = {"max_tokens": 12, "temperature": 1.2, "seed": 2**64 - 2, "n": 3}
+    alone = [client.complete(PROMPT, **(options | {"seed": seed})) for seed in (2**64 - 2, 2**64 - 1, 0)]
+    whole = client.complete(PROMPT, **three)
+    assert [c.tokens for c in (whole, *whole.others)] == [c.tokens for c in alone]
+    texts, reasons = ["", "", ""], [""] * 3
+    for part in client.generate(PROMPT, **three):
+        texts[part.index] += part.text
+        reasons[part.index] = part.finish_reason or ""
+    assert texts == [c.text for c in alone]
+    assert reasons == [c.finish_reason for c in alone]
+
+
+def test_a_prompt_that_came_before_is_found_in_the_cache(service: Service, client: Client) -> None:
+    prompt = list(range(300, 400))
+    first = client.complete(prompt, max_tokens=8, seed=3)
+    url = service.status().replicas[0].hosts[0].metrics_url
+    name = 'grokmesh_engine_prefix_tokens_total{result="hit"}'
+    before = read_metrics(url)[name]
+    assert client.complete(prompt, max_tokens=8, seed=3).tokens == first.tokens
+    assert read_metrics(url)[name] - before == 96  # full pages of 16
+
+
+def test_penalties_keep_a_completion_from_repeating_itself(client: Client) -> None:
+    options: Options = {"max_tokens": 60, "temperature": 0.0, "ignore_eos": True}
+    plain = client.complete(PROMPT, **options)
+    options.update({"presence_penalty": 2.0, "frequency_penalty": 2.0, "repetition_penalty": 2.0})
+    held = client.complete(PROMPT, **options)
+    assert len({t.id for t in held.tokens}) > len({t.id for t in plain.tokens})
+
+
+def test_every_rank_keeps_what_it_compiled(service: Service, folder: pathlib.Path) -> None:
+    kept = [{file.name.split("-")[0] for file in (folder / "xla" / f"rank{rank}").iterdir()} for rank in range(2)]
+    assert kept[0]
+    assert kept[0] == kept[1]
+
+
+def test_a_load_is_sent_and_reported(
+    service: Service, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = [
+        "bench",
+        "serve",
+        "--address",
+        service.address,
+        "--prompt",
+        "8:40",
+        "--completion",
+        "2:9",
+        "--output",
+        str(tmp_path),
+    ]
+    assert main([*base, "--requests", "12", "--clients", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "12 requests" in shown
+    summary = json.loads((tmp_path / "bench.json").read_text())["summary"]
+    assert summary["time_to_first_token"]["p50"] > 0
+    assert summary["errors"] == {}
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*base, "--requests", "6", "--rate", "20", "--ramp", "0.2", "--shared-prefix", "16"]) == 0
 
 
 def test_the_async_client_does_the_same(service: Service, client: Client) -> None:
