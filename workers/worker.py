@@ -80,7 +80,7 @@ class Worker:
         from workers.checkpoint.loader import LoadProgress, load_parameters, parameter_shapes
         from workers.kernels.choice import choose_kernels
         from workers.model.partition import Partition
-        from workers.runtime.compilation import use_cache
+        from workers.runtime.compilation import every_rank_writes, use_cache
         from workers.runtime.mesh import make_mesh
         from workers.runtime.profiler import Profiler
         from workers.runtime.runtime import Runtime
@@ -111,7 +111,7 @@ class Worker:
                 self._report("compiling", fraction)
 
         # Reading and packing weights leaves cores for the compiler, and the other way round.
-        with concurrent.futures.ThreadPoolExecutor(1, "load") as pool:
+        with every_rank_writes(), concurrent.futures.ThreadPoolExecutor(1, "load") as pool:
             loading = pool.submit(
                 load_parameters, checkpoint, partition, weights=a.model.weights, dtype=dtype, report=loaded
             )

@@ -90,11 +90,10 @@ class Experts(hk.Module):
         first = lax.axis_index(expert_axes) * gate.shape[0] if expert_axes else jnp.int32(0)
 
         def reduce(products: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            summed: tuple[jax.Array, jax.Array] = lax.psum(products, embed_axes)
-            return summed
+            gated, lifted = products
+            return partition.sum(gated, embed_axes), partition.sum(lifted, embed_axes)
 
         mixed = partition.kernels.experts(
             x, gates, experts, valid, first, gate, up, down, reduce if embed_axes else None
         )
-        over = (*partition.axes("ffn"), *expert_axes)
-        return lax.psum(mixed, over) if over else mixed
+        return partition.sum(mixed, (*partition.axes("ffn"), *expert_axes))

@@ -123,6 +123,21 @@ class Partition:
             return local
         return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
+    def sum(self, x: jax.Array, axes: MeshAxes) -> jax.Array:
+        """Within `on_parts`: the sum of all devices' `x` along mesh `axes`, on each of them.
+
+        Exact kernels promise that a row's bits don't depend on its place. An all-reduce may add the devices in an order that
+        depends on the place in the buffer (gloo's ring does), so for them everything is gathered and added in rank order.
+        """
+        if not axes:
+            return x
+        if not self.kernels.exact_rows:
+            summed: jax.Array = lax.psum(x, axes)
+            return summed
+        parts = lax.all_gather(x, axes)  # [devices, ...]
+        total: jax.Array = functools.reduce(jnp.add, parts[1:], parts[0])
+        return total
+
     def scale_groups(self, groups: int, row_axis: str | None) -> int:
         """The number of scale groups to keep of a weight with `groups`, so that each part of its rows has whole ones.
 
@@ -188,7 +203,7 @@ class Partition:
             ours = (tokens >= first) & (tokens < first + size)
             rows = self.kernels.lookup(table, tokens - first)
             rows = jnp.where(ours[..., None], rows, 0)
-            rows = lax.psum(rows, over) if over else rows
+            rows = self.sum(rows, over)
             columns = self.axes("table_embed")
             return lax.all_gather(rows, columns, axis=2, tiled=True) if columns else rows
 
@@ -204,7 +219,7 @@ class Partition:
             flat = hidden.reshape(-1, hidden.shape[-1])
             product = self.kernels.logits(flat, valid.reshape(-1), table).reshape(*hidden.shape[:-1], -1)
             over = self.axes("table_embed")
-            return lax.psum(product, over) if over else product
+            return self.sum(product, over)
 
         specs = (self.spec((*lead, "table_embed")), self.spec(lead), self.table_spec(table))
         result: jax.Array = self.on_parts(local, specs, self.spec((*lead, "vocab")))(hidden, valid, table)
@@ -227,7 +242,7 @@ class Partition:
             products = self.kernels.project(flat, valid.reshape(-1), weights)
             products = tuple(product.reshape(*x.shape[:-1], -1) for product in products)
             over = self.axes(depth)
-            return lax.psum(products, over) if over else products
+            return tuple(self.sum(product, over) for product in products)
 
         specs = (
             self.spec((rows, None, depth)),

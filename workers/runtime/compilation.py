@@ -49,7 +49,7 @@ def compile_all(
     """
     done: dict[str, Any] = {}
     threads = max(1, min(MAX_THREADS, os.cpu_count() or 1))
-    with every_rank_writes(), concurrent.futures.ThreadPoolExecutor(threads, "compile") as pool:
+    with concurrent.futures.ThreadPoolExecutor(threads, "compile") as pool:
         futures = {pool.submit(compile_one): name for name, compile_one in programs.items()}
         for future in concurrent.futures.as_completed(futures):
             done[futures[future]] = future.result()
