@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo serve stop check lint types proto test test-rayup determinism load golden docs dashboards pictures clean
+.PHONY: help install demo serve stop check lint types proto test test-rayup determinism bench bench-peers load golden docs dashboards pictures clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -46,6 +46,21 @@ test-rayup: install ## `ray up` onto three hosts in namespaces of this machine; 
 
 determinism: install ## two thousand random schedules, each against what its requests get alone
 	GROKMESH_SCHEDULES=2000 $(BIN)/python -m pytest -q tests/workers/test_schedules.py
+
+bench: install ## the engine as shares of this machine's limits, plans to followers, the gateway's streams, one and two hosts
+	$(BIN)/grokmesh bench engine --checkpoint build/bench/model
+	$(BIN)/python -m tests.bench.plans
+	$(BIN)/python -m tests.bench.stream
+	$(BIN)/python -m tests.bench.decode_step --checkpoint build/bench/model --devices 2
+
+bench-peers: install build/bench/venv/.installed ## beside llama.cpp, engine and server, in one run
+	$(BIN)/python -m tests.bench.peers --llama-python build/bench/venv/bin/python
+	$(BIN)/python -m tests.bench.servers --llama-python build/bench/venv/bin/python
+
+build/bench/venv/.installed:
+	$(PYTHON) -m venv build/bench/venv
+	build/bench/venv/bin/python -m pip install --quiet --disable-pip-version-check 'llama-cpp-python[server]'
+	@touch $@
 
 golden: install ## every golden set, mesh and number of hosts; GOLDEN=DIR for sets elsewhere
 	scripts/verify_all.sh $(or $(GOLDEN),tests/golden)

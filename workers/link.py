@@ -139,6 +139,8 @@ class LeaderServer:
         self._secret = secret
         self._followers: dict[int, Link] = {}
         self._sent: dict[int, float] = {}
+        #: The last plan that each follower has carried out.
+        self.done: dict[int, int] = {}
         self._last_sent = 0
         self._closed = False
         self._joined = threading.Condition()
@@ -212,12 +214,13 @@ class LeaderServer:
 
     def _read_follower(self, link: Link, rank: int) -> None:
         """Notes how far a follower is behind. That one is lost is noticed when the next plan is sent."""
-        done, lag, seconds = 0, metrics.PLAN_LAG.labels(str(rank)), metrics.PLAN_SECONDS.labels(str(rank))
-        lag.set_function(lambda: max(self._last_sent - done, 0))
+        self.done[rank] = 0
+        lag, seconds = metrics.PLAN_LAG.labels(str(rank)), metrics.PLAN_SECONDS.labels(str(rank))
+        lag.set_function(lambda: max(self._last_sent - self.done[rank], 0))
         try:
             while (frame := link.receive(MAX_HELLO)) is not None:
-                done = engine_pb2.Done.FromString(frame).number
-                sent = self._sent.get(done)
+                number = self.done[rank] = engine_pb2.Done.FromString(frame).number
+                sent = self._sent.get(number)
                 if sent is not None:
                     seconds.observe(time.perf_counter() - sent)
         except (LinkError, DecodeError) as error:

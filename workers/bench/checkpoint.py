@@ -58,4 +58,23 @@ def make_checkpoint(directory: pathlib.Path, config: GrokConfig = MID_SIZE, seed
             spread = 73.3  # of integers drawn evenly from -127 to 127
             scales: Any = random.uniform(0.8, 1.2, (*lead, groups, columns)) / (spread * rows**0.5)
             write_quantized(path, weight, scales.astype(ml_dtypes.bfloat16))
+    _write_tokenizer(directory / "tokenizer.model", config)
     done.write_text(wanted)
+
+
+def _write_tokenizer(path: pathlib.Path, config: GrokConfig) -> None:
+    """A SentencePiece model of the right size: bytes, and made-up words that no text holds."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    kinds = model.SentencePiece
+    pieces = [("<pad>", kinds.CONTROL), ("<unk>", kinds.UNKNOWN), ("<eos>", kinds.CONTROL)]
+    pieces += [(f"<0x{byte:02X}>", kinds.BYTE) for byte in range(256)]
+    pieces += [(f"\u2581w{id}", kinds.NORMAL) for id in range(len(pieces), config.vocab_size)]
+    for id, (piece, kind) in enumerate(pieces[: config.vocab_size]):
+        model.pieces.add(piece=piece, score=-float(id), type=kind)
+    spec = model.trainer_spec
+    spec.model_type, spec.vocab_size, spec.byte_fallback = spec.BPE, config.vocab_size, True
+    spec.pad_id, spec.unk_id, spec.eos_id, spec.bos_id = config.pad_token, 1, config.eos_token, -1
+    model.normalizer_spec.name = "identity"
+    path.write_bytes(model.SerializeToString())

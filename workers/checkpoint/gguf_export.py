@@ -138,6 +138,13 @@ def _add_tokenizer(writer: Any, checkpoint: Checkpoint) -> None:
     import sentencepiece
 
     c, path = checkpoint.config, checkpoint.directory / "tokenizer.model"
+    if not path.exists():
+        names = [f"<{id}>" for id in range(c.vocab_size)]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(names)
+        writer.add_token_scores([0.0] * len(names))
+        writer.add_token_types([gguf.TokenType.NORMAL] * len(names))
+        return
     writer.add_tokenizer_model("llama")
     writer.add_eos_token_id(c.eos_token)
     writer.add_pad_token_id(c.pad_token)
@@ -146,22 +153,20 @@ def _add_tokenizer(writer: Any, checkpoint: Checkpoint) -> None:
     normal, control, unknown, byte = (
         gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.UNKNOWN, gguf.TokenType.BYTE
     )  # fmt: skip
-    if path.exists():
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        ids = range(pieces.get_piece_size())
-        names = [pieces.id_to_piece(id) for id in ids]
-        scores = [pieces.get_score(id) for id in ids]
-        kinds = [
-            unknown if pieces.is_unknown(id) else control if pieces.is_control(id)
-            else byte if pieces.is_byte(id) else normal
-            for id in ids
-        ]  # fmt: skip
-    else:
-        names = ["<pad>", "<unk>", "<eos>", *(f"<0x{b:02X}>" for b in range(256))]
-        names += [f"▁t{id}" for id in range(len(names), c.vocab_size)]
-        names = names[: c.vocab_size]
-        scores = [-float(id) for id in range(len(names))]
-        kinds = [control, unknown, control, *[byte] * 256, *[normal] * len(names)][: len(names)]
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ids = range(pieces.get_piece_size())
+    names = [pieces.id_to_piece(id) for id in ids]
+    scores = [pieces.get_score(id) for id in ids]
+    kinds = [
+        unknown
+        if pieces.is_unknown(id)
+        else control
+        if pieces.is_control(id)
+        else byte
+        if pieces.is_byte(id)
+        else normal
+        for id in ids
+    ]
     writer.add_token_list(names)
     writer.add_token_scores(scores)
     writer.add_token_types(kinds)

@@ -1,0 +1,88 @@
+"""Masks allow exactly what a grammar's texts can go on with."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.conftest import DEMO
+from workers.grammar import GrammarError, Grammars, Matcher, choice, json_schema, regex
+from workers.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer(DEMO / "tokenizer.model")
+EOS = 2
+GRAMMARS = Grammars(TOKENIZER, TOKENIZER.vocab_size, EOS)
+
+
+def _allowed(matcher: Matcher) -> set[int]:
+    mask = matcher.mask()
+    assert len(mask) == TOKENIZER.vocab_size // 8
+    return {id for id in range(TOKENIZER.vocab_size) if mask[id // 8] >> (id % 8) & 1}
+
+
+def _texts(matcher: Matcher, longest: int) -> list[str]:
+    """What a completion spells that always takes the first token that is allowed."""
+    ids: list[int] = []
+    while len(ids) < longest:
+        id = min(_allowed(matcher))
+        matcher.accept(id)
+        if id == EOS:
+            break
+        ids.append(id)
+    return [b"".join(TOKENIZER.spelled(id) or b"" for id in ids).decode()]
+
+
+def test_a_regex_allows_the_tokens_that_go_on_with_it() -> None:
+    matcher = GRAMMARS.matcher(regex("[ab]c"))
+    first = {TOKENIZER.spelled(id) for id in _allowed(matcher)}
+    assert first <= {b"a", b"b", b"ac", b"bc"}
+    assert {b"a", b"b"} <= first
+    matcher.accept(next(id for id in _allowed(matcher) if TOKENIZER.spelled(id) == b"a"))
+    assert {TOKENIZER.spelled(id) for id in _allowed(matcher)} == {b"c"}
+
+
+def test_after_the_end_only_the_end_token_is_allowed() -> None:
+    matcher = GRAMMARS.matcher(choice(["x"]))
+    matcher.accept(next(iter(_allowed(matcher))))
+    assert _allowed(matcher) == {EOS}
+    matcher.accept(EOS)
+    assert _allowed(matcher) == {EOS}
+
+
+def test_a_token_that_was_not_allowed_ends_the_completion_and_nothing_else() -> None:
+    matcher = GRAMMARS.matcher(regex("abc"))
+    matcher.accept(next(id for id in range(300, 400) if id not in _allowed(matcher)))
+    assert _allowed(matcher) == {EOS}
+    assert matcher.problem
+
+
+def test_a_schema_is_kept_whatever_is_drawn() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    (text,) = _texts(GRAMMARS.matcher(json_schema(json.dumps(schema))), 40)
+    assert text.startswith('{"n":')
+
+
+@pytest.mark.parametrize(
+    ("grammar", "reason"),
+    [
+        (regex("(["), "unclosed character class"),
+        (regex("(?=a)b"), "look"),
+        (json_schema('{"type": "foo"}'), "Invalid type"),
+        (json_schema('{"$ref": "http://elsewhere/schema"}'), "does not fetch"),
+    ],
+)
+def test_what_no_completion_can_follow_is_refused_with_a_reason(grammar: str, reason: str) -> None:
+    with pytest.raises(GrammarError, match=reason):
+        GRAMMARS.check(grammar)
+
+
+@pytest.mark.parametrize("make", [lambda: json_schema("{"), lambda: json_schema("3"), lambda: choice([])])
+def test_what_is_no_grammar_at_all_is_refused(make: object) -> None:
+    with pytest.raises(GrammarError):
+        make()  # type: ignore[operator]
