@@ -78,7 +78,7 @@ class Worker:
                 shutdown_timeout_seconds=HEARTBEAT_SECONDS // 2,
             )
         from workers.checkpoint.loader import LoadProgress, load_parameters, parameter_shapes
-        from workers.kernels.choice import choose_kernels
+        from workers.kernels.choice import agree, choose_kernels
         from workers.model.partition import Partition
         from workers.runtime.compilation import every_rank_writes, use_cache
         from workers.runtime.mesh import make_mesh
@@ -90,7 +90,7 @@ class Worker:
         mesh = make_mesh(a.mesh.data, a.mesh.model)
         checkpoint = open_checkpoint(pathlib.Path(a.model.checkpoint))
         config = checkpoint.config
-        kernels = choose_kernels(a.model, a.mesh, checkpoint)
+        kernels = agree(choose_kernels(a.model, a.mesh, checkpoint))
         _LOG.info("kernels: %s", kernels.name)
         partition = Partition.create(config, mesh, a.mesh.rules, kernels)
         shape = engine_shape(a, config.sequence_len, partition.batch_groups, kernels.exact_rows)

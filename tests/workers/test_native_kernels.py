@@ -18,7 +18,7 @@ from workers.model.packed import PackedTable, PackedWeight, pack, pack_table, ro
 from workers.model.quantized import QuantizedWeight, dequantize
 
 Array = np.ndarray[Any, np.dtype[Any]]
-BEST = native_kernels().name.removeprefix("native (").removesuffix(")")
+BEST = native_kernels().name
 KERNELS = native_kernels()
 
 

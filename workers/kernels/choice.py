@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from workers.assignment import MeshSpec, ModelSpec
 from workers.checkpoint.checkpoint import Checkpoint
-from workers.kernels.cpu.kernels import NativeKernelsError, native_kernels
+from workers.kernels.cpu.kernels import INSTRUCTION_SETS, NativeKernelsError, native_kernels, use_instruction_set
 from workers.kernels.kernels import PORTABLE, Kernels
 
 _LOG = logging.getLogger(__name__)
@@ -15,8 +19,7 @@ _LOG = logging.getLogger(__name__)
 def choose_kernels(model: ModelSpec, mesh: MeshSpec, checkpoint: Checkpoint) -> Kernels:
     """The native kernels on CPU hosts where they fit the model and were built; plain JAX elsewhere.
 
-    They fit 8-bit weights with bfloat16 scales and float32 activations, not split along the embedding. All hosts of a
-    mesh must be built alike: what they choose decides what they compute.
+    They fit 8-bit weights with bfloat16 scales and float32 activations, not split along the embedding.
 
     Raises:
       ValueError: `weights` ask for the native kernels, which are not to be had.
@@ -35,3 +38,21 @@ def choose_kernels(model: ModelSpec, mesh: MeshSpec, checkpoint: Checkpoint) -> 
     if model.weights == "int8-unrounded":
         raise ValueError(f"model.weights=int8-unrounded needs the native kernels: {problem}; use int8")
     return PORTABLE
+
+
+def agree(kernels: Kernels) -> Kernels:
+    """The best kernels that all processes of the mesh have; all must call this alike.
+
+    What every host computes for itself, routes and norms, must come out the same on all.
+    """
+    if jax.process_count() == 1:
+        return kernels
+    levels = (PORTABLE.name, *INSTRUCTION_SETS)
+    everybody = multihost_utils.process_allgather(np.int32(levels.index(kernels.name)))
+    common = levels[int(everybody.min())]
+    if common != kernels.name:
+        _LOG.warning("another host has no %s kernels; computing with %s", kernels.name, common)
+    if common == PORTABLE.name:
+        return PORTABLE
+    use_instruction_set(common)
+    return native_kernels()

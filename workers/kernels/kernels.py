@@ -22,7 +22,7 @@ class Kernels:
     A row's results must not depend on the other rows.
 
     Attributes:
-      name: for reports.
+      name: the instruction set of native kernels, or `xla`.
       norm: (x [M, D], valid, scale [D], residual [M, D] or none) -> [M, D] float32: root-mean-square norm, added to
         `residual`.
       route: (x [M, D], valid, weight [D, E], S) -> gates [M, S], experts [M, S] int32, probabilities [M, E].

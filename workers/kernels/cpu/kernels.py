@@ -18,6 +18,9 @@ from workers.kernels.sampling import Sampled, SamplingRows, SamplingState, unifo
 from workers.model.packed import PackedTable, PackedWeight, rows_of
 from workers.model.quantized import Weight
 
+#: From the one that any machine has to the fastest.
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512-vnni")
+
 _OPERATIONS = ("norm", "route", "dense", "experts", "logits", "attend", "sample")
 
 
@@ -48,7 +51,7 @@ def native_kernels() -> Kernels:
     """The kernels for this machine's instruction set. Raises NativeKernelsError."""
     name = _library().grokmesh_instruction_set().decode()
     return Kernels(
-        name=f"native ({name})",
+        name=name,
         norm=_norm,
         route=_route,
         project=_project,
@@ -63,7 +66,7 @@ def native_kernels() -> Kernels:
 
 
 def use_instruction_set(name: str) -> bool:
-    """Computes with `portable`, `avx2`, `avx512` or `avx512-vnni` from now on; False if this machine can't."""
+    """Computes with one of INSTRUCTION_SETS from now on; False if this machine can't."""
     return bool(_library().grokmesh_use(name.encode()))
 
 
