@@ -13,13 +13,19 @@ import random
 import pytest
 
 from tests.workers.test_runtime import NATIVE, VOCAB, make_requests, make_runtime, run
-from workers.engine.plan import Token
+from workers.engine.plan import Sampling, Token
 from workers.engine.request import Request
 from workers.engine.scheduler import Scheduler
 from workers.runtime.runtime import Pending, Runtime
 
 SCHEDULES = int(os.environ.get("GROKMESH_SCHEDULES", "12"))
 REQUESTS = 64
+
+#: The model goes on as they do.
+REPETITIVE = [
+    Request(f"again{i}", tuple(range(100 + i, 104 + i)) * 10, 50, Sampling(temperature=0.3 * i, seed=i))
+    for i in range(4)
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +58,14 @@ def _schedule(
 
 
 def test_no_schedule_changes_a_bit(runtime: Runtime) -> None:
-    requests = make_requests(REQUESTS, seed=11)
+    requests = [*make_requests(REQUESTS - len(REPETITIVE), seed=11), *REPETITIVE]
     alone = {request.id: run(runtime, [request])[request.id] for request in requests}
     cached = guessed = 0
     for seed in range(SCHEDULES):
         rng = random.Random(seed)
         chosen = rng.sample(requests, REQUESTS if seed % 10 == 0 else rng.randint(1, 16))
+        if seed % 3 == 1:  # few enough for guesses
+            chosen = rng.sample(REPETITIVE, 2)
         tokens, scheduler = _schedule(runtime, chosen, rng)
         for request in chosen:
             got = tokens[request.id]  # a cancelled one has fewer

@@ -59,27 +59,32 @@ class Engine:
         kv_dtype: Any = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[kv_cache]
         self._kv_bytes = jnp.dtype(kv_dtype).itemsize
         self._table_bytes = 2 if kernels.packed else 4
-        pages = 1 + SLOTS // 2 * -(-context // PAGE)
+        pages = 1 + 2 * -(-context // PAGE)
         shape = EngineShape(SLOTS, 1, pages, PAGE, CHUNK, context, kernels.exact_rows)
         self.runtime = Runtime(self.config, shape, partition, params, kv_dtype=kv_dtype)
         self.runtime.warm_up()
         self._plans = 0
 
-    def prefill(self, slot: int, pages: tuple[int, ...], length: int) -> float:
-        """Gives a slot `length` positions; seconds that it took."""
-        tokens = tuple(3 + (7 * i + slot) % (self.config.vocab_size - 3) for i in range(length))
+    def prefill(self, slot: int, pages: tuple[int, ...], length: int, known: int = 0) -> float:
+        """Gives a slot `length` positions, of which pages hold the first `known`; seconds that it took."""
+        known = min(known, length - 1)
+        tokens = tuple(3 + (7 * i + (slot if i >= known else 0)) % (self.config.vocab_size - 3) for i in range(length))
         began = time.perf_counter()
-        for start in range(0, length, CHUNK):
+        for start in range(known, length, CHUNK):
             chunk = Chunk(slot, start, tokens[start : start + CHUNK], last=start + CHUNK >= length)
-            admissions = (Admission(slot, pages, Sampling()),) if start == 0 else ()
+            admissions = (Admission(slot, pages, Sampling()),) if start == known else ()
             self.runtime.read(self._run(Plan(0, admissions, ((chunk,),), ())))
         return time.perf_counter() - began
 
     def decode(self, batch: int, positions: int, steps: int) -> tuple[float, int]:
         """Median seconds of a decode step, one step ahead, and the bytes that a step reads at least."""
-        width = -(-(positions + steps + 8) // PAGE)
+        # All have the same past, on pages that they share; each has its own for what comes. Memory sees no difference, as the
+        # pages of one long sequence are more than caches hold.
+        past, own = positions // PAGE, -(-(steps + PAGE) // PAGE)
+        shared = tuple(range(1, 1 + past))
         for slot in range(batch):
-            self.prefill(slot, tuple(range(1 + slot * width, 1 + (slot + 1) * width)), positions)
+            first = 1 + past + slot * own
+            self.prefill(slot, (*shared, *range(first, first + own)), positions, 0 if slot == 0 else past * PAGE)
         times: list[float] = []
         counts: list[jax.Array] = []
         pending: Pending | None = None
