@@ -15,7 +15,7 @@ else:
             [f"workers/kernels/cpu/src/{name}.cc" for name in SOURCES],
             depends=[f"workers/kernels/cpu/src/{name}" for name in ("kernels.h", "parallel.h", "vector.inc")],
             include_dirs=[include_dir()],
-            extra_compile_args=["-std=c++17", "-O3", "-Wno-attributes"],
+            extra_compile_args=["-std=c++17", "-O3", "-w"],
             language="c++",
             optional=True,
         )
