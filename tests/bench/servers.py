@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import pathlib
 import subprocess
 import tempfile
@@ -24,7 +25,7 @@ from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.gguf_export import export_gguf
 from workers.link import free_port
 
-CLIENTS, REQUESTS, PROMPT, COMPLETION = 16, 48, 128, 64
+CLIENTS, REQUESTS, PROMPT, COMPLETION = 16, 32, 128, 64
 OBJECTIVE = Objective(time_to_first_token=5.0, time_per_output_token=0.5)
 
 
@@ -63,7 +64,8 @@ async def _load_llama(url: str) -> list[Sample]:
 def _llama(python: str, gguf: pathlib.Path) -> dict[str, Any]:
     port = free_port("127.0.0.1")
     command = [python, "-m", "llama_cpp.server", "--model", str(gguf), "--port", str(port), "--n_ctx", "4096"]
-    process = subprocess.Popen([*command, "--n_threads", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command += ["--n_threads", str(os.cpu_count()), "--interrupt_requests", "false"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         return summarize(asyncio.run(_wait_and_load(f"http://127.0.0.1:{port}")), OBJECTIVE)
     finally:
