@@ -90,7 +90,8 @@ class Worker:
         mesh = make_mesh(a.mesh.data, a.mesh.model)
         checkpoint = open_checkpoint(pathlib.Path(a.model.checkpoint))
         config = checkpoint.config
-        kernels = agree(choose_kernels(a.model, a.mesh, checkpoint))
+        with every_rank_writes():
+            kernels = agree(choose_kernels(a.model, a.mesh, checkpoint))
         _LOG.info("kernels: %s", kernels.name)
         partition = Partition.create(config, mesh, a.mesh.rules, kernels)
         shape = engine_shape(a, config.sequence_len, partition.batch_groups, kernels.exact_rows)
