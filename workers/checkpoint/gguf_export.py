@@ -7,7 +7,6 @@ experts takes back but for its epsilon. Every multiplier is written out, as it w
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -16,6 +15,7 @@ import numpy as np
 from workers.checkpoint.checkpoint import Checkpoint
 from workers.checkpoint.errors import CheckpointError
 from workers.checkpoint.tensor_file import TensorFile
+from workers.model.parameters import ParameterInfo
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -87,37 +87,43 @@ def export_gguf(checkpoint: Checkpoint, target: pathlib.Path, kind: str = "q8_0"
     quantized = gguf.GGMLQuantizationType.Q8_0 if kind == "q8_0" else gguf.GGMLQuantizationType.F32
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if kind == "q8_0" else gguf.LlamaFileType.ALL_F32)
 
-    def converted(file: TensorFile, matrix: bool) -> Array:
-        values = _values(file)
+    def converted(file: TensorFile, product: bool, matrix: bool) -> Array:
+        values = _values(file, product)
         return gguf.quants.quantize(values, quantized) if matrix and kind == "q8_0" else values
 
     # The header holds all shapes, so it comes first; then one tensor at a time is in memory.
-    for name, _, shape, matrix in _tensors(checkpoint):
-        dtype = quantized if matrix else gguf.GGMLQuantizationType.F32
-        size = int(np.prod(shape)) * 4 if dtype is gguf.GGMLQuantizationType.F32 else int(np.prod(shape)) // 32 * 34
-        writer.add_tensor_info(f"{name}.weight", shape, np.dtype(np.float32), size, raw_dtype=dtype)
+    for info, _ in checkpoint.tensors:
+        dtype = quantized if _is_matrix(info) else gguf.GGMLQuantizationType.F32
+        size = info.size * 4 if dtype is gguf.GGMLQuantizationType.F32 else info.size // Q8_BLOCK * (Q8_BLOCK + 2)
+        shape = (*info.shape[:-2], info.shape[-1], info.shape[-2]) if _is_product(info) else info.shape
+        writer.add_tensor_info(f"{_name(info)}.weight", shape, np.dtype(np.float32), size, raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, file, _, matrix in _tensors(checkpoint):
-        writer.write_tensor_data(converted(file, matrix))
+    for info, file in checkpoint.tensors:
+        writer.write_tensor_data(converted(file, _is_product(info), _is_matrix(info)))
     writer.close()
 
 
-def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, TensorFile, tuple[int, ...], bool]]:
-    """Name, file, shape as llama.cpp has it (columns of a product first), and whether it is a large matrix."""
-    for info, file in checkpoint.tensors:
-        layer = info.path.removeprefix("transformer/decoder_layer_")
-        if layer == info.path:
-            yield _NAMES[info.path], file, info.shape, info.path.endswith("embeddings")
-            continue
-        number, rest = layer.split("/", 1)
-        *lead, last = info.shape
-        shape = (*lead[:-1], last, lead[-1]) if lead else info.shape
-        yield f"blk.{number}.{_LAYER_NAMES[rest]}", file, shape, info.quantized
+def _name(info: ParameterInfo) -> str:
+    layer = info.path.removeprefix("transformer/decoder_layer_")
+    if layer == info.path:
+        return _NAMES[info.path]
+    number, rest = layer.split("/", 1)
+    return f"blk.{number}.{_LAYER_NAMES[rest]}"
 
 
-def _values(file: TensorFile) -> Array:
+def _is_product(info: ParameterInfo) -> bool:
+    """Whether it is multiplied with, columns first in llama.cpp; the embedding has its rows first already."""
+    return len(info.shape) > 1 and not info.path.endswith("embeddings")
+
+
+def _is_matrix(info: ParameterInfo) -> bool:
+    """Whether it is large, and `kind` says how it is stored."""
+    return info.quantized or info.path.endswith("embeddings")
+
+
+def _values(file: TensorFile, product: bool) -> Array:
     """float32 values, products transposed: [..., N, K]."""
     values: Array = np.asarray(file.map(file.values))
     if file.scales is not None:
@@ -127,10 +133,7 @@ def _values(file: TensorFile) -> Array:
         grouped = values.reshape(*lead, groups, rows // groups, columns).astype(np.float32) * scales[..., :, None, :]
         values = grouped.astype(ml_dtypes.bfloat16).reshape(values.shape)  # as the model rounds them
     values = values.astype(np.float32)
-    is_product = file.scales is not None or (
-        values.ndim == 2 and values.shape[0] > values.shape[1] and values.shape[1] < 64
-    )
-    return np.ascontiguousarray(values.swapaxes(-1, -2)) if is_product else values
+    return np.ascontiguousarray(values.swapaxes(-1, -2)) if product else values
 
 
 def _add_tokenizer(writer: Any, checkpoint: Checkpoint) -> None:

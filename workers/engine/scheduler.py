@@ -28,7 +28,6 @@ class _Sequence:
     request: Request
     slot: int
     constraint: Constraint | None
-    cached: int
     planned: int
     drafter: Drafter | None = None
     drawn: int = 0
@@ -222,7 +221,7 @@ class Scheduler:
             self._free_slots.remove(slot)
             pool = self._pools[self._shape.group_of(slot)]
             pages = pool.take(request.id, shared, self._pages(request) - len(shared))
-            self._running[request.id] = _Sequence(request, slot, constraint, cached, planned=cached)
+            self._running[request.id] = _Sequence(request, slot, constraint, planned=cached)
             self.counts.prompt_tokens_cached += cached
             sampling = request.sampling
             prompt = request.prompt if sampling.repetition_penalty != 1.0 else ()

@@ -44,6 +44,12 @@ std::vector<int64_t> valid_rows(const Mask& valid) {
   return rows;
 }
 
+// Zeros for the rows of y [.., columns] that are not valid.
+void clear_invalid(const Mask& valid, int64_t columns, float* y) {
+  for (int64_t r = 0; r < static_cast<int64_t>(valid.element_count()); r++)
+    if (!valid.typed_data()[r]) std::memset(y + r * columns, 0, columns * 4);
+}
+
 // Memory for the prepared form of rows, each at a multiple of 64 bytes.
 class Prepared {
  public:
@@ -149,7 +155,7 @@ void multiply_to_rows(const Matrix& w, const Prepared& x, const std::vector<int6
 
 // x [M, K] times several weights of as many groups; rows that are not valid give zeros.
 ffi::Error dense(ffi::ThreadPool pool, F32 x, Mask valid, bool rounded, ffi::RemainingArgs weights, ffi::RemainingRets results) {
-  const int64_t depth = x.dimensions().back(), all = x.element_count() / depth;
+  const int64_t depth = x.dimensions().back();
   const std::vector<int64_t> rows = valid_rows(valid);
   std::vector<Packed> packed;
   std::vector<float*> out;
@@ -171,7 +177,6 @@ ffi::Error dense(ffi::ThreadPool pool, F32 x, Mask valid, bool rounded, ffi::Rem
   const Prepared prepared(packed[0].layout, rows.size());
   for (const Packed& p : packed)
     if (p.layout.groups != packed[0].layout.groups) return misfit("the weights' groups");
-  const int64_t invalid = all - rows.size();
   parallel_phases(pool, {ceil_div(rows.size(), 8), static_cast<int64_t>(rows.empty() ? 0 : tasks.size())},
                   [&](int phase, int64_t task) {
                     if (phase == 0) {
@@ -182,16 +187,13 @@ ffi::Error dense(ffi::ThreadPool pool, F32 x, Mask valid, bool rounded, ffi::Rem
                     const auto [i, n] = tasks[task];
                     multiply_to_rows(packed[i].at(0), prepared, rows, n, std::min(n + per_task, packed[i].columns), out[i]);
                   });
-  if (invalid)
-    for (int64_t r = 0; r < all; r++)
-      if (!valid.typed_data()[r])
-        for (size_t i = 0; i < packed.size(); i++) std::memset(out[i] + r * packed[i].columns, 0, packed[i].columns * 4);
+  for (size_t i = 0; i < packed.size(); i++) clear_invalid(valid, packed[i].columns, out[i]);
   return ffi::Error::Success();
 }
 
 // x [M, D] times a table of two planes [strips, 2 * 4 * stride] with scales [V, 1] -> [M, V]; rows that are not valid give zeros.
 ffi::Error logits(ffi::ThreadPool pool, F32 x, Mask valid, S8 table, F32 scales, Result y) {
-  const int64_t depth = x.dimensions().back(), all = x.element_count() / depth, columns = scales.dimensions()[0];
+  const int64_t depth = x.dimensions().back(), columns = scales.dimensions()[0];
   const Layout layout{1, depth};
   if (table.dimensions()[1] != 2 * kStrip * layout.stride() || table.dimensions()[0] != strips(columns)) return misfit("the table");
   const Matrix matrix{table.typed_data(), scales.untyped_data(), columns, Kind::kTwoPlanes, layout};
@@ -206,8 +208,7 @@ ffi::Error logits(ffi::ThreadPool pool, F32 x, Mask valid, S8 table, F32 scales,
     const int64_t first = task * per_task, last = std::min(first + per_task, columns);
     multiply_to_rows(matrix, prepared, rows, first, last, y->typed_data());
   });
-  for (int64_t r = 0; r < all; r++)
-    if (!valid.typed_data()[r]) std::memset(y->typed_data() + r * columns, 0, columns * 4);
+  clear_invalid(valid, columns, y->typed_data());
   return ffi::Error::Success();
 }
 
@@ -228,7 +229,7 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, F32 gates, S32 chosen_experts, M
     int64_t expert, begin, count;
   };
   std::vector<Group> groups;
-  std::vector<int64_t> sorted, position(rows * selected, -1), used;
+  std::vector<int64_t> sorted, position(rows * selected, -1);
   for (int64_t e = 0; e < here; e++) {
     if (places[e].empty()) continue;
     groups.push_back({e, static_cast<int64_t>(sorted.size()), static_cast<int64_t>(places[e].size())});
