@@ -2,7 +2,14 @@
 
 from setuptools import Extension, setup
 
-SOURCES = ("ops", "portable", "avx2", "avx512", "vnni")  # of code that several emit, the linker keeps the first one's
+SOURCES = (
+    "ops",
+    "sampling",
+    "portable",
+    "avx2",
+    "avx512",
+    "vnni",
+)  # of code that several emit, the linker keeps the first one's
 
 try:
     from jax.ffi import include_dir
@@ -13,7 +20,7 @@ else:
         Extension(
             "workers.kernels.cpu.native",
             [f"workers/kernels/cpu/src/{name}.cc" for name in SOURCES],
-            depends=[f"workers/kernels/cpu/src/{name}" for name in ("kernels.h", "parallel.h", "vector.inc")],
+            depends=[f"workers/kernels/cpu/src/{name}" for name in ("kernels.h", "ops.h", "parallel.h", "vector.inc")],
             include_dirs=[include_dir()],
             extra_compile_args=["-std=c++17", "-O3", "-w"],
             language="c++",
