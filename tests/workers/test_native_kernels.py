@@ -48,7 +48,7 @@ def _close(got: jax.Array, want: Array, products: int = 1) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "depth", "columns", "groups"), [(1, 64, 4, 1), (7, 90, 33, 5), (3, 2304, 18, 1), (9, 16, 8, 8)]
+    ("rows", "depth", "columns", "groups"), [(1, 64, 4, 1), (7, 90, 33, 5), (3, 2304, 18, 1), (9, 16, 8, 8), (14, 2100, 10, 2)]
 )
 @pytest.mark.parametrize("rounded", [True, False])
 def test_products_are_those_of_the_rounded_weights(
@@ -94,15 +94,16 @@ def test_experts_are_those_of_plain_jax(rows: int) -> None:
     _close(got, np.asarray(want), products=3)
 
 
-def test_a_table_gives_its_rows_and_its_logits() -> None:
+@pytest.mark.parametrize("width", [90, 1100])
+def test_a_table_gives_its_rows_and_its_logits(width: int) -> None:
     rng = np.random.default_rng(0)
-    table = rng.standard_normal((41, 90)).astype(np.float32)
+    table = rng.standard_normal((41, width)).astype(np.float32)
     table[3] = 0.0
     values, scales = pack_table(table)
-    packed = PackedTable(jnp.asarray(values), jnp.asarray(scales), 90)
+    packed = PackedTable(jnp.asarray(values), jnp.asarray(scales), width)
     tokens = jnp.array([[0, 3, 40], [17, 2, 2]])
     np.testing.assert_allclose(np.asarray(rows_of(packed, tokens)), table[np.asarray(tokens)], atol=1e-4)
-    hidden = rng.standard_normal((5, 90)).astype(np.float32)
+    hidden = rng.standard_normal((5, width)).astype(np.float32)
     _close(jax.jit(KERNELS.logits)(hidden, np.ones(5, bool), packed), hidden @ table.T)
 
 

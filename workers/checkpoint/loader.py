@@ -13,7 +13,7 @@ import numpy as np
 
 from workers.checkpoint.checkpoint import Checkpoint
 from workers.checkpoint.tensor_file import ArraySpan, TensorFile
-from workers.model.packed import RUN, STRIP, PackedTable, PackedWeight, pack, pack_table
+from workers.model.packed import PackedTable, PackedWeight, pack, pack_table, packed_shape
 from workers.model.parameters import Axes, ParameterInfo
 from workers.model.partition import Partition
 from workers.model.quantized import QuantizedWeight, Table, Weight
@@ -99,32 +99,30 @@ def _shape(info: ParameterInfo, file: TensorFile, partition: Partition, weights:
     def array(shape: tuple[int, ...], dtype: Any, axes: Axes) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=partition.sharding(axes))
 
-    def packed(rows: int, columns: int, groups: int, planes: int, row_ways: int, column_ways: int) -> tuple[int, int]:
-        padded = -(-(rows // row_ways) // groups // RUN) * RUN
-        strips = -(-(columns // column_ways) // STRIP)
-        return strips * column_ways, planes * STRIP * groups * padded * row_ways
-
     span, widen = file.values, WEIGHT_DTYPES[weights]
     if info.path == EMBEDDING:
         if not partition.kernels.packed:
             return array(span.shape, dtype, info.axes)
         ways = partition.ways(partition.axes(info.axes[0]))
-        shape = packed(span.shape[1], span.shape[0], 1, 2, 1, ways)
+        blocks, strips, size = packed_shape(span.shape[1], span.shape[0] // ways, 1, planes=2)
+        values = array((blocks, strips * ways, size), jnp.int8, (None, *info.axes))
         scales = array((span.shape[0], 1), jnp.float32, (info.axes[0], None))
-        return PackedTable(array(shape, jnp.int8, info.axes), scales, span.shape[-1])  # type: ignore[arg-type]
+        return PackedTable(values, scales, span.shape[-1])  # type: ignore[arg-type]
     if file.scales is None:
         return array(span.shape, widen if info.quantized and widen else span.dtype, info.axes)
     if not partition.kernels.packed and widen is not None:
         return array(span.shape, widen, info.axes)
-    *lead, rows, columns = info.axes
+    *_, rows, columns = info.axes
     kept = partition.scale_groups(file.scales.shape[-2], rows)
     scale_shape = (*file.scales.shape[:-2], kept, file.scales.shape[-1])
     scales = array(scale_shape, file.scales.dtype, partition.scale_axes(kept, info.axes))
     if not partition.kernels.packed:
         return QuantizedWeight(array(span.shape, span.dtype, info.axes), scales)  # type: ignore[arg-type]
     row_ways, column_ways = (partition.ways(partition.axes(axis)) for axis in (rows, columns))
-    shape = packed(span.shape[-2], span.shape[-1], max(1, kept // row_ways), 1, row_ways, column_ways)
-    values = array((*span.shape[:-2], *shape), jnp.int8, (*lead, columns, rows))
+    local = span.shape[-2] // row_ways, span.shape[-1] // column_ways
+    blocks, strips, size = packed_shape(*local, max(1, kept // row_ways))
+    shape = (*span.shape[:-2], blocks * row_ways, strips * column_ways, size)
+    values = array(shape, jnp.int8, (*info.axes, None))
     return PackedWeight(values, scales, span.shape[-2], weights == "int8")  # type: ignore[arg-type]
 
 
@@ -153,20 +151,22 @@ class _Reader:
         placed = self._scales(info, scales, partition)
         parts = partition.ways(partition.axes(info.axes[-2]))
         groups = max(1, placed.shape[-2] // parts)
-        *lead, rows, columns = info.axes
-        axes = (*lead, columns, rows)
-        (values,) = self._pack(info, partition, axes, lambda index: (pack(self._slice(span, index), groups),))
+        (values,) = self._pack(
+            info, partition, [(*info.axes, None)], lambda index: (pack(self._slice(span, index), groups),)
+        )
         return PackedWeight(values, placed, span.shape[-2], rounded)
 
     def packed_table(self, info: ParameterInfo, partition: Partition) -> PackedTable:
         span = self._file.values
-        values, scales = self._pack(info, partition, info.axes, lambda index: pack_table(self._slice(span, index)))
+        rows, _ = info.axes
+        axes: list[Axes] = [(None, rows, None), (rows, None)]
+        values, scales = self._pack(info, partition, axes, lambda index: pack_table(self._slice(span, index)))
         return PackedTable(values, scales, span.shape[-1])
 
     def _pack(
-        self, info: ParameterInfo, partition: Partition, axes: Axes, make: Callable[[Index], tuple[Array, ...]]
+        self, info: ParameterInfo, partition: Partition, axes: list[Axes], make: Callable[[Index], tuple[Array, ...]]
     ) -> list[jax.Array]:
-        """Arrays of leading `axes` whose parts `make` makes from the slices that each device holds of this tensor."""
+        """One array for each of `axes`, whose parts `make` makes from the slices that each device holds of this tensor."""
         sharding = partition.sharding(info.axes)
         slices = sharding.addressable_devices_indices_map(self._file.values.shape)
         made: dict[str, tuple[Array, ...]] = {}
@@ -177,11 +177,10 @@ class _Reader:
                 made[str(index)] = make(index)
             parts.append([jax.device_put(part, device) for part in made[str(index)]])
         arrays: list[jax.Array] = []
-        for pieces in zip(*parts, strict=True):
-            sizes = pieces[0].shape
-            ways = [partition.ways(partition.axes(axis)) for axis in (*axes, *(None,) * len(sizes))]
-            shape = tuple(n * parts for n, parts in zip(sizes, ways, strict=False))
-            arrays.append(jax.make_array_from_single_device_arrays(shape, partition.sharding(axes), list(pieces)))
+        for pieces, names in zip(zip(*parts, strict=True), axes, strict=True):
+            ways = [partition.ways(partition.axes(name)) for name in names]
+            shape = tuple(n * parts for n, parts in zip(pieces[0].shape, ways, strict=True))
+            arrays.append(jax.make_array_from_single_device_arrays(shape, partition.sharding(names), list(pieces)))
         jax.block_until_ready(arrays)
         return arrays
 

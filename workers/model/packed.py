@@ -1,4 +1,4 @@
-"""Weights as the native CPU kernels read them: strips of four columns, so that each byte is read once and in order."""
+"""Weights as the native CPU kernels read them: blocks of strips of four columns, so that each byte is read once, in order."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-#: Columns of a strip, and values of a column that follow each other; as in kernels/cpu/src/kernels.h.
+#: Columns of a strip, values of a column that follow each other, and how many of a column are at most a block; as in
+#: kernels/cpu/src/kernels.h.
 STRIP = 4
 RUN = 64
+BLOCK = 1024
 #: The largest magnitude of a value of two planes, 256 * high + low.
 TWO_PLANES = 32512
 
@@ -24,7 +26,7 @@ class PackedWeight:
     """A `QuantizedWeight` of `rows` rows, packed.
 
     Attributes:
-      values: [..., strips, 4 * padded rows] int8.
+      values: [..., blocks, strips, 4 * rows of a block] int8.
       scales: [..., G, N] bfloat16.
       rows: K, of the whole weight, wherever its parts lie.
       rounded: whether products of value and scale are rounded to bfloat16, as in xAI's code.
@@ -52,7 +54,7 @@ class PackedTable:
     """An embedding table [V, D] in 16 bits a value: (256 * high + low) * scale, off by at most 2^-16 of a row's largest.
 
     Attributes:
-      values: [strips, 2 * 4 * padded columns] int8: of each run of 64 columns the high plane, then the low one.
+      values: [blocks, strips, 2 * 4 * columns of a block] int8: of each run of 64 columns the high plane, then the low one.
       scales: [V, 1] float32.
       width: D.
     """
@@ -72,19 +74,26 @@ class PackedTable:
         return self.values.dtype
 
 
-def pack(weight: Array, groups: int) -> Array:
-    """int8 [..., K, N] with `groups` groups of rows -> [..., ceil(N / 4), 4 * groups * padded rows of a group].
+def packed_shape(rows: int, columns: int, groups: int, planes: int = 1) -> tuple[int, int, int]:
+    """Blocks, strips and bytes of a strip in a block, for `groups` groups of rows: each has as few equal blocks as will do."""
+    runs = -(-(rows // groups) // RUN)
+    blocks = -(-runs * RUN // BLOCK)
+    return groups * blocks, -(-columns // STRIP), planes * STRIP * RUN * -(-runs // blocks)
 
-    The last strip is filled up with zero columns, and each group with zero rows to a multiple of 64.
+
+def pack(weight: Array, groups: int) -> Array:
+    """int8 [..., K, N] with `groups` groups of rows -> [..., *packed_shape(K, N, groups)].
+
+    The last strip is filled up with zero columns, and each group with zero rows.
     """
     *lead, rows, columns = weight.shape
-    depth = rows // groups
-    padded, strips = -(-depth // RUN) * RUN, -(-columns // STRIP)
+    blocks, strips, size = packed_shape(rows, columns, groups)
+    depth, padded = rows // groups, blocks // groups * size // STRIP
     grouped = weight.reshape(*lead, groups, depth, columns)
     filled = np.pad(grouped, [(0, 0)] * (len(lead) + 1) + [(0, padded - depth), (0, strips * STRIP - columns)])
-    split = filled.reshape(-1, groups, padded // RUN, RUN, strips, STRIP)
-    packed = empty((*lead, strips, STRIP * groups * padded))
-    packed.reshape(-1, strips, groups, padded // RUN, STRIP, RUN)[...] = split.transpose(0, 4, 1, 2, 5, 3)
+    split = filled.reshape(-1, blocks, size // STRIP // RUN, RUN, strips, STRIP)
+    packed = empty((*lead, blocks, strips, size))
+    packed.reshape(-1, blocks, strips, size // STRIP // RUN, STRIP, RUN)[...] = split.transpose(0, 1, 4, 2, 5, 3)
     return packed
 
 
@@ -95,10 +104,10 @@ def pack_table(table: Array) -> tuple[Array, Array]:
     quantized = np.rint(wide / np.where(scales > 0, scales, 1.0)).astype(np.int32)
     high = (quantized + 128) >> 8
     planes = [pack(plane.astype(np.int8).T, 1) for plane in (high, quantized - 256 * high)]
-    strips, size = planes[0].shape
-    values = empty((strips, 2 * size))
-    runs = [plane.reshape(strips, -1, STRIP * RUN) for plane in planes]
-    np.stack(runs, axis=2, out=values.reshape(strips, -1, 2, STRIP * RUN))
+    blocks, strips, size = planes[0].shape
+    values = empty((blocks, strips, 2 * size))
+    runs = [plane.reshape(blocks, strips, -1, STRIP * RUN) for plane in planes]
+    np.stack(runs, axis=3, out=values.reshape(blocks, strips, -1, 2, STRIP * RUN))
     return values, scales
 
 
@@ -112,8 +121,8 @@ def empty(shape: tuple[int, ...]) -> Array:
 
 def rows_of(table: PackedTable, tokens: jax.Array) -> jax.Array:
     """The table's rows for `tokens` [...], all within it: [..., D] float32."""
-    strips, size = table.values.shape
-    runs = table.values.reshape(strips, size // (2 * STRIP * RUN), 2, STRIP, RUN)
-    taken = runs[tokens // STRIP, :, :, tokens % STRIP].astype(jnp.float32)  # [..., runs, 2, RUN]
+    blocks, strips, size = table.values.shape
+    runs = table.values.reshape(blocks, strips, size // (2 * STRIP * RUN), 2, STRIP, RUN)
+    taken = runs[:, tokens // STRIP, :, :, tokens % STRIP].astype(jnp.float32)  # [..., blocks, runs, 2, RUN]
     joined = (256.0 * taken[..., 0, :] + taken[..., 1, :]).reshape(*tokens.shape, -1)
     return joined[..., : table.width] * table.scales[tokens]

@@ -153,9 +153,8 @@ class Partition:
     def weight_spec(self, weight: Weight, axes: Axes) -> Any:
         """The tree of specs that matches a weight."""
         if isinstance(weight, PackedWeight):
-            lead, (rows, columns) = axes[:-2], axes[-2:]
             scales = self.scale_axes(weight.scales.shape[-2], axes)
-            return dataclasses.replace(weight, values=self.spec((*lead, columns, rows)), scales=self.spec(scales))
+            return dataclasses.replace(weight, values=self.spec((*axes, None)), scales=self.spec(scales))
         if isinstance(weight, QuantizedWeight):
             scales = self.scale_axes(weight.scales.shape[-2], axes)
             return dataclasses.replace(weight, weight=self.spec(axes), scales=self.spec(scales))
@@ -164,7 +163,7 @@ class Partition:
     def table_spec(self, table: Table) -> Any:
         """The tree of specs that matches an embedding table."""
         if isinstance(table, PackedTable):
-            values = scales = self.spec(("vocab", None))
+            values, scales = self.spec((None, "vocab", None)), self.spec(("vocab", None))
             return dataclasses.replace(table, values=values, scales=scales)
         return self.spec(("vocab", "table_embed"))
 

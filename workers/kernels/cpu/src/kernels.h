@@ -5,19 +5,27 @@
 
 namespace grokmesh {
 
-constexpr int64_t kStrip = 4;  // columns of a packed weight that lie side by side
+constexpr int64_t kStrip = 4;     // columns of a packed weight that lie side by side
+constexpr int64_t kBlock = 1024;  // at most as many values of a column are a block
 
-// A packed weight is made of strips of four columns (the last one filled up with zeros). Of a strip, 64 values of each
-// column follow each other in turn. A column has `groups` runs of `depth` int8 values, each padded to a multiple of 64.
+// A column of a packed weight has `groups` groups of `depth` int8 values, each cut into equal blocks, filled up with zeros.
+// The weight is a block of all columns after another; a block is made of strips of four columns (the last one filled up
+// with zeros); of a strip, 64 values of each column follow each other in turn. So who multiplies many columns with a block
+// of x that stays in cache reads memory in order. As in workers/model/packed.py.
 struct Layout {
   int64_t groups, depth;
-  int64_t padded() const { return (depth + 63) / 64 * 64; }
-  int64_t stride() const { return groups * padded(); }
+  int64_t blocks_per_group() const { return (depth + kBlock - 1) / kBlock; }
+  int64_t block() const {
+    const int64_t runs = (depth + 63) / 64;
+    return (runs + blocks_per_group() - 1) / blocks_per_group() * 64;
+  }
+  int64_t blocks() const { return groups * blocks_per_group(); }
+  int64_t stride() const { return blocks() * block(); }
 };
 
 enum class Kind { kRounded, kUnrounded, kTwoPlanes };
 
-// A matrix as the products read it: strip i is values[i * planes() * 4 * stride ...].
+// A matrix as the products read it.
 //   kRounded: value = round_to_bf16(q * scale), scale bfloat16 [groups, columns].
 //   kUnrounded: value = q * scale.
 //   kTwoPlanes: value = (256 * high + low) * scale, scale float32 [columns, groups]; each run of 4 * 64 values of
@@ -29,6 +37,11 @@ struct Matrix {
   Kind kind;
   Layout layout;
   int planes() const { return kind == Kind::kTwoPlanes ? 2 : 1; }
+  int64_t strip_bytes() const { return planes() * kStrip * layout.block(); }
+  // The strip of a column, a multiple of 4, in a block.
+  const int8_t* strip(int64_t block, int64_t column) const {
+    return values + (block * ((columns + kStrip - 1) / kStrip) + column / kStrip) * strip_bytes();
+  }
 };
 
 enum class PageType { kFloat32, kBfloat16 };

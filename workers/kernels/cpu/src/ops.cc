@@ -62,7 +62,7 @@ class Prepared {
 
 int64_t strips(int64_t columns) { return ceil_div(columns, kStrip); }
 
-// values [..., strips, 4 * stride], scales [..., G, N] of weights with `rows` rows.
+// values [..., blocks, strips, 4 * block], scales [..., G, N] of weights with `rows` rows.
 struct Packed {
   const int8_t* values;
   const char* scales;
@@ -76,7 +76,8 @@ struct Packed {
     columns = s_dims.back();
     const int64_t groups = s_dims[s_dims.size() - 2];
     layout = {groups, rows / groups};
-    fits = w_dims.back() == kStrip * layout.stride() && w_dims[w_dims.size() - 2] == strips(columns) && layout.depth * groups == rows;
+    fits = w_dims.back() == kStrip * layout.block() && w_dims[w_dims.size() - 2] == strips(columns) &&
+           w_dims[w_dims.size() - 3] == layout.blocks() && layout.depth * groups == rows;
   }
   Matrix at(int64_t i) const {
     return {values + i * strips(columns) * kStrip * layout.stride(), scales + i * layout.groups * columns * 2, columns, kind, layout};
@@ -185,11 +186,12 @@ ffi::Error dense(ffi::ThreadPool pool, F32 x, Mask valid, bool rounded, ffi::Rem
   return ffi::Error::Success();
 }
 
-// x [M, D] times a table of two planes [strips, 2 * 4 * stride] with scales [V, 1] -> [M, V]; rows that are not valid give zeros.
+// x [M, D] times a table of two planes [blocks, strips, 2 * 4 * block] with scales [V, 1] -> [M, V]; rows that are not valid give zeros.
 ffi::Error logits(ffi::ThreadPool pool, F32 x, Mask valid, S8 table, F32 scales, Result y) {
   const int64_t depth = x.dimensions().back(), columns = scales.dimensions()[0];
   const Layout layout{1, depth};
-  if (table.dimensions()[1] != 2 * kStrip * layout.stride() || table.dimensions()[0] != strips(columns)) return misfit("the table");
+  const auto dims = table.dimensions();
+  if (dims[0] != layout.blocks() || dims[1] != strips(columns) || dims[2] != 2 * kStrip * layout.block()) return misfit("the table");
   const Matrix matrix{table.typed_data(), scales.untyped_data(), columns, Kind::kTwoPlanes, layout};
   const std::vector<int64_t> rows = valid_rows(valid);
   const int64_t per_task = columns_per_task(columns, pool.num_threads());

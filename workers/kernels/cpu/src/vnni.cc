@@ -16,22 +16,17 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
+#include <iterator>
 
 #include "kernels.h"
 
 namespace grokmesh {
 namespace {
 
-constexpr int64_t kAhead = 4096;  // bytes that are asked for before they are needed
-constexpr int64_t kBlock = 1024;  // values that share a scale of x; 16 int32 lanes of 64 products each can't overflow
+constexpr int64_t kPair = 128;    // bytes of 64 prepared values
 
-struct Blocks {
-  int64_t per_group, count;
-  explicit Blocks(const Layout& l) : per_group((l.padded() + kBlock - 1) / kBlock), count(per_group * l.groups) {}
-};
+constexpr int kMostRows = 8;      // of a tile
 
 // Of a block: the scale of x, and what each lane's sum starts from to undo the offsets of the unsigned operands.
 struct BlockHeader {
@@ -55,17 +50,17 @@ struct Tables {
 };
 const Tables tables;
 
-int64_t prepared_bytes(const Layout& l) { return Blocks(l).count * 64 + 2 * l.stride(); }
+int64_t prepared_bytes(const Layout& l) { return l.blocks() * 64 + 2 * l.stride(); }
 
-// Headers first, 64 bytes each; then of each block its high bytes and its low bytes.
+// Headers first, 64 bytes each; then of each 64 values their high bytes and their low bytes.
 void prepare(const Layout& l, const float* x, void* prepared) {
-  const Blocks blocks(l);
   auto* header = static_cast<char*>(prepared);
-  auto* bytes = reinterpret_cast<int8_t*>(header + blocks.count * 64);
+  auto* bytes = reinterpret_cast<int8_t*>(header + l.blocks() * 64);
+  const int64_t padded = l.block();
   for (int64_t g = 0; g < l.groups; g++)
-    for (int64_t b = 0; b < blocks.per_group; b++, header += 64) {
-      const int64_t from = b * kBlock, padded = std::min(kBlock, l.padded() - from);
-      const int64_t size = std::min(padded, l.depth - from);
+    for (int64_t b = 0; b < l.blocks_per_group(); b++, header += 64) {
+      const int64_t from = b * padded;
+      const int64_t size = std::clamp<int64_t>(l.depth - from, 0, padded);
       const float* in = x + g * l.depth + from;
       __m512 most = _mm512_setzero_ps();
       __mmask16 unordered = 0;  // the maximum loses them
@@ -87,8 +82,9 @@ void prepare(const Layout& l, const float* x, void* prepared) {
         const __m512i low = _mm512_sub_epi32(v, _mm512_slli_epi32(high, 8));
         sum_high = _mm512_add_epi32(sum_high, high);
         sum_low = _mm512_add_epi32(sum_low, low);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + k), _mm512_cvtepi32_epi8(high));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + padded + k), _mm512_cvtepi32_epi8(low));
+        int8_t* out = bytes + k / 64 * kPair + k % 64;
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(high));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 64), _mm512_cvtepi32_epi8(low));
       }
       const int32_t high = _mm512_reduce_add_epi32(sum_high), low = _mm512_reduce_add_epi32(sum_low);
       // A NaN or an infinity in x must not pass for a number.
@@ -98,126 +94,77 @@ void prepare(const Layout& l, const float* x, void* prepared) {
     }
 }
 
-// A strip of four columns over a block: 64 values of each in turn.
-struct Strip {
+// `kColumns` columns of a strip over a block: 64 values of each column of the strip in turn.
+template <int kColumns>
+struct Part {
   const int8_t* values;
-  const int8_t* error[4];  // tables, of rounded weights
-  int64_t next;            // bytes to the same place of the next strip
-  float m[4], power[4];
+  int64_t ahead;                  // bytes to what will be multiplied a strip later
+  const int8_t* error[kColumns];  // tables, of rounded weights
+  float m[kColumns], power[kColumns];
 };
 
-inline Strip strip(const Matrix& w, int64_t index, int64_t group, int64_t offset) {
-  Strip s;
-  s.next = w.planes() * kStrip * w.layout.stride();
-  s.values = w.values + w.planes() * kStrip * (index * w.layout.stride() + offset);
-  for (int c = 0; c < kStrip; c++) {
-    const int64_t n = std::min(index * kStrip + c, w.columns - 1);
+template <int kColumns>
+Part<kColumns> part(const Matrix& w, int64_t column, int64_t group, const int8_t* values, int64_t ahead) {
+  Part<kColumns> p;
+  p.values = values;
+  p.ahead = ahead;
+  for (int c = 0; c < kColumns; c++) {
+    const int64_t n = std::min(column + c, w.columns - 1);
     if (w.kind == Kind::kTwoPlanes) {
-      s.error[c] = nullptr;
-      s.m[c] = 256.0f;
-      s.power[c] = static_cast<const float*>(w.scales)[n * w.layout.groups + group];
+      p.error[c] = nullptr;
+      p.m[c] = 256.0f;
+      p.power[c] = static_cast<const float*>(w.scales)[n * w.layout.groups + group];
       continue;
     }
     const uint16_t bits = static_cast<const uint16_t*>(w.scales)[group * w.columns + n];
     const uint32_t unit = static_cast<uint32_t>(bits & 0xff80) << 16;
-    std::memcpy(&s.power[c], &unit, 4);
-    s.power[c] /= 128.0f;
-    s.m[c] = static_cast<float>(128 + (bits & 127));
-    s.error[c] = tables.error[bits & 127];
+    std::memcpy(&p.power[c], &unit, 4);
+    p.power[c] /= 128.0f;
+    p.m[c] = static_cast<float>(128 + (bits & 127));
+    p.error[c] = tables.error[bits & 127];
   }
-  return s;
+  return p;
 }
-
-template <Kind kKind>
-constexpr int kPlanes = kKind == Kind::kTwoPlanes ? 2 : 1;
 
 // The unsigned operands of 64 weights: q + 128, and error + 64 or low + 128.
 template <Kind kKind>
-inline void decode(const Strip& s, int64_t k, int c, __m512i* values, __m512i* errors) {
-  const int8_t* at = s.values + kPlanes<kKind> * kStrip * k + 64 * c;
+inline void decode(const int8_t* at, const int8_t* error, __m512i* values, __m512i* errors) {
   const __m512i q = _mm512_load_si512(at), offset = _mm512_set1_epi8(-128);
   *values = _mm512_xor_si512(q, offset);
   if constexpr (kKind == Kind::kTwoPlanes) {
     *errors = _mm512_xor_si512(_mm512_load_si512(at + 64 * kStrip), offset);
   } else if constexpr (kKind == Kind::kRounded) {
-    const __m512i size = _mm512_permutex2var_epi8(_mm512_load_si512(s.error[c]), _mm512_abs_epi8(q),
-                                                  _mm512_load_si512(s.error[c] + 64));
+    const __m512i size = _mm512_permutex2var_epi8(_mm512_load_si512(error), _mm512_abs_epi8(q), _mm512_load_si512(error + 64));
     const __m512i center = _mm512_set1_epi8(64);
     *errors = _mm512_mask_sub_epi8(_mm512_add_epi8(center, size), _mm512_movepi8_mask(q), center, size);
   }
 }
 
-// _mm512_dpbusd_epi32, as GCC 12 spills accumulators of the intrinsic.
-inline void dot(__m512i& sum, __m512i values, const __m512i& x) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(values), "vm"(x));
-}
-
-enum class Decode { kOnce, kStore, kStored };  // used up at once, kept for other rows, or kept already
-
-// kRows rows times a strip over one block of `size` values, added to totals [kRows][kStrip] of 16 lanes.
-template <int kRows, Kind kKind, Decode kDecode>
-__attribute__((noinline)) void tile(const Strip& s, int8_t* decoded, int64_t size, const char* const* headers,
-                                    const int8_t* const* bytes, __m512* totals) {
-  __m512i high[kRows][kStrip], low[kRows][kStrip], error[kRows][kStrip];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; r++) {
-    const auto& h = *reinterpret_cast<const BlockHeader*>(headers[r]);
-#pragma GCC unroll 8
-    for (int c = 0; c < kStrip; c++) {
-      high[r][c] = _mm512_set1_epi32(h.start_high);
-      low[r][c] = _mm512_set1_epi32(h.start_low);
-      error[r][c] = _mm512_set1_epi32(kKind == Kind::kTwoPlanes ? h.start_high : h.start_error);
-    }
-  }
-  for (int64_t k = 0; k < size; k += 64) {
-    __m512i x_high[kRows], x_low[kRows];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; r++) {
-      x_high[r] = _mm512_loadu_si512(bytes[r] + k);
-      x_low[r] = _mm512_loadu_si512(bytes[r] + size + k);
-    }
-#pragma GCC unroll 8
-    for (int c = 0; c < kStrip; c++) {
-      __m512i values, errors;
-      int8_t* kept = decoded + 2 * (kStrip * k + 64 * c);
-      if constexpr (kDecode == Decode::kStored) {
-        values = _mm512_load_si512(kept);
-        if constexpr (kKind != Kind::kUnrounded) errors = _mm512_load_si512(kept + 64);
-        // Memory must not rest meanwhile: the next strip comes.
-        const int8_t* soon = s.values + s.next + kPlanes<kKind> * kStrip * k + 64 * c;
-        _mm_prefetch(soon, _MM_HINT_T1);
-        if constexpr (kKind == Kind::kTwoPlanes) _mm_prefetch(soon + 64 * kStrip, _MM_HINT_T1);
-      } else {
-        const int8_t* soon = s.values + kPlanes<kKind> * kStrip * k + 64 * c + kAhead;
-        _mm_prefetch(soon, _MM_HINT_T0);
-        if constexpr (kKind == Kind::kTwoPlanes) _mm_prefetch(soon + 64 * kStrip, _MM_HINT_T0);
-        decode<kKind>(s, k, c, &values, &errors);
-        if constexpr (kDecode == Decode::kStore) {
-          _mm512_store_si512(kept, values);
-          if constexpr (kKind != Kind::kUnrounded) _mm512_store_si512(kept + 64, errors);
-        }
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; r++) {
-        dot(high[r][c], values, x_high[r]);
-        dot(low[r][c], values, x_low[r]);
-        if constexpr (kKind != Kind::kUnrounded) dot(error[r][c], errors, x_high[r]);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; r++) {
-    const float scale = reinterpret_cast<const BlockHeader*>(headers[r])->scale;
-#pragma GCC unroll 8
-    for (int c = 0; c < kStrip; c++) {
-      const float unit = scale * s.power[c];
-      const __m512 main = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[r][c], 8), low[r][c]));
-      __m512 total = totals[r * kStrip + c];
-      total = _mm512_fmadd_ps(main, _mm512_set1_ps(unit * s.m[c]), total);
-      if constexpr (kKind != Kind::kUnrounded)
-        total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(error[r][c]), _mm512_set1_ps(unit * 256.0f), total);
-      totals[r * kStrip + c] = total;
-    }
+// One row's 64 values times those of kColumns columns. In assembler with its loads, as GCC 12 moves loads ahead and then
+// spills sums.
+template <int kColumns, bool kErrors>
+inline void multiply_add(const __m512i* x, const __m512i* values, const __m512i* errors, __m512i* high, __m512i* low, __m512i* error) {
+  static_assert(kColumns == 1 || kColumns == 2);
+  if constexpr (kColumns == 1 && kErrors) {
+    asm("vmovdqa64 %[x], %%zmm31\n vpdpbusd %%zmm31, %[v], %[h]\n vpdpbusd %[y], %[v], %[l]\n vpdpbusd %%zmm31, %[e], %[s]"
+        : [h] "+v"(high[0]), [l] "+v"(low[0]), [s] "+v"(error[0])
+        : [x] "m"(x[0]), [y] "m"(x[1]), [v] "v"(values[0]), [e] "v"(errors[0])
+        : "xmm31");
+  } else if constexpr (kColumns == 1) {
+    asm("vpdpbusd %[x], %[v], %[h]\n vpdpbusd %[y], %[v], %[l]"
+        : [h] "+v"(high[0]), [l] "+v"(low[0])
+        : [x] "m"(x[0]), [y] "m"(x[1]), [v] "v"(values[0]));
+  } else {
+    asm("vmovdqa64 %[x], %%zmm31\n vmovdqa64 %[y], %%zmm30\n vpdpbusd %%zmm31, %[v], %[h]\n vpdpbusd %%zmm31, %[w], %[i]\n"
+        "vpdpbusd %%zmm30, %[v], %[l]\n vpdpbusd %%zmm30, %[w], %[m]"
+        : [h] "+v"(high[0]), [i] "+v"(high[1]), [l] "+v"(low[0]), [m] "+v"(low[1])
+        : [x] "m"(x[0]), [y] "m"(x[1]), [v] "v"(values[0]), [w] "v"(values[1])
+        : "xmm30", "xmm31");
+    if constexpr (kErrors)
+      asm("vmovdqa64 %[x], %%zmm31\n vpdpbusd %%zmm31, %[v], %[h]\n vpdpbusd %%zmm31, %[w], %[i]"
+          : [h] "+v"(error[0]), [i] "+v"(error[1])
+          : [x] "m"(x[0]), [v] "v"(errors[0]), [w] "v"(errors[1])
+          : "xmm31");
   }
 }
 
@@ -230,58 +177,106 @@ inline __m128 sums(const __m512* v) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// kRows rows times strip `index` over all blocks; `decoded` has room for the strip's whole decoded form unless kOnce.
-template <int kRows, Kind kKind, Decode kDecode>
-void walk(const Matrix& w, const char* x, int64_t x_stride, int64_t index, int8_t* decoded, float* y, int64_t y_stride, int64_t columns) {
-  const Layout& l = w.layout;
-  const Blocks blocks(l);
-  __m512 totals[kRows * kStrip];
-  for (auto& total : totals) total = _mm512_setzero_ps();
-  int64_t block = 0;
-  for (int64_t g = 0; g < l.groups; g++)
-    for (int64_t b = 0; b < blocks.per_group; b++, block++) {
-      const int64_t from = b * kBlock, size = std::min(kBlock, l.padded() - from), offset = g * l.padded() + from;
-      const char* headers[kRows];
-      const int8_t* bytes[kRows];
-      for (int r = 0; r < kRows; r++) {
-        headers[r] = x + r * x_stride + block * 64;
-        bytes[r] = reinterpret_cast<const int8_t*>(x + r * x_stride + blocks.count * 64 + 2 * offset);
-      }
-      tile<kRows, kKind, kDecode>(strip(w, index, g, offset), decoded + 2 * kStrip * offset, size, headers, bytes, totals);
-    }
+// Rows of a block beside each other: their headers, and of each 64 values those of all rows in turn.
+struct Rows {
+  BlockHeader headers[kMostRows];
+  alignas(64) int8_t bytes[kMostRows * kBlock / 64 * kPair];
+};
+
+// Adds to y[kRows][kStrip] the products of kRows rows and kColumns columns over one block of `size` values. All sums live in
+// registers, each weight is decoded once, and for each line of weights that is used another is asked for, so that memory
+// never rests.
+template <int kRows, Kind kKind, int kColumns>
+__attribute__((noinline)) void tile(const Part<kColumns>& p, int64_t size, const Rows& rows, float* y) {
+  constexpr int kPlanes = kKind == Kind::kTwoPlanes ? 2 : 1, kBeside = std::min(kColumns, 2);
+  constexpr bool kErrors = kKind != Kind::kUnrounded;
+  __m512i high[kRows][kColumns], low[kRows][kColumns], error[kRows][kColumns];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; r++) {
-    float four[kStrip];
-    _mm_storeu_ps(four, sums(totals + r * kStrip));
-    std::memcpy(y + r * y_stride, four, columns * 4);
+    const BlockHeader& h = rows.headers[r];
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumns; c++) {
+      high[r][c] = _mm512_set1_epi32(h.start_high);
+      low[r][c] = _mm512_set1_epi32(h.start_low);
+      error[r][c] = _mm512_set1_epi32(kKind == Kind::kTwoPlanes ? h.start_high : h.start_error);
+    }
+  }
+  const auto* x = reinterpret_cast<const __m512i*>(rows.bytes);
+  for (int64_t k = 0; k < size; k += 64, x += 2 * kRows) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumns; c += kBeside) {
+      __m512i values[kBeside], errors[kBeside];
+#pragma GCC unroll 8
+      for (int i = 0; i < kBeside; i++) {
+        const int64_t at = kPlanes * kStrip * k + 64 * (c + i);
+        _mm_prefetch(p.values + at + p.ahead, _MM_HINT_T0);
+        if constexpr (kKind == Kind::kTwoPlanes) _mm_prefetch(p.values + at + p.ahead + 64 * kStrip, _MM_HINT_T0);
+        decode<kKind>(p.values + at, p.error[c + i], &values[i], &errors[i]);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; r++) multiply_add<kBeside, kErrors>(x + 2 * r, values, errors, &high[r][c], &low[r][c], &error[r][c]);
+    }
+  }
+  __m512 totals[(kRows * kColumns + 3) / 4 * 4];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumns; c++) {
+      const float unit = rows.headers[r].scale * p.power[c];
+      const __m512 main = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[r][c], 8), low[r][c]));
+      __m512 total = _mm512_mul_ps(main, _mm512_set1_ps(unit * p.m[c]));
+      if constexpr (kErrors) total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(error[r][c]), _mm512_set1_ps(unit * 256.0f), total);
+      totals[r * kColumns + c] = total;
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = kRows * kColumns; i < (kRows * kColumns + 3) / 4 * 4; i++) totals[i] = _mm512_setzero_ps();
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows * kColumns; i += 4) {
+    float four[4];
+    _mm_storeu_ps(four, sums(totals + i));
+#pragma GCC unroll 8
+    for (int j = i; j < std::min(i + 4, kRows * kColumns); j++) y[j / kColumns * kStrip + j % kColumns] += four[j - i];
   }
 }
 
-int8_t* decoded_strip(int64_t bytes) {
-  thread_local std::unique_ptr<int8_t, void (*)(void*)> buffer(nullptr, std::free);
-  thread_local int64_t size = 0;
-  if (size < bytes) {
-    buffer.reset(static_cast<int8_t*>(std::aligned_alloc(64, bytes)));
-    size = bytes;
+void gather(const Layout& l, int64_t block, const char* x, int64_t x_stride, int64_t rows, Rows* to) {
+  const int64_t size = l.block(), start = l.blocks() * 64 + block * 2 * size;
+  for (int64_t r = 0; r < rows; r++, x += x_stride) {
+    std::memcpy(&to->headers[r], x + block * 64, sizeof(BlockHeader));
+    for (int64_t i = 0; i < size / 64; i++) std::memcpy(to->bytes + (i * rows + r) * kPair, x + start + i * kPair, kPair);
   }
-  return buffer.get();
+}
+
+// kRows rows times the columns [first, last) over a block, added to y.
+template <int kRows, Kind kKind>
+void multiply_block(const Matrix& w, int64_t block, const Rows& rows, int64_t first, int64_t last, float* y, int64_t y_stride) {
+  constexpr int kColumns = kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1;  // as many sums as registers hold
+  const int64_t group = block / w.layout.blocks_per_group(), ahead = w.strip_bytes();
+  for (int64_t n = first; n < last; n += kStrip) {
+    float sums[kRows * kStrip] = {};
+    for (int c = 0; c < kStrip; c += kColumns)
+      tile<kRows, kKind>(part<kColumns>(w, n + c, group, w.strip(block, n) + 64 * c, ahead), w.layout.block(), rows, sums + c);
+    for (int r = 0; r < kRows; r++)
+      for (int c = 0; c < std::min(kStrip, last - n); c++) y[r * y_stride + n - first + c] += sums[r * kStrip + c];
+  }
 }
 
 template <Kind kKind>
 void multiply_kind(const Matrix& w, const char* x, int64_t x_stride, int64_t rows, int64_t first, int64_t last, float* y,
-                     int64_t y_stride) {
-  int8_t* decoded = rows > 2 ? decoded_strip(2 * kStrip * w.layout.stride()) : nullptr;
-  for (int64_t n = first; n < last; n += kStrip, y += kStrip) {
-    const int64_t index = n / kStrip, columns = std::min(kStrip, last - n);
-    if (rows == 1) walk<1, kKind, Decode::kOnce>(w, x, x_stride, index, decoded, y, y_stride, columns);
-    if (rows == 2) walk<2, kKind, Decode::kOnce>(w, x, x_stride, index, decoded, y, y_stride, columns);
-    if (rows <= 2) continue;
-    walk<2, kKind, Decode::kStore>(w, x, x_stride, index, decoded, y, y_stride, columns);
-    int64_t r = 2;
-    for (; r + 2 <= rows; r += 2)
-      walk<2, kKind, Decode::kStored>(w, x + r * x_stride, x_stride, index, decoded, y + r * y_stride, y_stride, columns);
-    if (r < rows)
-      walk<1, kKind, Decode::kStored>(w, x + r * x_stride, x_stride, index, decoded, y + r * y_stride, y_stride, columns);
-  }
+                   int64_t y_stride) {
+  static constexpr decltype(&multiply_block<1, kKind>) of_rows[] = {
+      multiply_block<1, kKind>, multiply_block<2, kKind>, multiply_block<3, kKind>, multiply_block<4, kKind>,
+      multiply_block<5, kKind>, multiply_block<6, kKind>, multiply_block<7, kKind>, multiply_block<8, kKind>};
+  static_assert(std::size(of_rows) == kMostRows);
+  Rows gathered;
+  for (int64_t r = 0; r < rows; r++) std::memset(y + r * y_stride, 0, (last - first) * 4);
+  for (int64_t block = 0; block < w.layout.blocks(); block++)
+    for (int64_t r = 0; r < rows; r += kMostRows) {
+      const int64_t count = std::min<int64_t>(kMostRows, rows - r);
+      gather(w.layout, block, x + r * x_stride, x_stride, count, &gathered);
+      of_rows[count - 1](w, block, gathered, first, last, y + r * y_stride, y_stride);
+    }
 }
 
 void multiply(const Matrix& w, const char* x, int64_t x_stride, int64_t rows, int64_t first, int64_t last, float* y,
