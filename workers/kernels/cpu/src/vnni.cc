@@ -98,7 +98,7 @@ void prepare(const Layout& l, const float* x, void* prepared) {
 template <int kColumns>
 struct Part {
   const int8_t* values;
-  int64_t ahead;                  // bytes to what will be multiplied a strip later
+  int64_t ahead;                  // bytes to what will be wanted soon
   const int8_t* error[kColumns];  // tables, of rounded weights
   float m[kColumns], power[kColumns];
 };
@@ -180,10 +180,11 @@ inline __m128 sums(const __m512* v) {
 // Rows of a block beside each other: their headers, and of each 64 values those of all rows in turn.
 struct Rows {
   BlockHeader headers[kMostRows];
+  float scales[kMostRows];
   alignas(64) int8_t bytes[kMostRows * kBlock / 64 * kPair];
 };
 
-// Adds to y[kRows][kStrip] the products of kRows rows and kColumns columns over one block of `size` values. All sums live in
+// y[kRows][kColumns] and up to three more: the products of kRows rows and kColumns columns over a block of `size` values. All sums live in
 // registers, each weight is decoded once, and for each line of weights that is used another is asked for, so that memory
 // never rests.
 template <int kRows, Kind kKind, int kColumns>
@@ -209,41 +210,36 @@ __attribute__((noinline)) void tile(const Part<kColumns>& p, int64_t size, const
 #pragma GCC unroll 8
       for (int i = 0; i < kBeside; i++) {
         const int64_t at = kPlanes * kStrip * k + 64 * (c + i);
-        _mm_prefetch(p.values + at + p.ahead, _MM_HINT_T0);
-        if constexpr (kKind == Kind::kTwoPlanes) _mm_prefetch(p.values + at + p.ahead + 64 * kStrip, _MM_HINT_T0);
+        _mm_prefetch(p.values + at + p.ahead, _MM_HINT_T1);
+        if constexpr (kKind == Kind::kTwoPlanes) _mm_prefetch(p.values + at + p.ahead + 64 * kStrip, _MM_HINT_T1);
         decode<kKind>(p.values + at, p.error[c + i], &values[i], &errors[i]);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; r++) multiply_add<kBeside, kErrors>(x + 2 * r, values, errors, &high[r][c], &low[r][c], &error[r][c]);
     }
   }
-  __m512 totals[(kRows * kColumns + 3) / 4 * 4];
+  constexpr int kSums = kRows * kColumns, kPadded = (kSums + 3) / 4 * 4;
+  __m512 totals[kPadded];
+  float factors[kPadded] = {};
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; r++) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kColumns; c++) {
-      const float unit = rows.headers[r].scale * p.power[c];
-      const __m512 main = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[r][c], 8), low[r][c]));
-      __m512 total = _mm512_mul_ps(main, _mm512_set1_ps(unit * p.m[c]));
-      if constexpr (kErrors) total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(error[r][c]), _mm512_set1_ps(unit * 256.0f), total);
-      totals[r * kColumns + c] = total;
-    }
+  for (int i = 0; i < kSums; i++) {
+    const int r = i / kColumns, c = i % kColumns;
+    const __m512 main = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[r][c], 8), low[r][c]));
+    totals[i] = _mm512_mul_ps(main, _mm512_set1_ps(p.m[c]));
+    if constexpr (kErrors) totals[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(error[r][c]), _mm512_set1_ps(256.0f), totals[i]);
+    factors[i] = rows.scales[r] * p.power[c];
   }
 #pragma GCC unroll 8
-  for (int i = kRows * kColumns; i < (kRows * kColumns + 3) / 4 * 4; i++) totals[i] = _mm512_setzero_ps();
+  for (int i = kSums; i < kPadded; i++) totals[i] = _mm512_setzero_ps();
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows * kColumns; i += 4) {
-    float four[4];
-    _mm_storeu_ps(four, sums(totals + i));
-#pragma GCC unroll 8
-    for (int j = i; j < std::min(i + 4, kRows * kColumns); j++) y[j / kColumns * kStrip + j % kColumns] += four[j - i];
-  }
+  for (int i = 0; i < kPadded; i += 4) _mm_storeu_ps(y + i, _mm_mul_ps(sums(totals + i), _mm_loadu_ps(factors + i)));
 }
 
 void gather(const Layout& l, int64_t block, const char* x, int64_t x_stride, int64_t rows, Rows* to) {
   const int64_t size = l.block(), start = l.blocks() * 64 + block * 2 * size;
   for (int64_t r = 0; r < rows; r++, x += x_stride) {
     std::memcpy(&to->headers[r], x + block * 64, sizeof(BlockHeader));
+    to->scales[r] = to->headers[r].scale;
     for (int64_t i = 0; i < size / 64; i++) std::memcpy(to->bytes + (i * rows + r) * kPair, x + start + i * kPair, kPair);
   }
 }
@@ -252,13 +248,16 @@ void gather(const Layout& l, int64_t block, const char* x, int64_t x_stride, int
 template <int kRows, Kind kKind>
 void multiply_block(const Matrix& w, int64_t block, const Rows& rows, int64_t first, int64_t last, float* y, int64_t y_stride) {
   constexpr int kColumns = kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1;  // as many sums as registers hold
-  const int64_t group = block / w.layout.blocks_per_group(), ahead = w.strip_bytes();
+  const int64_t group = block / w.layout.blocks_per_group(), ahead = 2 * w.strip_bytes();
   for (int64_t n = first; n < last; n += kStrip) {
-    float sums[kRows * kStrip] = {};
-    for (int c = 0; c < kStrip; c += kColumns)
-      tile<kRows, kKind>(part<kColumns>(w, n + c, group, w.strip(block, n) + 64 * c, ahead), w.layout.block(), rows, sums + c);
-    for (int r = 0; r < kRows; r++)
-      for (int c = 0; c < std::min(kStrip, last - n); c++) y[r * y_stride + n - first + c] += sums[r * kStrip + c];
+    const int64_t valid = std::min(kStrip, last - n);
+    for (int c = 0; c < kStrip; c += kColumns) {
+      float sums[kRows * kColumns + 3];
+      tile<kRows, kKind>(part<kColumns>(w, n + c, group, w.strip(block, n) + 64 * c, ahead), w.layout.block(), rows, sums);
+      const int64_t here = std::min<int64_t>(kColumns, valid - c);
+      for (int r = 0; r < kRows; r++)
+        for (int i = 0; i < here; i++) y[r * y_stride + n - first + c + i] += sums[r * kColumns + i];
+    }
   }
 }
 
@@ -269,11 +268,13 @@ void multiply_kind(const Matrix& w, const char* x, int64_t x_stride, int64_t row
       multiply_block<1, kKind>, multiply_block<2, kKind>, multiply_block<3, kKind>, multiply_block<4, kKind>,
       multiply_block<5, kKind>, multiply_block<6, kKind>, multiply_block<7, kKind>, multiply_block<8, kKind>};
   static_assert(std::size(of_rows) == kMostRows);
+  // Where memory doesn't matter, fewer loads of x for a product do; else all rows at once, so that it never rests.
+  const int64_t most = kKind == Kind::kUnrounded && rows > kMostRows ? 4 : kMostRows;
   Rows gathered;
   for (int64_t r = 0; r < rows; r++) std::memset(y + r * y_stride, 0, (last - first) * 4);
   for (int64_t block = 0; block < w.layout.blocks(); block++)
-    for (int64_t r = 0; r < rows; r += kMostRows) {
-      const int64_t count = std::min<int64_t>(kMostRows, rows - r);
+    for (int64_t r = 0; r < rows; r += most) {
+      const int64_t count = std::min(most, rows - r);
       gather(w.layout, block, x + r * x_stride, x_stride, count, &gathered);
       of_rows[count - 1](w, block, gathered, first, last, y + r * y_stride, y_stride);
     }
