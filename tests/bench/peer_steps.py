@@ -1,7 +1,8 @@
 """One engine behind a pipe: reads cases as JSON lines, answers with seconds. So that engines can be measured in turn.
 
-python tests/bench/peer_steps.py ours CHECKPOINT WEIGHTS | python tests/bench/peer_steps.py llama FILE.gguf
-The second runs in an environment with llama-cpp-python, the first in this project's.
+python tests/bench/peer_steps.py ours CHECKPOINT WEIGHTS, or llama FILE.gguf, or xai CHECKPOINT CHECKOUT
+The first runs in this project's environment, the second in one with llama-cpp-python, the third in one that xAI's code of
+CHECKOUT runs in (jax 0.4.25, dm-haiku 0.0.12, sentencepiece).
 """
 
 from __future__ import annotations
@@ -83,8 +84,9 @@ def llama(path: str) -> Callable[[dict[str, Any]], dict[str, float]]:
         if case["kind"] == "prefill":
             return {"seconds": prefill(0, case["positions"])}
         batch, times = case["batch"], []
-        for sequence in range(batch):
-            prefill(sequence, case["positions"])
+        prefill(0, case["positions"])
+        for sequence in range(1, batch):
+            api.llama_memory_seq_cp(memory, 0, sequence, 0, case["positions"])
         for i in range(case["steps"]):
             began = time.perf_counter()
             decode([500 + 11 * i + s for s in range(batch)], [case["positions"] + i] * batch, range(batch), batch)
@@ -94,9 +96,56 @@ def llama(path: str) -> Callable[[dict[str, Any]], dict[str, float]]:
     return run
 
 
+def xai(checkpoint: str, checkout: str) -> Callable[[dict[str, Any]], dict[str, float]]:
+    """xAI's own code, which serves one request at a time: its prefill of a bucket of 512, and its steps."""
+    import importlib
+    import pathlib
+
+    sys.path.insert(0, checkout)
+    model: Any = importlib.import_module("model")
+    runners: Any = importlib.import_module("runners")
+    given = json.loads((pathlib.Path(checkpoint) / "config.json").read_text())
+    sizes = ("emb_size", "key_size", "num_q_heads", "num_kv_heads", "num_layers", "num_experts", "num_selected_experts")
+    layers = model.TransformerConfig(
+        **{name: given[name] for name in (*sizes, "attn_output_multiplier")},
+        widening_factor=1.5 * given["ffn_size"] / given["emb_size"],
+        shard_activations=True,
+        data_axis="data",
+        model_axis="model",
+    )
+    names = ("vocab_size", "sequence_len", "pad_token", "eos_token")
+    scales = ("embedding_multiplier_scale", "output_multiplier_scale")
+    language = model.LanguageModelConfig(model=layers, **{name: given[name] for name in (*names, *scales)})
+    runner = runners.InferenceRunner(
+        pad_sizes=(512,),
+        runner=runners.ModelRunner(model=language, bs_per_device=1, checkpoint_path=checkpoint),
+        name="peer",
+        load=checkpoint,
+        tokenizer_path=f"{checkpoint}/tokenizer.model",
+    )
+    runner.initialize()
+    server = runner.run()
+
+    def request(tokens: int) -> float:
+        """Seconds of a request: a prefill and `tokens` steps."""
+        next(server)
+        began = time.perf_counter()
+        server.send(runners.Request(prompt="a b c", temperature=1.0, nucleus_p=1.0, rng_seed=1, max_len=tokens))
+        return time.perf_counter() - began
+
+    def run(case: dict[str, Any]) -> dict[str, float]:
+        short, more = request(2), 4
+        step = (request(2 + more) - short) / more
+        return {"seconds": step if case["kind"] == "decode" else short - 2 * step}
+
+    return run
+
+
 def main() -> None:
     """Answers until the pipe ends."""
-    run = ours(sys.argv[2], sys.argv[3]) if sys.argv[1] == "ours" else llama(sys.argv[2])
+    engines: dict[str, Callable[..., Callable[[dict[str, Any]], dict[str, float]]]]
+    engines = {"ours": ours, "llama": llama, "xai": xai}
+    run = engines[sys.argv[1]](*sys.argv[2:])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print
     print(json.dumps({"ready": True}), file=answers, flush=True)

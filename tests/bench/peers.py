@@ -1,8 +1,8 @@
 """This engine and llama.cpp in turn, on the same model, with the same threads, in one run: ratios, medians and their noise.
 
-python -m tests.bench.peers --llama-python PYTHON [--checkpoint DIR] [--rounds 5] [--output FILE]
-PYTHON is of an environment with llama-cpp-python. Each round measures every engine once in every case, and reads memory's
-bandwidth beside it.
+python -m tests.bench.peers --llama-python PYTHON [--xai CHECKOUT --xai-python PYTHON] [--rounds 5] [--output FILE]
+The first PYTHON is of an environment with llama-cpp-python, the second of one that runs xAI's code in CHECKOUT.
+Each round measures every engine once in every case, and reads memory's bandwidth beside it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ CASES: list[dict[str, Any]] = [
     *({"kind": "decode", "batch": batch, "positions": 16, "steps": 24} for batch in (1, 4, 8, 16)),
     {"kind": "prefill", "positions": 512},
 ]
-LONG_CASES: list[dict[str, Any]] = [{"kind": "decode", "batch": 1, "positions": 8000, "steps": 10}]
+LONG_CASES: list[dict[str, Any]] = [
+    {"kind": "decode", "batch": batch, "positions": 8000, "steps": 16} for batch in (1, 8)
+]
 
 
 class Peer:
@@ -61,7 +63,7 @@ class Peer:
 
 
 def compare(peers: list[Peer], case: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Medians of the seconds of each, of the ratios within a round, and of the shares of bandwidth."""
+    """Medians of the seconds of each, of the ratios to the first within a round, and of the shares of bandwidth."""
     seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
     shares: dict[str, list[float]] = {peer.name: [] for peer in peers}
     bandwidths = []
@@ -72,14 +74,14 @@ def compare(peers: list[Peer], case: dict[str, Any], rounds: int) -> dict[str, A
             seconds[peer.name].append(answer["seconds"])
             if "bytes" in answer:
                 shares[peer.name].append(answer["bytes"] / answer["seconds"] / bandwidths[-1])
-    base = seconds["llama.cpp"]
+    base = seconds[peers[0].name]
     ratios = {
         name: [theirs / mine for theirs, mine in zip(base, values, strict=True)] for name, values in seconds.items()
     }
     return {
         "case": case,
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "times_llama": {name: statistics.median(values) for name, values in ratios.items()},
+        "times_first": {name: statistics.median(values) for name, values in ratios.items()},
         "spread": {name: (min(values), max(values)) for name, values in ratios.items()},
         "share_of_bandwidth": {name: statistics.median(values) for name, values in shares.items() if values},
         "bandwidth": statistics.median(bandwidths),
@@ -95,7 +97,11 @@ def _line(result: dict[str, Any]) -> str:
         low, high = result["spread"][name]
         share = result["share_of_bandwidth"].get(name)
         shown = f", {share:.0%} of bandwidth" if share else ""
-        ratio = "" if name == "llama.cpp" else f" {result['times_llama'][name]:.2f} x ({low:.2f}-{high:.2f}){shown}"
+        ratio = (
+            ""
+            if name == next(iter(result["seconds"]))
+            else f" {result['times_first'][name]:.2f} x ({low:.2f}-{high:.2f}){shown}"
+        )
         parts.append(f"{name} {tokens / seconds:.1f}/s{ratio}")
     return " | ".join(parts) + f" | {result['bandwidth'] / 1e9:.0f} GB/s"
 
@@ -104,6 +110,8 @@ def main() -> int:
     """Prints a line a case."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--llama-python", required=True)
+    parser.add_argument("--xai", help="a checkout of xAI's code")
+    parser.add_argument("--xai-python")
     parser.add_argument("--checkpoint", type=pathlib.Path, default=pathlib.Path("build/bench/model"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--short", action="store_true", help="leave out the cases with 8,000 positions")
@@ -123,6 +131,12 @@ def main() -> int:
         for case in [*CASES, *([] if arguments.short else LONG_CASES)]:
             results.append(compare(peers, case, arguments.rounds if case["positions"] < 8000 else 1))
             print(_line(results[-1]), flush=True)
+        if arguments.xai:
+            original = Peer("xAI", [arguments.xai_python, "xai", str(arguments.checkpoint), arguments.xai])
+            peers.append(original)
+            for case in (CASES[0], CASES[-1]):
+                results.append(compare([original, *peers[1:3]], case, 1))
+                print(_line(results[-1]), flush=True)
         peak = matmul_peak()
         print(f"float32 matrix product: {peak / 1e9:.0f} GFLOP/s")
     finally:
