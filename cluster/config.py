@@ -137,6 +137,8 @@ class GatewaySection:
       max_requests: requests that may be in it at once; more are turned away.
       max_message_bytes: of a client's message.
       drain_seconds: how long requests may go on after the service is told to stop.
+      failover_seconds: how long requests wait for a lost replica to be built again where no other serves. They go on then where
+        they were, and their clients see nothing but a pause.
       api_keys: file of `name: SHA-256 of the key` lines, as `grokmesh key` makes them; relative to this file. Without it
         anybody may call.
     """
@@ -145,6 +147,7 @@ class GatewaySection:
     max_requests: int = 512
     max_message_bytes: int = 4 * 1024 * 1024
     drain_seconds: float = 10.0
+    failover_seconds: float = 120.0
     api_keys: pathlib.Path | None = None
 
 
@@ -331,7 +334,8 @@ class _Reader:
             if not host or not port.isdecimal() or int(port) > 65535:
                 self.fail(name, f"{name}={_lookup(config, name)} is no host:port")
         for name in (
-            "gateway.drain_seconds", "autoscaling.queue_per_replica", "autoscaling.time_to_first_token",
+            "gateway.drain_seconds", "gateway.failover_seconds", "autoscaling.queue_per_replica",
+            "autoscaling.time_to_first_token",
             "autoscaling.up_seconds", "autoscaling.down_seconds", "engine.prefill_slowdown",
         ):  # fmt: skip
             value = _lookup(config, name)

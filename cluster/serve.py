@@ -90,7 +90,9 @@ class _Service:
         self._predecessor = predecessor
         self._tracer, self._end_traces = make_tracer(config.telemetry.traces_endpoint, config.model.name, version)
         self._readiness: asyncio.Queue[bool] = asyncio.Queue()
-        self._router = Router(on_change=lambda ready: self._readiness.put_nowait(ready > 0))
+        self._router = Router(
+            config.gateway.failover_seconds, on_change=lambda ready: self._readiness.put_nowait(ready > 0)
+        )
         latency = RecentLatency()
         self._fleet = Fleet(config, self._router, latency, _Reporter().report)
         self._metrics_url = f"http://{config.telemetry.address}/metrics"

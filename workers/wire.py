@@ -59,6 +59,7 @@ def request_to_proto(request: Request) -> engine_pb2.Submit:
         stop_tokens=sorted(request.stop_tokens),
         priority=request.priority,
         grammar=request.grammar,
+        resumed=request.resumed,
     )
 
 
@@ -72,6 +73,7 @@ def request_from_proto(message: engine_pb2.Submit) -> Request:
         stop_tokens=frozenset(message.stop_tokens),
         priority=message.priority,
         grammar=message.grammar,
+        resumed=tuple(message.resumed),
     )
 
 
@@ -87,6 +89,7 @@ def plan_to_proto(plan: Plan, epoch: int) -> engine_pb2.Plan:
                 sampling=sampling_to_proto(a.sampling),
                 request_id=a.request_id,
                 prompt=a.prompt,
+                drawn=a.drawn,
             )
             for a in plan.admissions
         ],
@@ -108,7 +111,9 @@ def plan_from_proto(message: engine_pb2.Plan) -> Plan:
     return Plan(
         number=message.number,
         admissions=tuple(
-            Admission(a.slot, tuple(a.pages), sampling_from_proto(a.sampling), a.request_id, tuple(a.prompt))
+            Admission(
+                a.slot, tuple(a.pages), sampling_from_proto(a.sampling), a.request_id, tuple(a.prompt), tuple(a.drawn)
+            )
             for a in message.admissions
         ),
         prefills=tuple(

@@ -1,4 +1,5 @@
-"""From sessions to leaders and back: one long-lived stream to each ready replica."""
+"""From sessions to leaders and back: one long-lived stream to each ready replica. A session outlives its replica: when that
+is lost, another one goes on where it was, or the same one once it is built again."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import logging
 import struct
 from collections.abc import Callable
 
-from cluster.gateway.errors import GatewayError, Violation, exhausted, invalid, unavailable
+from cluster.gateway.errors import Violation, exhausted, invalid, unavailable
 from cluster.gateway.session import Session
 from cluster.telemetry import metrics
 from grok.engine.v1 import engine_pb2
@@ -21,6 +22,8 @@ _LENGTH = struct.Struct(">I")
 
 #: Seconds that a leader has to listen after it was told to serve.
 CONNECT_SECONDS = 30.0
+#: Seconds until a session is sent again that a replica could not take, as it had too many.
+REFUSED_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +39,15 @@ class LeaderAddress:
 class ReplicaLink:
     """The stream to one replica's leader in one epoch, and the sessions that it carries."""
 
-    def __init__(self, leader: LeaderAddress, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        leader: LeaderAddress,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        on_refused: Callable[[Session, engine_pb2.Refusal], None],
+    ) -> None:
         self.leader = leader
+        self._on_refused = on_refused
         self.load = engine_pb2.Load()
         self.sessions: dict[str, Session] = {}
         self.draining = False
@@ -45,7 +55,9 @@ class ReplicaLink:
         self._writer = writer
 
     @classmethod
-    async def connect(cls, leader: LeaderAddress) -> ReplicaLink:
+    async def connect(
+        cls, leader: LeaderAddress, on_refused: Callable[[Session, engine_pb2.Refusal], None]
+    ) -> ReplicaLink:
         """Opens the stream, as soon as the leader listens, and says Hello. Raises OSError after CONNECT_SECONDS."""
         host, port = leader.address.rsplit(":", 1)
         deadline = asyncio.get_running_loop().time() + CONNECT_SECONDS
@@ -57,14 +69,15 @@ class ReplicaLink:
                 if asyncio.get_running_loop().time() > deadline:
                     raise
                 await asyncio.sleep(0.05)
-        link = cls(leader, reader, writer)
+        link = cls(leader, reader, writer, on_refused)
         link._send(engine_pb2.Hello(epoch=leader.epoch, secret=leader.secret))
         return link
 
     def submit(self, session: Session) -> None:
-        """Sends a session's request; its tokens will be delivered to it."""
+        """Sends a session's request; the tokens that it lacks will be delivered to it."""
         self.sessions[session.request.id] = session
-        self._send(engine_pb2.LeaderInput(submit=wire.request_to_proto(session.request)))
+        session.replica, session.epoch = self.leader.replica, self.leader.epoch
+        self._send(engine_pb2.LeaderInput(submit=wire.request_to_proto(session.rest())))
 
     def cancel(self, session: Session) -> None:
         """Forgets a session, here and on the leader, unless it has ended already."""
@@ -81,12 +94,12 @@ class ReplicaLink:
                     return
                 self._hear(engine_pb2.LeaderOutput.FromString(await self._reader.readexactly(length)))
 
-    def close(self, error: GatewayError) -> None:
-        """Ends the stream; its sessions get `error`."""
+    def close(self) -> list[Session]:
+        """Ends the stream; returns the sessions that it leaves behind."""
         self._writer.close()
-        for session in self.sessions.values():
-            session.deliver(error)
+        left = list(self.sessions.values())
         self.sessions.clear()
+        return left
 
     def _hear(self, output: engine_pb2.LeaderOutput) -> None:
         if output.epoch != self.leader.epoch:
@@ -103,7 +116,7 @@ class ReplicaLink:
         for refusal in output.refusals:
             session = self.sessions.pop(refusal.request_id, None)
             if session is not None:
-                session.deliver(_refused(refusal))
+                self._on_refused(session, refusal)
 
     def _send(self, message: engine_pb2.Hello | engine_pb2.LeaderInput) -> None:
         frame = message.SerializeToString()
@@ -111,10 +124,16 @@ class ReplicaLink:
 
 
 class Router:
-    """Knows the ready replicas and sends each session to the least busy one."""
+    """Knows the ready replicas and sends each session to the least busy one.
 
-    def __init__(self, on_change: Callable[[int], None] = lambda _: None) -> None:
+    While none is ready but one that was lost is being built again, sessions wait for it, at most `patience` seconds.
+    """
+
+    def __init__(self, patience: float, on_change: Callable[[int], None] = lambda _: None) -> None:
+        self._patience = patience
         self._links: dict[int, ReplicaLink] = {}
+        self._lost: set[int] = set()
+        self._waiting: dict[str, tuple[Session, asyncio.TimerHandle]] = {}
         self._on_change = on_change
 
     @property
@@ -125,9 +144,9 @@ class Router:
     @property
     def queued(self) -> int:
         """Number of sessions that have no token yet. May be asked by any thread."""
-        return sum(
-            not session.tokens for link in list(self._links.values()) for session in list(link.sessions.values())
-        )
+        running = [session for link in list(self._links.values()) for session in list(link.sessions.values())]
+        waiting = [session for session, _ in list(self._waiting.values())]
+        return sum(not session.tokens for session in (*running, *waiting))
 
     def load(self, replica: int) -> engine_pb2.Load:
         """A replica's load as it last told it."""
@@ -135,22 +154,31 @@ class Router:
         return link.load if link else engine_pb2.Load()
 
     async def serve(self, leader: LeaderAddress, on_connected: Callable[[], None]) -> None:
-        """Carries sessions to a replica until its stream ends, then fails those that are left. Raises OSError."""
-        link = await ReplicaLink.connect(leader)
+        """Carries sessions to a replica until its stream ends; what is left of them goes elsewhere. Raises OSError."""
+        link = await ReplicaLink.connect(leader, self._refused)
         self._links[leader.replica] = link
+        self._lost.discard(leader.replica)
         on_connected()
         self._changed()
+        for session, _ in list(self._waiting.values()):
+            self._send(session)
         try:
             await link.run()
         finally:
             del self._links[leader.replica]
-            link.close(unavailable(f"replica {leader.replica} was lost; it is being rebuilt"))
+            if not link.draining:
+                self._lost.add(leader.replica)
+            left = link.close()
             self._changed()
+            for session in left:
+                session.resumed = True
+                metrics.SESSIONS_RESUMED.inc()
+                self._send(session)
 
     @property
     def sessions(self) -> int:
         """Number of sessions on all replicas."""
-        return sum(len(link.sessions) for link in self._links.values())
+        return sum(len(link.sessions) for link in self._links.values()) + len(self._waiting)
 
     def busy(self, replica: int) -> bool:
         """Whether a replica has sessions."""
@@ -158,28 +186,66 @@ class Router:
         return link is not None and bool(link.sessions)
 
     def drain(self, replica: int) -> None:
-        """Sends no more sessions to a replica; those that it has go on."""
+        """Sends no more sessions to a replica; those that it has go on. If it is lost, nobody waits for it."""
+        self._lost.discard(replica)
         if (link := self._links.get(replica)) is not None:
             link.draining = True
             self._changed()
 
-    def start(self, session: Session) -> ReplicaLink:
-        """Sends a session to the least busy replica. Raises GatewayError (UNAVAILABLE) when none is ready."""
-        links = [link for link in self._links.values() if not link.draining]
-        if not links:
+    def start(self, session: Session) -> None:
+        """Sends a session to the least busy replica. Raises GatewayError (UNAVAILABLE) when there is none to wait for."""
+        if not self._place(session):
             metrics.REJECTIONS.labels("no_replica").inc()
             raise unavailable("no replica is ready", retry_seconds=2.0)
-        link = min(links, key=lambda link: (len(link.sessions), link.leader.replica))
-        link.submit(session)
-        return link
+
+    def cancel(self, session: Session) -> None:
+        """Forgets a session, wherever it is."""
+        if not self._stop_waiting(session):
+            link = self._links.get(session.replica)
+            if link is not None and link.sessions.get(session.request.id) is session:
+                link.cancel(session)
+
+    def _send(self, session: Session) -> None:
+        """Sends a session that is on no replica (any more), or ends it."""
+        self._stop_waiting(session)
+        if not self._place(session):
+            session.deliver(unavailable("the replica was lost, and there is no other"))
+
+    def _place(self, session: Session) -> bool:
+        links = [link for link in self._links.values() if not link.draining]
+        if links:
+            min(links, key=lambda link: (len(link.sessions), link.leader.replica)).submit(session)
+            return True
+        if self._lost:
+            self._wait(session, self._patience, self._give_up)
+        return bool(self._lost)
+
+    def _wait(self, session: Session, seconds: float, then: Callable[[Session], None]) -> None:
+        timer = asyncio.get_running_loop().call_later(seconds, then, session)
+        self._waiting[session.request.id] = session, timer
+
+    def _stop_waiting(self, session: Session) -> bool:
+        waiting, timer = self._waiting.get(session.request.id, (None, None))
+        if waiting is not session or timer is None:
+            return False
+        timer.cancel()
+        del self._waiting[session.request.id]
+        return True
+
+    def _give_up(self, session: Session) -> None:
+        self._stop_waiting(session)
+        session.deliver(unavailable(f"no replica came back within {self._patience:g} s"))
+
+    def _refused(self, session: Session, refusal: engine_pb2.Refusal) -> None:
+        """A replica did not take a session. One that was admitted before is not turned away because others were faster."""
+        if refusal.full and session.resumed:
+            self._wait(session, REFUSED_SECONDS, self._send)
+        elif refusal.full:
+            metrics.REJECTIONS.labels("engine_full").inc()
+            session.deliver(exhausted(refusal.reason, retry_seconds=1.0))
+        else:
+            session.deliver(invalid([Violation("completion", refusal.reason)]))
 
     def _changed(self) -> None:
         metrics.REPLICAS_READY.set(self.ready)
         self._on_change(self.ready)
-
-
-def _refused(refusal: engine_pb2.Refusal) -> GatewayError:
-    if refusal.full:
-        metrics.REJECTIONS.labels("engine_full").inc()
-        return exhausted(refusal.reason, retry_seconds=1.0)
-    return invalid([Violation("completion", refusal.reason)])

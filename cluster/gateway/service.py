@@ -148,8 +148,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         call = CURRENT.get()
         with self._admission.admitted():
             session = Session(request, tuple(completion.stop), self._tokenizer)
-            link = self._router.start(session)
-            call.replica, call.epoch = link.leader.replica, link.leader.epoch
+            self._router.start(session)
             error: BaseException | None = None
             try:
                 yield session
@@ -157,7 +156,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 error = raised
                 raise
             finally:
-                link.cancel(session)
+                self._router.cancel(session)
+                call.replica, call.epoch = session.replica, session.epoch
                 self._tell(call, session, code_name(error, context.time_remaining()))
 
     def _tell(self, call: Call, session: Session, code: str) -> None:

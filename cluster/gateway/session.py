@@ -33,12 +33,23 @@ class Session:
         self.first_token: float | None = None
         self.timing: Timing | None = None
         self.finish: generation_pb2.FinishReason.ValueType | None = None
+        #: Where it runs, or ran last.
+        self.replica, self.epoch = 0, 0
+        #: Whether it was on a replica that is lost.
+        self.resumed = False
+        self._received: list[int] = []
         self._detokenizer = Detokenizer(tokenizer, request.prompt)
         self._stop = StopMatcher(stops)
         self._arrived: asyncio.Queue[TokenEvent | GatewayError] = asyncio.Queue()
 
+    def rest(self) -> Request:
+        """The request as it is now: what asks any replica for the tokens that have not arrived yet."""
+        return dataclasses.replace(self.request, resumed=tuple(self._received))
+
     def deliver(self, event: TokenEvent | GatewayError) -> None:
         """Hands over what a leader sent for this session, or the error that ends it."""
+        if isinstance(event, TokenEvent):
+            self._received.append(event.token.id)
         self._arrived.put_nowait(event)
 
     async def next_deltas(self) -> list[Delta]:

@@ -63,6 +63,11 @@ EPOCH = Gauge("grokmesh_replica_epoch", "Epoch of a replica's mesh.", ["replica"
 REBUILDS = Counter(
     "grokmesh_replica_rebuilds", "Meshes that were formed again after a failure.", ["replica"], registry=REGISTRY
 )
+SESSIONS_RESUMED = Counter(
+    "grokmesh_sessions_resumed",
+    "Completions that went on elsewhere, or later, when their replica was lost.",
+    registry=REGISTRY,
+)
 BUILD = Gauge("grokmesh_build_info", "Always 1; the label says what runs.", ["version"], registry=REGISTRY)
 
 

@@ -46,6 +46,17 @@ MESH = Dashboard(
                     ),
                     warn=1, bad=3,
                 ),
+                Panel(
+                    "Completions resumed",
+                    "Completions that went on elsewhere, or later, because their replica was lost. Their clients saw a pause; none "
+                    "of them lost a token. Each rise should have a rebuild beside it.",
+                    "short",
+                    (
+                        Query(
+                            'increase(grokmesh_sessions_resumed_total{model=~"$model"}[1h])', "completions"
+                        ),
+                    ),
+                ),
             ),
         ),
         Row(

@@ -132,7 +132,10 @@ def main() -> int:
             results.append(compare(peers, case, arguments.rounds if case["positions"] < 8000 else 1))
             print(_line(results[-1]), flush=True)
         if arguments.xai:
-            original = Peer("xAI", [arguments.xai_python, "xai", str(arguments.checkpoint), arguments.xai])
+            # Its code takes as many groups as its mesh has parts.
+            whole = arguments.checkpoint.with_name(f"{arguments.checkpoint.name}-whole")
+            make_checkpoint(whole, groups=1)
+            original = Peer("xAI", [arguments.xai_python, "xai", str(whole), arguments.xai])
             peers.append(original)
             for case in (CASES[0], CASES[-1]):
                 results.append(compare([original, *peers[1:3]], case, 1))

@@ -143,11 +143,18 @@ def test_the_devices_hold_what_is_told(runtime: Runtime) -> None:
     assert runtime.probe() > 0
 
 
-def test_a_completion_can_go_on_from_its_middle(runtime: Runtime) -> None:
-    request = Request("whole", tuple(range(50, 70)), 16, Sampling(temperature=1.0, seed=99))
-    whole = [token.id for token in run(runtime, [request])["whole"]]
-    half = dataclasses.replace(request, id="rest", prompt=(*request.prompt, *whole[:7]), max_tokens=9)
-    assert [token.id for token in run(runtime, [half])["rest"]] == whole[7:]
+def test_a_resumed_completion_goes_on_with_the_same_bits(runtime: Runtime) -> None:
+    """With penalties, biases and all: tokens, logprobs and alternatives."""
+    requests = [request for request in make_requests(20, seed=7) if request.max_tokens > 1]
+    whole = run(runtime, requests)
+    rng = random.Random(0)
+    rests = []
+    for request in requests:
+        known = rng.randrange(request.max_tokens)
+        rests.append(dataclasses.replace(request, resumed=tuple(token.id for token in whole[request.id][:known])))
+    tokens = run(runtime, rests, rng)
+    for rest in rests:
+        assert tokens[rest.id] == whole[rest.id][len(rest.resumed) :]
 
 
 def test_a_mask_is_gone_from_a_slot_with_its_request(runtime: Runtime) -> None:
@@ -215,16 +222,3 @@ def test_native_kernels_give_the_same_bits_wherever_a_prompt_is_cut() -> None:
     whole = _logits(runtime, prompt, [16])
     for cuts in ([1, 2, 18], [15, 29], [7, 14, 21, 28]):
         np.testing.assert_array_equal(_logits(runtime, prompt, cuts), whole)
-
-
-def test_a_failed_over_completion_goes_on_with_the_same_bits() -> None:
-    """What was decoded token by token is computed as a prompt elsewhere."""
-    runtime, other = (make_runtime(2, 2, "tensor", NATIVE) for _ in range(2))
-    for request in make_requests(12, seed=7):
-        if request.sampling.penalized:
-            continue  # penalties tell prompt from completion
-        whole = run(runtime, [request])[request.id]
-        half = len(whole) // 2
-        ids = tuple(token.id for token in whole[:half])
-        rest = dataclasses.replace(request, prompt=(*request.prompt, *ids), max_tokens=request.max_tokens - half)
-        assert run(other, [rest])[request.id] == whole[half:]

@@ -31,10 +31,13 @@ MID_SIZE = GrokConfig(
 GROUPS = 8
 
 
-def make_checkpoint(directory: pathlib.Path, config: GrokConfig = MID_SIZE, seed: int = 0) -> None:
+def make_checkpoint(
+    directory: pathlib.Path, config: GrokConfig = MID_SIZE, seed: int = 0, groups: int = GROUPS
+) -> None:
     """Writes a model of `config` into `directory`, unless one of that configuration is there.
 
-    Weights are drawn so that every layer keeps its input's size; the release's layout, types and groups are kept.
+    Weights are drawn so that every layer keeps its input's size; the release's layout and types are kept, and where it has
+    groups of rows with scales of their own, there are `groups`.
     """
     wanted = json.dumps(dataclasses.asdict(config), indent=1)
     done = directory / "config.json"
@@ -54,9 +57,9 @@ def make_checkpoint(directory: pathlib.Path, config: GrokConfig = MID_SIZE, seed
         else:
             *lead, rows, columns = info.shape
             weight = random.integers(-127, 128, info.shape, np.int8)
-            groups = GROUPS if info.grouped else 1
+            ways = groups if info.grouped else 1
             spread = 73.3  # of integers drawn evenly from -127 to 127
-            scales: Any = random.uniform(0.8, 1.2, (*lead, groups, columns)) / (spread * rows**0.5)
+            scales: Any = random.uniform(0.8, 1.2, (*lead, ways, columns)) / (spread * rows**0.5)
             write_quantized(path, weight, scales.astype(ml_dtypes.bfloat16))
     _write_tokenizer(directory / "tokenizer.model", config)
     done.write_text(wanted)

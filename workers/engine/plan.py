@@ -97,13 +97,15 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Admission:
-    """A sequence takes a slot and its pages. `prompt` is set where penalties need to know it."""
+    """A sequence takes a slot and its pages. `prompt` is set where penalties need to know it, `drawn` too if they do and it
+    comes with tokens that were drawn before."""
 
     slot: int
     pages: tuple[int, ...]
     sampling: Sampling
     request_id: str = ""
     prompt: tuple[int, ...] = ()
+    drawn: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

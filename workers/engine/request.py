@@ -21,6 +21,7 @@ class Request:
       stop_tokens: a token of these ends the completion (and is reported as its last token).
       priority: requests of a higher one are admitted first.
       grammar: what its tokens must spell, as `workers.grammar` has it; empty for anything.
+      resumed: its first tokens, which an engine that is gone has drawn already; fewer than `max_tokens`.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     priority: int = 0
     grammar: str = ""
+    resumed: tuple[int, ...] = ()
 
 
 class Constraint(Protocol):

@@ -18,7 +18,8 @@ MAX_DRAFT_ROWS = 8
 
 @dataclasses.dataclass(eq=False)
 class _Sequence:
-    """A request that has a slot.
+    """A request that has a slot. `prefix` is what is computed before anything is drawn; `forced` are tokens that are known
+    before they are drawn.
 
     `planned` counts prompt positions that plans have covered, `drawn` the tokens that plans draw for certain, `tokens` holds
     those that came back: plans run ahead of their results. While `drafting`, it is unknown how many tokens will; `moved`
@@ -28,6 +29,8 @@ class _Sequence:
     request: Request
     slot: int
     constraint: Constraint | None
+    prefix: tuple[int, ...]
+    forced: tuple[int, ...]
     planned: int
     drafter: Drafter | None = None
     drawn: int = 0
@@ -38,7 +41,7 @@ class _Sequence:
 
     @property
     def prompt_done(self) -> bool:
-        return self.planned == len(self.request.prompt)
+        return self.planned == len(self.prefix)
 
     @property
     def left(self) -> int:
@@ -79,6 +82,10 @@ class Scheduler:
     A plan may be made before the tokens of the one before are known. A sequence that turns out to have ended meanwhile is
     computed once more, for nothing; its slot and pages may be given away at once, because hosts carry plans out in order.
     Sequences with a grammar or a draft wait for their tokens.
+
+    A request that is resumed goes on as if it had never ended. Where a position's numbers do not depend on what computes it,
+    its tokens are computed like a prompt. Elsewhere they are decoded one by one, as they were when they were drawn: a mask
+    leaves each of them no choice.
     """
 
     def __init__(self, shape: EngineShape, vocab_size: int, max_waiting: int, steps: int = 1) -> None:
@@ -92,6 +99,7 @@ class Scheduler:
         self._running: dict[str, _Sequence] = {}
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         self._next_number = 1
+        self._anything = b"\xff" * (4 * -(-vocab_size // 32))
         self.prompt_budget = shape.chunk
         self.counts = Counts()
 
@@ -119,6 +127,8 @@ class Scheduler:
             raise Refused("the prompt is empty")
         if request.max_tokens < 1:
             raise Refused(f"max_tokens={request.max_tokens} must be at least 1")
+        if len(request.resumed) >= request.max_tokens:
+            raise Refused(f"resumes after {len(request.resumed)} tokens of max_tokens={request.max_tokens}")
         if prompt + request.max_tokens > shape.context:
             raise Refused(
                 f"{prompt} prompt tokens and max_tokens={request.max_tokens} exceed the context of {shape.context}"
@@ -128,11 +138,19 @@ class Scheduler:
         sampling = request.sampling
         if not 0 <= sampling.top_k <= self._vocab_size:
             raise Refused(f"top_k={sampling.top_k} is outside the vocabulary of {self._vocab_size}")
-        ids = (*request.prompt, *(token for token, _ in sampling.logit_bias), *sampling.allowed_tokens)
+        ids = (
+            *request.prompt,
+            *request.resumed,
+            *(token for token, _ in sampling.logit_bias),
+            *sampling.allowed_tokens,
+        )
         if not all(0 <= token < self._vocab_size for token in ids):
             raise Refused(f"a token is outside the vocabulary of {self._vocab_size}")
         if len(self._waiting) >= self._max_waiting:
             raise Refused(f"{len(self._waiting)} requests are waiting already", full=True)
+        if constraint is not None and shape.exact_rows:
+            for token in request.resumed:
+                constraint.accept(token)
         self._waiting[request.id] = (request, constraint)
 
     def cancel(self, request_id: str) -> bool:
@@ -150,18 +168,20 @@ class Scheduler:
         admissions = self._admit()
         others_decode = any(sequence.prompt_done for sequence in self._running.values())
         calls = list(self._prefill(self.prompt_budget if others_decode else self._shape.chunk))
+        last = [sequence for call in calls for sequence, chunk in call if chunk.last]
         ready = [s for s in self._running.values() if s.prompt_done and s.left > 0 and not self._awaited(s)]
+        ready = [s for s in ready if not (s.forced and s in last)]  # a plan has one mask for a slot
         ready.sort(key=lambda sequence: sequence.slot)
         drafts = list(self._draft(ready))
         decoding = [s for s in ready if not s.drafting]
         if not calls and not decoding and not drafts:
             return None
         steps = self._steps_ahead(decoding) if not calls and not drafts and not self._waiting else 1
-        last = [sequence for call in calls for sequence, chunk in call if chunk.last]
+        places = [(s, s.drawn - 1) for s in last] + [(s, s.drawn) for s in decoding]
         masks = tuple(
-            Mask(sequence.slot, sequence.constraint.mask())
-            for sequence in (*last, *decoding)
-            if sequence.constraint is not None
+            Mask(sequence.slot, words)
+            for sequence, place in places
+            if (words := self._mask(sequence, place)) is not None
         )
         for sequence in decoding:
             sequence.drawn += steps
@@ -221,12 +241,37 @@ class Scheduler:
             self._free_slots.remove(slot)
             pool = self._pools[self._shape.group_of(slot)]
             pages = pool.take(request.id, shared, self._pages(request) - len(shared))
-            self._running[request.id] = _Sequence(request, slot, constraint, planned=cached)
-            self.counts.prompt_tokens_cached += cached
-            sampling = request.sampling
-            prompt = request.prompt if sampling.repetition_penalty != 1.0 else ()
-            admissions.append(Admission(slot, pages, sampling, request.id, prompt))
+            admissions.append(self._start(request, constraint, slot, pages, cached))
         return tuple(admissions)
+
+    def _start(
+        self, request: Request, constraint: Constraint | None, slot: int, pages: tuple[int, ...], cached: int
+    ) -> Admission:
+        known, sampling = request.resumed, request.sampling
+        forced = () if self._shape.exact_rows else known
+        sequence = _Sequence(request, slot, constraint, self._prefix(request), forced, planned=cached)
+        if not forced:
+            sequence.tokens, sequence.drawn = list(known), len(known)
+        self._running[request.id] = sequence
+        self.counts.prompt_tokens_cached += cached
+        prompt = request.prompt if sampling.repetition_penalty != 1.0 else ()
+        drawn = known if sampling.penalized and not forced else ()
+        masked = dataclasses.replace(sampling, masked=sampling.masked or bool(forced))
+        return Admission(slot, pages, masked, request.id, prompt, drawn)
+
+    def _prefix(self, request: Request) -> tuple[int, ...]:
+        return (*request.prompt, *request.resumed) if self._shape.exact_rows else request.prompt
+
+    def _mask(self, sequence: _Sequence, place: int) -> bytes | None:
+        """What a sequence may draw as its token number `place`; None if nothing is said."""
+        if place < len(sequence.forced):
+            token = sequence.forced[place]
+            words = bytearray(len(self._anything))
+            words[token // 8] = 1 << token % 8
+            return bytes(words)
+        if sequence.constraint is not None:
+            return sequence.constraint.mask()
+        return self._anything if sequence.forced and place == len(sequence.forced) else None
 
     def _place(self, request: Request) -> tuple[int, tuple[int, ...]] | None:
         """The lowest free slot of the group with the longest cached prefix, then the most free pages, if one has enough;
@@ -242,7 +287,7 @@ class Scheduler:
 
     def _shared(self, request: Request, group: int) -> tuple[int, ...]:
         """Cached pages of the prompt that leave at least one position to compute, where a chunk may begin."""
-        pages = self._pools[group].match(request.prompt[:-1])
+        pages = self._pools[group].match(self._prefix(request)[:-1])
         if self._shape.exact_rows:
             return pages
         aligned = math.lcm(self._shape.chunk, self._shape.page_size) // self._shape.page_size
@@ -254,11 +299,11 @@ class Scheduler:
         if not self._shape.exact_rows:
             wanted = -(-wanted // math.lcm(self._shape.chunk, self._shape.page_size))
             wanted *= math.lcm(self._shape.chunk, self._shape.page_size)
-        if wanted >= len(request.prompt):
+        prefix = self._prefix(request)
+        if wanted >= len(prefix):
             return False
         return any(
-            other.planned < wanted <= len(other.request.prompt)
-            and other.request.prompt[:wanted] == request.prompt[:wanted]
+            other.planned < wanted <= len(other.prefix) and other.prefix[:wanted] == prefix[:wanted]
             for other in self._running.values()
         )
 
@@ -278,12 +323,12 @@ class Scheduler:
                 elif not first and budget < most:
                     continue
                 start = sequence.planned
-                piece = sequence.request.prompt[start : start + most]
+                piece = sequence.prefix[start : start + most]
                 sequence.planned += len(piece)
                 budget -= len(piece)
                 sequence.drawn += sequence.prompt_done
                 chunks[group] = (sequence, Chunk(sequence.slot, start, piece, sequence.prompt_done))
-                self._pools[group].publish(sequence.request.id, sequence.request.prompt[: sequence.planned])
+                self._pools[group].publish(sequence.request.id, sequence.prefix[: sequence.planned])
                 if budget <= 0 and self._shape.exact_rows:
                     break
             if not chunks:
@@ -325,7 +370,7 @@ class Scheduler:
         return sequence.drafting or (self._needs_tokens(sequence) and sequence.drawn != len(sequence.tokens))
 
     def _steps_ahead(self, decoding: list[_Sequence]) -> int:
-        if any(self._needs_tokens(sequence) for sequence in decoding):
+        if any(self._needs_tokens(s) or (s.forced and s.drawn <= len(s.forced)) for s in decoding):
             return 1
         return max(1, min(self._steps, *(sequence.left for sequence in decoding)))
 
@@ -338,6 +383,8 @@ class Scheduler:
             if sequence.constraint is not None:
                 sequence.constraint.accept(token.id)
             self._watch(sequence, token.id)
+            if len(sequence.tokens) <= len(sequence.forced):
+                continue
             finish = None
             if token.id in request.stop_tokens:
                 finish = Finish.STOP

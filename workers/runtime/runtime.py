@@ -218,6 +218,7 @@ class Runtime:
     def _counts_row(self, admission: Admission) -> Array:
         row = np.zeros(self.config.vocab_size, np.int32)
         row[list(admission.prompt)] = IN_PROMPT
+        np.add.at(row, list(admission.drawn), 1)
         return row
 
 

@@ -162,6 +162,7 @@ class Submit(_message.Message):
     STOP_TOKENS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     GRAMMAR_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique among the leader's current requests."""
     max_tokens: _builtins.int
@@ -182,6 +183,10 @@ class Submit(_message.Message):
     def stop_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens that end the completion."""
 
+    @_builtins.property
+    def resumed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Its first tokens, which an engine that is gone has drawn already."""
+
     def __init__(
         self,
         *,
@@ -192,10 +197,11 @@ class Submit(_message.Message):
         stop_tokens: _abc.Iterable[_builtins.int] | None = ...,
         priority: _builtins.int = ...,
         grammar: _builtins.str = ...,
+        resumed: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "max_tokens", b"max_tokens", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop_tokens", b"stop_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "max_tokens", b"max_tokens", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resumed", b"resumed", "sampling", b"sampling", "stop_tokens", b"stop_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -522,6 +528,7 @@ class Admission(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
+    DRAWN_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     """The slot taken."""
     request_id: _builtins.str
@@ -536,7 +543,11 @@ class Admission(_message.Message):
 
     @_builtins.property
     def prompt(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Its prompt, where penalties need to know it."""
+        """Its prompt, where penalties need to know it ..."""
+
+    @_builtins.property
+    def drawn(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """... and the tokens that it has drawn already."""
 
     def __init__(
         self,
@@ -546,10 +557,11 @@ class Admission(_message.Message):
         sampling: Global___Sampling | None = ...,
         request_id: _builtins.str = ...,
         prompt: _abc.Iterable[_builtins.int] | None = ...,
+        drawn: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "slot", b"slot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drawn", b"drawn", "pages", b"pages", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "slot", b"slot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
