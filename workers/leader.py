@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import queue
@@ -12,19 +13,23 @@ from collections.abc import Callable
 from grok.engine.v1 import engine_pb2
 from workers import metrics, wire
 from workers.engine.budget import PromptBudget
-from workers.engine.plan import Plan
-from workers.engine.request import Refused, Timing, TokenEvent
+from workers.engine.plan import Plan, Sampling
+from workers.engine.request import Refused, Request, Timing, TokenEvent
 from workers.engine.scheduler import Counts, Scheduler
 from workers.grammar import Grammars
-from workers.link import GatewayLink, LeaderServer, Link, LinkError
+from workers.link import PULSE_SECONDS, GatewayLink, LeaderServer, Link, LinkError
 from workers.model.config import GrokConfig
 from workers.runtime.profiler import Profiler
 from workers.runtime.runtime import Pending, Runtime
+from workers.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
 
 #: Every so many plans all hosts take the time of a collective.
 PROBE_EVERY = 64
+#: So often an idle mesh computes a token.
+CANARY_SECONDS = 5.0
+CANARY = Request("canary", (0,), 1, Sampling())
 
 
 class Leader:
@@ -57,6 +62,7 @@ class Leader:
         self._owners: dict[str, GatewayLink] = {}
         self._gateways: set[GatewayLink] = set()
         self._refusals: dict[GatewayLink, list[engine_pb2.Refusal]] = {}
+        self._watchdog = Watchdog(server.give_up)
 
     def run(self) -> None:
         """Serves until a follower is lost, which raises LinkError."""
@@ -77,14 +83,19 @@ class Leader:
                 clock.lap("broadcast")
                 self._profiler.step()
                 self._count(plan)
+                if pending is None:
+                    self._watchdog.begin(plan)
                 dispatched = self._runtime.execute(plan)
                 clock.lap("dispatch")
             events: list[TokenEvent] = []
             finished = pending.plan if pending is not None else None
             if pending is not None:
                 tokens = self._runtime.read(pending)
+                self._watchdog.end(pending.plan)
+                if dispatched is not None:
+                    self._watchdog.begin(dispatched.plan)
                 clock.lap("device")
-                events = self._scheduler.complete(tokens)
+                events = [e for e in self._scheduler.complete(tokens) if e.request_id != CANARY.id]
                 self._routing.add(tokens.expert_tokens)
             pending = dispatched
             _probe(self._runtime, pending)
@@ -94,13 +105,19 @@ class Leader:
             metrics.PROMPT_BUDGET.set(self._scheduler.prompt_budget)
 
     def _hear(self, block: bool) -> None:
-        """Takes what gateways sent; if there is nothing to compute, waits for it."""
+        """Takes what gateways sent; if there is nothing to compute, waits for it, and computes a token for nobody if nothing
+        comes: so that a mesh that no longer works is found before somebody needs it. Raises LinkError when it doesn't."""
         while True:
             try:
-                gateway, message = self._server.inbox.get(block=block)
+                incoming = self._server.inbox.get(block, CANARY_SECONDS)
             except queue.Empty:
+                if block:
+                    self._scheduler.submit(CANARY)
                 return
+            if incoming is None:
+                raise LinkError("the mesh is broken")
             block = False
+            gateway, message = incoming
             if message is None:
                 self._drop(gateway)
                 continue
@@ -242,6 +259,7 @@ def follow(runtime: Runtime, link: Link, epoch: int, profiler: Profiler) -> None
     """
     finished: queue.Queue[Pending] = queue.Queue(maxsize=1)
     threading.Thread(target=_tell_done, args=(runtime, link, finished), daemon=True, name="follower-done").start()
+    threading.Thread(target=_pulse, args=(link,), daemon=True, name="follower-pulse").start()
     expected = 1
     while (frame := link.receive()) is not None:
         message = engine_pb2.Plan.FromString(frame)
@@ -253,6 +271,14 @@ def follow(runtime: Runtime, link: Link, epoch: int, profiler: Profiler) -> None
         metrics.PLANS.inc()
         finished.put(pending)
         _probe(runtime, pending)
+
+
+def _pulse(link: Link) -> None:
+    """Tells the leader that this process lives, while it does."""
+    with contextlib.suppress(LinkError):
+        while True:
+            link.send(engine_pb2.Done().SerializeToString())
+            time.sleep(PULSE_SECONDS)
 
 
 def _tell_done(runtime: Runtime, link: Link, finished: queue.Queue[Pending]) -> None:

@@ -32,6 +32,9 @@ MAX_HELLO = 1024
 MAX_LAG = 64
 #: Frames to a gateway that may wait before it is given up.
 MAX_OUTGOING = 10_000
+#: Each end of a stream that others watch says something so often, if only that it lives; who is silent for longer is lost.
+PULSE_SECONDS = 0.25
+SILENCE_SECONDS = 1.5
 
 
 class LinkError(ConnectionError):
@@ -39,19 +42,21 @@ class LinkError(ConnectionError):
 
 
 class Link:
-    """One end of a stream. Sending and receiving may be done by different threads, each by one."""
+    """One end of a stream. Any thread may send, one may receive."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connection = connection
         self._buffer = bytearray()
+        self._sending = threading.Lock()
 
     def send(self, frame: bytes) -> None:
         """Sends one frame. Raises LinkError when the peer is gone or the frame is longer than MAX_FRAME."""
         if len(frame) > MAX_FRAME:
             raise LinkError(f"a frame of {len(frame)} bytes")
         try:
-            self._connection.sendall(_LENGTH.pack(len(frame)) + frame)
+            with self._sending:
+                self._connection.sendall(_LENGTH.pack(len(frame)) + frame)
         except OSError as error:
             raise LinkError(f"peer is gone: {error}") from error
 
@@ -131,7 +136,9 @@ Incoming = tuple[GatewayLink, engine_pb2.LeaderInput | None]
 
 
 class LeaderServer:
-    """Where followers and gateways connect. Followers are waited for; gateways may come and go."""
+    """Where followers and gateways connect. Followers are waited for, and all is over when one is lost, be it in mid-step or
+    while nothing happens; gateways may come and go.
+    """
 
     def __init__(self, address: str, epoch: int, secret: bytes) -> None:
         host, port = address.rsplit(":", 1)
@@ -143,8 +150,10 @@ class LeaderServer:
         self.done: dict[int, int] = {}
         self._last_sent = 0
         self._closed = False
+        self._gateways: set[GatewayLink] = set()
         self._joined = threading.Condition()
-        self.inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
+        #: None when all is over.
+        self.inbox: queue.SimpleQueue[Incoming | None] = queue.SimpleQueue()
         self._listener = socket.create_server((host, int(port)), backlog=64)
         threading.Thread(target=self._accept, daemon=True, name="leader-accept").start()
 
@@ -156,6 +165,8 @@ class LeaderServer:
 
     def broadcast(self, plan: engine_pb2.Plan) -> None:
         """Sends a plan to all followers. Raises LinkError when one is gone."""
+        if self._closed:
+            raise LinkError("a follower is lost")
         frame = plan.SerializeToString()
         self._last_sent = plan.number
         if self._followers:
@@ -164,9 +175,18 @@ class LeaderServer:
         for link in self._followers.values():
             link.send(frame)
 
+    def give_up(self, reason: str) -> None:
+        """Ends all streams because the mesh is broken: so gateways know at once, and the leader with its next plan."""
+        if not self._closed:
+            _LOG.error("%s; giving up", reason)
+            self.close()
+
     def close(self) -> None:
-        """Ends all followers' streams and takes no more connections."""
+        """Ends all streams and takes no more connections."""
         self._closed = True
+        self.inbox.put(None)
+        for gateway in list(self._gateways):
+            gateway.close()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes a blocked accept
         self._listener.close()
@@ -206,28 +226,34 @@ class LeaderServer:
                     _LOG.warning("refused a second follower of rank %d", hello.rank)
                     link.close()
                     return
-                self._followers = {**self._followers, hello.rank: link}
+                rank = hello.rank
+                self.done[rank] = 0
+                metrics.PLAN_LAG.labels(str(rank)).set_function(lambda: max(self._last_sent - self.done[rank], 0))
+                self._followers = {**self._followers, rank: link}
                 self._joined.notify_all()
-            self._read_follower(link, hello.rank)
+            self._read_follower(link, rank)
         else:
             self._read_gateway(link)
 
     def _read_follower(self, link: Link, rank: int) -> None:
-        """Notes how far a follower is behind. That one is lost is noticed when the next plan is sent."""
-        self.done[rank] = 0
-        lag, seconds = metrics.PLAN_LAG.labels(str(rank)), metrics.PLAN_SECONDS.labels(str(rank))
-        lag.set_function(lambda: max(self._last_sent - self.done[rank], 0))
+        """Notes how far a follower is behind, and that it lives."""
+        link.settimeout(SILENCE_SECONDS)
+        seconds = metrics.PLAN_SECONDS.labels(str(rank))
         try:
             while (frame := link.receive(MAX_HELLO)) is not None:
-                number = self.done[rank] = engine_pb2.Done.FromString(frame).number
+                number = engine_pb2.Done.FromString(frame).number
                 sent = self._sent.get(number)
-                if sent is not None:
+                if sent is not None and number > self.done[rank]:
                     seconds.observe(time.perf_counter() - sent)
+                self.done[rank] = max(number, self.done[rank])
+            self.give_up(f"follower {rank} has ended")
         except (LinkError, DecodeError) as error:
-            _LOG.warning("the stream of follower %d broke: %s", rank, error)
+            self.give_up(f"follower {rank} is lost: {error}")
 
     def _read_gateway(self, link: Link) -> None:
         gateway = GatewayLink(link)
+        self._gateways.add(gateway)
+        threading.Thread(target=self._pulse, args=(gateway,), daemon=True, name="gateway-pulse").start()
         self.inbox.put((gateway, engine_pb2.LeaderInput()))
         try:
             while (frame := link.receive()) is not None:
@@ -235,7 +261,14 @@ class LeaderServer:
         except (LinkError, DecodeError) as error:
             _LOG.warning("a gateway's stream broke: %s", error)
         gateway.close()
+        self._gateways.discard(gateway)
         self.inbox.put((gateway, None))
+
+    def _pulse(self, gateway: GatewayLink) -> None:
+        """Tells a gateway that this process lives, while it does."""
+        while gateway.open:
+            gateway.send(engine_pb2.LeaderOutput(epoch=self._epoch))
+            time.sleep(PULSE_SECONDS)
 
 
 def connect(address: str, hello: engine_pb2.Hello, seconds: float) -> Link:

@@ -15,7 +15,7 @@ from cluster.gateway.session import Session
 from cluster.telemetry import metrics
 from grok.engine.v1 import engine_pb2
 from workers import wire
-from workers.link import MAX_FRAME
+from workers.link import MAX_FRAME, PULSE_SECONDS, SILENCE_SECONDS
 
 _LOG = logging.getLogger(__name__)
 _LENGTH = struct.Struct(">I")
@@ -51,6 +51,7 @@ class ReplicaLink:
         self.load = engine_pb2.Load()
         self.sessions: dict[str, Session] = {}
         self.draining = False
+        self._silent = 0
         self._reader = reader
         self._writer = writer
 
@@ -85,10 +86,26 @@ class ReplicaLink:
             self._send(engine_pb2.LeaderInput(cancel=engine_pb2.Cancel(request_id=session.request.id)))
 
     async def run(self) -> None:
-        """Delivers what the leader sends until the stream ends."""
+        """Delivers what the leader sends until the stream ends, or nothing comes for too long."""
+        watching = asyncio.ensure_future(self._watch())
+        try:
+            await self._listen()
+        finally:
+            watching.cancel()
+
+    async def _watch(self) -> None:
+        # Turns of this loop are counted, not seconds: when it was itself held up, what came meanwhile is heard first.
+        while self._silent < SILENCE_SECONDS / PULSE_SECONDS:
+            await asyncio.sleep(PULSE_SECONDS)
+            self._silent += 1
+        _LOG.error("replica %d has been silent for %g s", self.leader.replica, SILENCE_SECONDS)
+        self._writer.transport.abort()
+
+    async def _listen(self) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
+                self._silent = 0
                 if length > MAX_FRAME:
                     _LOG.error("replica %d sent a frame of %d bytes", self.leader.replica, length)
                     return
@@ -105,7 +122,8 @@ class ReplicaLink:
         if output.epoch != self.leader.epoch:
             _LOG.warning("ignored a frame of epoch %d in epoch %d", output.epoch, self.leader.epoch)
             return
-        self.load = output.load
+        if output.HasField("load"):
+            self.load = output.load
         for message in output.tokens:
             event = wire.event_from_proto(message)
             session = self.sessions.get(event.request_id)

@@ -369,8 +369,14 @@ def test_every_metric_moves(service: Service, client: Client) -> None:
         assert worker["grokmesh_worker_checkpoint_read_bytes_total"] == status.replicas[0].hosts[0].bytes_read
 
 
-@pytest.mark.parametrize("rank", [1, 0], ids=["follower", "leader"])
-def test_a_host_may_die_in_mid_stream_and_the_client_never_knows(service: Service, client: Client, rank: int) -> None:
+@pytest.mark.parametrize(
+    ("rank", "fault"),
+    [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)],
+    ids=["follower dies", "leader dies", "follower hangs"],
+)
+def test_a_host_may_fail_in_mid_stream_and_the_client_never_knows(
+    service: Service, client: Client, rank: int, fault: signal.Signals
+) -> None:
     options: dict[str, Any] = {"max_tokens": 450, "ignore_eos": True, "temperature": 1.0, "seed": 3, "top_logprobs": 3}
     whole = client.complete(PROMPT, **options)
     stop = whole.text[600:606]  # of several tokens, somewhere after the break
@@ -390,7 +396,7 @@ def test_a_host_may_die_in_mid_stream_and_the_client_never_knows(service: Servic
         thread.start()
     service.wait_for(lambda status: status.replicas[0].running == 2, seconds=5)
     time.sleep(0.2)
-    os.kill(replica.hosts[rank].pid, signal.SIGKILL)
+    os.kill(replica.hosts[rank].pid, fault)
     service.wait_for(lambda status: status.replicas[0].state != cluster_pb2.REPLICA_STATE_READY, seconds=10)
     late = client.complete(PROMPT, **{**options, "max_tokens": 3})  # who comes now waits
     assert late.tokens == whole.tokens[:3]

@@ -15,7 +15,7 @@ from grok.engine.v1 import engine_pb2
 from workers import metrics, wire
 from workers.engine.plan import Admission, Chunk, Plan, Sampling
 from workers.engine.request import Request
-from workers.link import MAX_FRAME, LeaderServer, Link, LinkError, connect, free_port
+from workers.link import MAX_FRAME, SILENCE_SECONDS, LeaderServer, Link, LinkError, connect, free_port
 
 SECRET = b"a secret of the epoch"
 
@@ -68,7 +68,9 @@ def test_the_leader_knows_how_far_a_follower_is() -> None:
 def test_a_gateway_is_heard_and_answered() -> None:
     with _server() as (server, address):
         link = connect(address, _hello(), 5)
-        gateway, joined = server.inbox.get(timeout=5)
+        incoming = server.inbox.get(timeout=5)
+        assert incoming is not None
+        gateway, joined = incoming
         assert joined == engine_pb2.LeaderInput()
         cancel = engine_pb2.LeaderInput(cancel=engine_pb2.Cancel(request_id="x"))
         link.send(cancel.SerializeToString())
@@ -104,17 +106,35 @@ def test_garbage_disturbs_nobody(garbage: bytes) -> None:
         follower.close()
 
 
-def test_a_lost_follower_is_noticed() -> None:
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_follower_that_is_lost_or_silent_ends_all_streams(silent: bool) -> None:
     with _server() as (server, address):
-        connect(address, _hello(rank=1), 5).close()
+        gateway = connect(address, _hello(), 5)
+        assert server.inbox.get(timeout=5) is not None
+        follower = connect(address, _hello(rank=1), 5)
         server.wait_for_followers(1, 5)
+        began = time.monotonic()
+        if not silent:
+            follower.close()
+        while server.inbox.get(timeout=5) is not None:
+            pass
+        assert time.monotonic() - began < SILENCE_SECONDS + 0.5
+        with pytest.raises(LinkError, match="a follower is lost"):
+            server.broadcast(engine_pb2.Plan(epoch=3, number=1))
+        with contextlib.suppress(LinkError):
+            while gateway.receive() is not None:
+                pass
+        gateway.close()
+        follower.close()
 
-        def keep_sending() -> None:
-            for number in range(10_000):
-                server.broadcast(engine_pb2.Plan(epoch=3, number=number))
 
-        with pytest.raises(LinkError, match="peer is gone"):
-            keep_sending()
+def test_a_gateway_hears_that_the_leader_lives() -> None:
+    with _server() as (_, address):
+        gateway = connect(address, _hello(), 5)
+        gateway.settimeout(SILENCE_SECONDS)
+        for _ in range(3):
+            assert not engine_pb2.LeaderOutput.FromString(gateway.receive() or b"").HasField("load")
+        gateway.close()
 
 
 def test_a_frame_that_is_too_long_is_refused() -> None:

@@ -48,7 +48,8 @@ def _close(got: jax.Array, want: Array, products: int = 1) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "depth", "columns", "groups"), [(1, 64, 4, 1), (7, 90, 33, 5), (3, 2304, 18, 1), (9, 16, 8, 8), (14, 2100, 10, 2)]
+    ("rows", "depth", "columns", "groups"),
+    [(1, 64, 4, 1), (7, 90, 33, 5), (3, 2304, 18, 1), (9, 16, 8, 8), (14, 2100, 10, 2)],
 )
 @pytest.mark.parametrize("rounded", [True, False])
 def test_products_are_those_of_the_rounded_weights(

@@ -479,7 +479,7 @@ Global___Routing: _TypeAlias = Routing  # noqa: Y015
 
 @_typing.final
 class LeaderOutput(_message.Message):
-    """A frame from leader to gateway: all that one step has to say."""
+    """A frame from leader to gateway: all that one step has to say. Without a load it is a sign of life."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -747,13 +747,13 @@ Global___Plan: _TypeAlias = Plan  # noqa: Y015
 
 @_typing.final
 class Done(_message.Message):
-    """A frame from follower to leader: a plan that it has carried out."""
+    """A frame from follower to leader: a plan that it has carried out, or a sign of life."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NUMBER_FIELD_NUMBER: _builtins.int
     number: _builtins.int
-    """Of the plan."""
+    """Of the plan; 0 in a sign of life."""
     def __init__(
         self,
         *,
