@@ -6,9 +6,10 @@
         for part in client.generate("In the beginning", max_tokens=64, temperature=0.7):
             print(part.text, end="")
 
-`AsyncClient` has the same methods for asyncio. A call that fails with UNAVAILABLE before its first response is tried again
-with growing pauses (at least as long as the server asks for); any other error is raised as grpc.RpcError. Where the service
-wants API keys, give yours as `api_key`.
+`AsyncClient` has the same methods for asyncio. A call that fails with UNAVAILABLE is tried again with growing pauses (at least
+as long as the server asks for). A stream that broke goes on after what it has brought, at whichever gateway answers; but one
+of several completions at once, with `n`, does not. Any other error is raised as grpc.RpcError. An address may list several
+gateways, as gRPC has it: `ipv4:10.0.0.1:50051,10.0.0.2:50051`. Where the service wants API keys, give yours as `api_key`.
 """
 
 from __future__ import annotations
@@ -146,19 +147,15 @@ class Client:
         self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
     ) -> Iterator[Completion]:
         """Streams a completion part by part. See Options. Closing it cancels the request."""
-        request = generation_pb2.GenerateRequest(completion=completion_request(prompt, **options))
-        for attempt in range(1, self._attempts + 1):
-            call = self._generation.Generate(request, timeout=timeout, metadata=self._metadata)
-            started = False
+        stream = _Stream(completion_request(prompt, **options), self._attempts)
+        while not stream.ended:
+            call = self._generation.Generate(stream.request, timeout=timeout, metadata=self._metadata)
             try:
                 for response in call:
-                    started = True
-                    yield _part(response)
+                    yield stream.take(response)
                 return
             except grpc.RpcError as error:
-                pause = _pause(error, attempt)
-                if started or pause is None or attempt == self._attempts:
-                    raise
+                pause = stream.pause(error)
             finally:
                 call.cancel()
             time.sleep(pause)
@@ -248,19 +245,15 @@ class AsyncClient:
         self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
     ) -> AsyncIterator[Completion]:
         """As Client.generate."""
-        request = generation_pb2.GenerateRequest(completion=completion_request(prompt, **options))
-        for attempt in range(1, self._attempts + 1):
-            call = self._generation.Generate(request, timeout=timeout, metadata=self._metadata)
-            started = False
+        stream = _Stream(completion_request(prompt, **options), self._attempts)
+        while not stream.ended:
+            call = self._generation.Generate(stream.request, timeout=timeout, metadata=self._metadata)
             try:
                 async for response in call:
-                    started = True
-                    yield _part(response)
+                    yield stream.take(response)
                 return
             except grpc.RpcError as error:
-                pause = _pause(error, attempt)
-                if started or pause is None or attempt == self._attempts:
-                    raise
+                pause = stream.pause(error)
             finally:
                 call.cancel()
             await asyncio.sleep(pause)
@@ -320,6 +313,36 @@ class AsyncClient:
                     raise
             await asyncio.sleep(pause)
         return await method(request, timeout=timeout, metadata=self._metadata)
+
+
+class _Stream:
+    """A stream over as many calls as it takes: the request that asks for what is missing, and how long to wait with it."""
+
+    def __init__(self, completion: generation_pb2.Completion, attempts: int) -> None:
+        self.request = generation_pb2.GenerateRequest(completion=completion)
+        self.ended = False
+        self._attempts = attempts
+        self._failed = 0
+
+    def take(self, response: generation_pb2.GenerateResponse) -> Completion:
+        """Notes what has come."""
+        completion = self.request.completion
+        completion.sampling.seed = response.seed
+        completion.resume.ids.extend(token.id for token in response.tokens)
+        self.ended = bool(response.finish_reason) and completion.n <= 1
+        self._failed = 0
+        return _part(response)
+
+    def pause(self, error: Any) -> float:
+        """Seconds to wait before the next call; 0 if nothing is missing. Raises the error if there is to be none."""
+        if self.ended:
+            return 0.0
+        self._failed += 1
+        pause = _pause(error, self._failed)
+        several = self.request.completion.n > 1 and self.request.completion.resume.ids
+        if pause is None or several or self._failed >= self._attempts:
+            raise error
+        return pause
 
 
 def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:

@@ -223,6 +223,14 @@ class Router:
             if link is not None and link.sessions.get(session.request.id) is session:
                 link.cancel(session)
 
+    def end(self, reason: str) -> None:
+        """Ends all sessions; their clients may go on elsewhere."""
+        for session in [session for session, _ in self._waiting.values()] + [
+            session for link in self._links.values() for session in link.sessions.values()
+        ]:
+            self.cancel(session)
+            session.deliver(unavailable(reason))
+
     def _send(self, session: Session) -> None:
         """Sends a session that is on no replica (any more), or ends it."""
         self._stop_waiting(session)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -24,6 +26,7 @@ CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
 
 #: Seconds that calls which are no completions have to end.
 IDLE_GRACE_SECONDS = 1.0
+_POLL_SECONDS = 0.05
 
 
 class Gateway:
@@ -41,6 +44,7 @@ class Gateway:
         tracer: trace.Tracer,
     ) -> None:
         self._config = config.gateway
+        self._router = router
         self._health = health.aio.HealthServicer()
         self.admission = Admission(config.gateway.max_requests)
         self._server = grpc.aio.server(
@@ -81,14 +85,21 @@ class Gateway:
             await self._health.set(service, status)
 
     async def stop(self) -> None:
-        """Drains: health says NOT_SERVING, new completions get UNAVAILABLE, those in flight have `drain_seconds`.
+        """Drains: health says NOT_SERVING, new completions get UNAVAILABLE, those in flight have `drain_seconds`, and are told
+        then to go on elsewhere.
 
         Clients are told to connect anew; what they send on old connections meanwhile gRPC sends again by itself.
         """
         self.admission.draining = True
         await self._health.enter_graceful_shutdown()
-        grace = self._config.drain_seconds
-        await self._server.stop(grace if self.admission.in_flight else min(grace, IDLE_GRACE_SECONDS))
+        stopping = asyncio.ensure_future(self._server.stop(self._config.drain_seconds + IDLE_GRACE_SECONDS))
+        deadline = asyncio.get_running_loop().time() + self._config.drain_seconds
+        while self.admission.in_flight and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(_POLL_SECONDS)
+        self._router.end("the gateway is shutting down")
+        await asyncio.wait([stopping], timeout=IDLE_GRACE_SECONDS)
+        await self._server.stop(0)
+        await stopping
 
 
 def describe(name: str, limits: Limits) -> generation_pb2.GetModelResponse:

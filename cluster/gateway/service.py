@@ -216,4 +216,5 @@ def _token(token: Token, alternatives: int) -> generation_pb2.GeneratedToken:
 
 
 def _usage(session: Session) -> generation_pb2.Usage:
-    return generation_pb2.Usage(prompt_tokens=len(session.request.prompt), completion_tokens=len(session.tokens))
+    count = len(session.request.resumed) + len(session.tokens)
+    return generation_pb2.Usage(prompt_tokens=len(session.request.prompt), completion_tokens=count)

@@ -7,7 +7,7 @@ import asyncio
 import dataclasses
 import time
 
-from cluster.gateway.errors import GatewayError
+from cluster.gateway.errors import GatewayError, Violation, invalid
 from cluster.gateway.stop import StopMatcher
 from grok.serving.v1 import generation_pb2
 from workers.engine.plan import Token
@@ -38,9 +38,13 @@ class Session:
         #: Whether it was on a replica that is lost.
         self.resumed = False
         self._received: list[int] = []
-        self._detokenizer = Detokenizer(tokenizer, request.prompt)
         self._stop = StopMatcher(stops)
+        self._detokenizer = Detokenizer(tokenizer, request.prompt)
         self._arrived: asyncio.Queue[TokenEvent | GatewayError] = asyncio.Queue()
+        for token in request.resumed:  # whose text another stream has brought
+            self._received.append(token)
+            if self._stop.push(self._detokenizer.push(token))[1]:
+                raise invalid([Violation("resume", "has a stop text: that completion is whole")])
 
     def rest(self) -> Request:
         """The request as it is now: what asks any replica for the tokens that have not arrived yet."""

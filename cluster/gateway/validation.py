@@ -79,12 +79,13 @@ def to_request(completion: generation_pb2.Completion, limits: Limits, tokenizer:
         wrong("n", f"is {completion.n}; must be from 1 to {MAX_COMPLETIONS}")
     if abs(completion.priority) > MAX_PRIORITY:
         wrong("priority", f"is {completion.priority}; must be from -{MAX_PRIORITY} to {MAX_PRIORITY}")
+    resumed = _resumed(completion, limits, max_tokens, wrong)
     grammar = _grammar(completion, limits, wrong)
     sampling = _sampling(completion.sampling, limits.model.vocab_size, bool(grammar), wrong)
     if violations:
         raise invalid(violations)
     stop_tokens = frozenset() if completion.ignore_eos else frozenset({limits.model.eos_token})
-    return Request(request_id, tuple(prompt), max_tokens, sampling, stop_tokens, completion.priority, grammar)
+    return Request(request_id, tuple(prompt), max_tokens, sampling, stop_tokens, completion.priority, grammar, resumed)
 
 
 def _prompt(completion: generation_pb2.Completion, limits: Limits, tokenizer: Tokenizer, wrong: _Wrong) -> list[int]:
@@ -104,6 +105,27 @@ def _prompt(completion: generation_pb2.Completion, limits: Limits, tokenizer: To
     if outside:
         wrong("tokens", f"has token {outside[0]}; the vocabulary has {limits.model.vocab_size}")
     return prompt
+
+
+def _resumed(completion: generation_pb2.Completion, limits: Limits, max_tokens: int, wrong: _Wrong) -> tuple[int, ...]:
+    resumed = tuple(completion.resume.ids)
+    if not resumed:
+        return ()
+    if completion.n > 1:
+        wrong("resume", "can't be set together with n")
+    if not completion.sampling.HasField("seed"):
+        wrong("resume", "needs the seed that the responses told")
+    if len(resumed) >= max_tokens:
+        wrong("resume", f"has {len(resumed)} tokens; must be fewer than max_tokens={max_tokens}")
+    vocab_size, eos = limits.model.vocab_size, limits.model.eos_token
+    for token in resumed:
+        if token >= vocab_size:
+            wrong("resume", f"has token {token}; the vocabulary has {vocab_size}")
+            break
+        if token == eos and not completion.ignore_eos:
+            wrong("resume", "has the end token: that completion is whole")
+            break
+    return resumed
 
 
 def _grammar(completion: generation_pb2.Completion, limits: Limits, wrong: _Wrong) -> str:

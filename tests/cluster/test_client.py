@@ -17,9 +17,9 @@ from grok.serving.v1 import generation_pb2, generation_pb2_grpc
 
 
 class _Server(generation_pb2_grpc.GenerationServiceServicer):
-    """Answers calls with what a script says: errors, or a response. A stream fails after its first response if `broken`."""
+    """Answers calls with what a script says: errors, or a response. A stream of four parts fails after its first `broken`."""
 
-    def __init__(self, script: list[GatewayError | None], broken: bool = False) -> None:
+    def __init__(self, script: list[GatewayError | None], broken: int = 9) -> None:
         self.script = script
         self.broken = broken
         self.calls = 0
@@ -36,13 +36,21 @@ class _Server(generation_pb2_grpc.GenerationServiceServicer):
 
     def Generate(self, request: Any, context: Any) -> Iterator[generation_pb2.GenerateResponse]:  # noqa: N802
         self._next(context)
-        yield generation_pb2.GenerateResponse(text="a")
-        if self.broken:
+        completion = request.completion
+        known = list(completion.resume.ids)
+        assert known == list(range(len(known)))
+        assert (completion.sampling.seed == 77) == bool(known)
+        for i in range(len(known), 4):
+            if i - len(known) == self.broken:
+                context.abort_with_status(unavailable("lost", retry_seconds=0.0).status())
+            last = generation_pb2.FINISH_REASON_EOS if i == 3 else generation_pb2.FINISH_REASON_UNSPECIFIED
+            token = generation_pb2.GeneratedToken(id=i)
+            yield generation_pb2.GenerateResponse(text="abcd"[i], tokens=[token], finish_reason=last, seed=77)
+        if self.broken == 4:
             context.abort_with_status(unavailable("lost").status())
-        yield generation_pb2.GenerateResponse(text="b", finish_reason=generation_pb2.FINISH_REASON_EOS)
 
 
-def _server(script: list[GatewayError | None], broken: bool = False) -> _Server:
+def _server(script: list[GatewayError | None], broken: int = 9) -> _Server:
     return _Server(script, broken)  # type: ignore[abstract]  # the other methods are never called
 
 
@@ -72,7 +80,7 @@ def test_unavailable_is_tried_again_not_before_the_server_wants(call: Callable[[
     servicer = _server([unavailable("not yet", retry_seconds=0.6), None])
     with _serving(servicer) as client:
         began = time.monotonic()
-        assert call(client) in ("ab", 3)
+        assert call(client) in ("abcd", 3)
         assert time.monotonic() - began >= 0.6
     assert servicer.calls == 2
 
@@ -94,8 +102,23 @@ def test_other_errors_are_told_at_once(call: Callable[[Client], object], error: 
     assert servicer.calls == 1
 
 
-def test_a_stream_that_has_begun_is_not_begun_again() -> None:
-    servicer = _server([], broken=True)
+@pytest.mark.parametrize(("broken", "calls"), [(1, 4), (2, 2), (3, 2), (4, 1), (9, 1)])
+def test_a_stream_that_broke_goes_on_after_what_it_has_brought(broken: int, calls: int) -> None:
+    servicer = _server([], broken)
+    with _serving(servicer) as client:
+        assert _text(client) == "abcd"
+    assert servicer.calls == calls
+
+
+def test_a_stream_that_brings_nothing_more_is_given_up() -> None:
+    servicer = _server([], broken=0)
     with _serving(servicer) as client, pytest.raises(grpc.RpcError):
         _text(client)
+    assert servicer.calls == 3
+
+
+def test_several_completions_at_once_are_not_begun_again() -> None:
+    servicer = _server([], broken=1)
+    with _serving(servicer) as client, pytest.raises(grpc.RpcError):
+        list(client.generate("x", n=2))
     assert servicer.calls == 1

@@ -89,6 +89,49 @@ def test_each_wrong_field_is_named(prompt: str | list[int], options: Options, fi
     assert problem in violation.problem
 
 
+@pytest.mark.parametrize(
+    ("ids", "change", "problem"),
+    [
+        ([7, 8], {}, "needs the seed that the responses told"),
+        ([7] * 5, {"seed": 1}, "has 5 tokens; must be fewer than max_tokens=5"),
+        ([2048], {"seed": 1}, "has token 2048; the vocabulary has 2048"),
+        ([7, 2], {"seed": 1}, "has the end token: that completion is whole"),
+        ([7], {"seed": 1, "n": 2}, "can't be set together with n"),
+    ],
+)
+def test_what_can_not_be_resumed_is_refused(ids: list[int], change: Options, problem: str) -> None:
+    completion = completion_request("x", **change)
+    completion.max_tokens = 5
+    completion.resume.ids.extend(ids)
+    with pytest.raises(GatewayError) as raised:
+        to_request(completion, LIMITS, TOKENIZER, "r")
+    assert [(v.field, v.problem) for v in raised.value.violations] == [("completion.resume", problem)]
+
+
+@pytest.mark.parametrize("known", [0, 1, 3, 6])
+def test_a_resumed_session_tells_the_rest_and_knows_the_stop_text_that_spans_the_break(known: int) -> None:
+    ids = TOKENIZER.encode("the lion and the mouse went home")
+    whole = TOKENIZER.decode(ids)
+    stop = whole[-9:-2]
+    texts = []
+    for resumed in ((), tuple(ids[:known])):
+        session = Session(Request("r", (5,), len(ids), Sampling(), resumed=resumed), (stop,), TOKENIZER)
+        text = ""
+        for i, id in enumerate(ids[len(resumed) :], len(resumed) + 1):
+            session.deliver(TokenEvent("r", Token(id, 0.0, ()), Finish.LENGTH if i == len(ids) else None))
+        while session.finish is None:
+            text += "".join(delta.text for delta in asyncio.run(session.next_deltas()))
+        assert session.finish == generation_pb2.FINISH_REASON_STOP
+        texts.append(text)
+    assert texts[0].strip() == whole[:-9].strip()
+    assert texts[0].endswith(texts[1])
+    begun = Session(Request("r", (5,), len(ids), Sampling()), (stop,), TOKENIZER)
+    for id in ids[:known]:
+        begun.deliver(TokenEvent("r", Token(id, 0.0, ()), None))
+    before = "".join(delta.text for delta in asyncio.run(begun.next_deltas())) if known else ""
+    assert before + texts[1] == texts[0]
+
+
 def test_all_wrong_fields_are_named_at_once() -> None:
     with pytest.raises(GatewayError) as raised:
         _request("x", top_p=2.0, temperature=-1.0, max_tokens=0)

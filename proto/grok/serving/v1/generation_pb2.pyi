@@ -234,6 +234,7 @@ class Completion(_message.Message):
     CHOICE_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """As text."""
     max_tokens: _builtins.int
@@ -268,6 +269,12 @@ class Completion(_message.Message):
     def choice(self) -> Global___Choice:
         """One of some texts."""
 
+    @_builtins.property
+    def resume(self) -> Global___TokenIds:
+        """The completion's first tokens, which a stream that broke has brought already: any gateway goes on after them. All else must
+        be as it was, the seed of the responses included; `max_tokens` counts these too. Not with `n`.
+        """
+
     def __init__(
         self,
         *,
@@ -283,10 +290,11 @@ class Completion(_message.Message):
         choice: Global___Choice | None = ...,
         n: _builtins.int = ...,
         priority: _builtins.int = ...,
+        resume: Global___TokenIds | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "choice", b"choice", "format", b"format", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "prompt", b"prompt", "regex", b"regex", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "choice", b"choice", "format", b"format", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "prompt", b"prompt", "regex", b"regex", "resume", b"resume", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "choice", b"choice", "format", b"format", "ignore_eos", b"ignore_eos", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "n", b"n", "priority", b"priority", "prompt", b"prompt", "regex", b"regex", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "choice", b"choice", "format", b"format", "ignore_eos", b"ignore_eos", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "n", b"n", "priority", b"priority", "prompt", b"prompt", "regex", b"regex", "resume", b"resume", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
