@@ -26,7 +26,7 @@ POLL_SECONDS = 0.25
 #: Seconds before a failed replica is built again: the first of a row of failures at once, later ones ever later.
 BACKOFF_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 #: An epoch that served so long breaks a row of failures.
-HEALTHY_SECONDS = 30.0
+HEALTHY_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,8 @@ _LENGTH = struct.Struct(">I")
 CONNECT_SECONDS = 30.0
 #: Seconds until a session is sent again that a replica could not take, as it had too many.
 REFUSED_SECONDS = 0.5
+#: Replicas that a session may lose in a row without a token. Else one that breaks them would break all, for ever.
+MOST_LOSSES = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +191,10 @@ class Router:
             left = link.close()
             self._changed()
             for session in left:
-                session.resumed = True
+                session.lose()
+                if session.losses == MOST_LOSSES:
+                    session.deliver(unavailable(f"{MOST_LOSSES} replicas were lost with this request; it may be why"))
+                    continue
                 metrics.SESSIONS_RESUMED.inc()
                 self._send(session)
 
@@ -264,7 +269,7 @@ class Router:
 
     def _refused(self, session: Session, refusal: engine_pb2.Refusal) -> None:
         """A replica did not take a session. One that was admitted before is not turned away because others were faster."""
-        if refusal.full and session.resumed:
+        if refusal.full and session.losses:
             self._wait(session, REFUSED_SECONDS, self._send)
         elif refusal.full:
             metrics.REJECTIONS.labels("engine_full").inc()

@@ -35,8 +35,9 @@ class Session:
         self.finish: generation_pb2.FinishReason.ValueType | None = None
         #: Where it runs, or ran last.
         self.replica, self.epoch = 0, 0
-        #: Whether it was on a replica that is lost.
-        self.resumed = False
+        #: Replicas that were lost with it since its last token.
+        self.losses = 0
+        self._kept = 0
         self._received: list[int] = []
         self._stop = StopMatcher(stops)
         self._detokenizer = Detokenizer(tokenizer, request.prompt)
@@ -45,6 +46,11 @@ class Session:
             self._received.append(token)
             if self._stop.push(self._detokenizer.push(token))[1]:
                 raise invalid([Violation("resume", "has a stop text: that completion is whole")])
+
+    def lose(self) -> None:
+        """Notes that its replica is lost."""
+        self.losses = self.losses + 1 if len(self._received) == self._kept else 1
+        self._kept = len(self._received)
 
     def rest(self) -> Request:
         """The request as it is now: what asks any replica for the tokens that have not arrived yet."""

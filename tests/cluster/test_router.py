@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from cluster.gateway.errors import GatewayError
-from cluster.gateway.router import LeaderAddress, Router
+from cluster.gateway.router import MOST_LOSSES, LeaderAddress, Router
 from cluster.gateway.session import Session
 from grok.engine.v1 import engine_pb2
 from tests.conftest import DEMO
@@ -177,6 +177,23 @@ def test_who_was_admitted_is_not_turned_away_by_a_full_replica() -> None:
             second.say(refusals=full)
             with pytest.raises(GatewayError, match="full"):
                 await _ids(newcomer)
+
+    asyncio.run(play())
+
+
+def test_a_session_that_breaks_every_replica_breaks_no_more() -> None:
+    async def play() -> None:
+        router, session = Router(patience=5), _session()
+        async with _leading(router, 0, 1) as leader:
+            router.start(session)
+            leader.draw(10)
+            await session.next_deltas()
+        for epoch in range(2, MOST_LOSSES + 1):
+            async with _leading(router, 0, epoch) as leader:
+                assert _resumed(await leader.hear()) == [10]
+        with pytest.raises(GatewayError, match="it may be why"):
+            await _ids(session)
+        assert router.sessions == 0
 
     asyncio.run(play())
 
