@@ -139,8 +139,8 @@ class GatewaySection:
       drain_seconds: how long requests may go on after the service is told to stop.
       failover_seconds: how long requests wait for a lost replica to be built again where no other serves. They go on then where
         they were, and their clients see nothing but a pause.
-      api_keys: file of `name: SHA-256 of the key` lines, as `grokmesh key` makes them; relative to this file. Without it
-        anybody may call.
+      api_keys: file of `name: SHA-256 of the key` lines, as `grokmesh key` makes them, or of names with scopes and limits;
+        relative to this file. Without it anybody may call.
     """
 
     address: str = "127.0.0.1:50051"

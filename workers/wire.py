@@ -60,6 +60,7 @@ def request_to_proto(request: Request) -> engine_pb2.Submit:
         priority=request.priority,
         grammar=request.grammar,
         resumed=request.resumed,
+        owner=request.owner,
     )
 
 
@@ -74,6 +75,7 @@ def request_from_proto(message: engine_pb2.Submit) -> Request:
         priority=message.priority,
         grammar=message.grammar,
         resumed=tuple(message.resumed),
+        owner=message.owner,
     )
 
 

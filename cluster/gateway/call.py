@@ -8,7 +8,7 @@ import secrets
 import time
 from typing import Any
 
-from cluster.gateway.keys import ANONYMOUS
+from cluster.gateway.keys import ANONYMOUS, Caller
 
 
 @dataclasses.dataclass
@@ -18,14 +18,14 @@ class Call:
     Attributes:
       method: name of the method.
       request_id: names it everywhere.
-      key: name of the caller's API key.
+      caller: whose API key it brings.
       replica, epoch: that compute it, once known.
       details: more for its line in the log.
     """
 
     method: str
     request_id: str = dataclasses.field(default_factory=lambda: f"r-{secrets.token_hex(8)}")
-    key: str = ANONYMOUS
+    caller: Caller = ANONYMOUS
     replica: int | None = None
     epoch: int | None = None
     began: float = dataclasses.field(default_factory=time.monotonic)
@@ -34,7 +34,8 @@ class Call:
     def log_fields(self) -> dict[str, Any]:
         """For a log line's `extra`."""
         return {
-            "request_id": self.request_id, "key": self.key, "replica": self.replica, "epoch": self.epoch, **self.details,
+            "request_id": self.request_id, "key": self.caller.name, "replica": self.replica, "epoch": self.epoch,
+            **self.details,
         }  # fmt: skip
 
 

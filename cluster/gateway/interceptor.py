@@ -24,6 +24,8 @@ _LOG = logging.getLogger(__name__)
 _OURS = "/grok.serving.v1."
 #: Calls that are logged at INFO; the others, which look on, at DEBUG.
 _WORK = ("Generate", "GenerateOnce", "Profile")
+#: Calls for keys with the scope `admin`.
+_ADMIN = ("Profile",)
 
 
 class _Malformed:
@@ -118,10 +120,15 @@ class _Outcome:
     def check(self, request: Any) -> None:
         """Refuses callers without a key, and messages that are none."""
         try:
-            self._call.key = self._keys.caller(self._metadata) if self._keys else ANONYMOUS
+            self._call.caller = self._keys.caller(self._metadata) if self._keys else ANONYMOUS
         except GatewayError:
             metrics.REJECTIONS.labels("unauthenticated").inc()
             raise
+        if self._call.method in _ADMIN and "admin" not in self._call.caller.scopes:
+            metrics.REJECTIONS.labels("scope").inc()
+            raise GatewayError(
+                grpc.StatusCode.PERMISSION_DENIED, "SCOPE", f"{self._call.method} wants a key with the scope admin"
+            )
         if isinstance(request, _Malformed):
             raise GatewayError(
                 grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE", "the request is no protobuf of its type"

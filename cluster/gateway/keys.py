@@ -1,20 +1,22 @@
-"""API keys: the file holds names and hashes, clients send `authorization: Bearer KEY`."""
+"""API keys: the file holds names, hashes, scopes and limits; clients send `authorization: Bearer KEY`."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import pathlib
 import re
 import secrets
 from collections.abc import Iterable
+from typing import Any
 
 import grpc
 import yaml
 
 from cluster.gateway.errors import GatewayError
 
-#: The name of callers where no keys are asked for.
-ANONYMOUS = "anonymous"
+#: What a key may do: complete prompts and look on, or also take traces of the hosts.
+SCOPES = ("generate", "admin")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -22,6 +24,27 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 
 class KeysError(ValueError):
     """A file of keys that can't be used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Caller:
+    """Who calls.
+
+    Attributes:
+      name: of the key.
+      scopes: of SCOPES.
+      max_requests: completions that the key may have in the gateway at once; None for no limit of its own.
+      tokens_per_minute: prompt and drawn tokens that it may use, with a minute's worth at a time; None for no limit.
+    """
+
+    name: str
+    scopes: tuple[str, ...] = ("generate",)
+    max_requests: int | None = None
+    tokens_per_minute: int | None = None
+
+
+#: Callers where no keys are asked for.
+ANONYMOUS = Caller("anonymous", SCOPES)
 
 
 def new_key(name: str) -> tuple[str, str]:
@@ -35,8 +58,8 @@ def new_key(name: str) -> tuple[str, str]:
 class Keys:
     """Who may call. A key has 256 random bits, so its plain SHA-256 can't be turned back."""
 
-    def __init__(self, names: dict[str, str]) -> None:
-        self._names = names
+    def __init__(self, callers: dict[str, Caller]) -> None:
+        self._callers = callers
 
     @classmethod
     def load(cls, path: pathlib.Path | None) -> Keys | None:
@@ -49,24 +72,45 @@ class Keys:
             raise KeysError(f"{path}: {error}") from error
         if not isinstance(entries, dict) or not entries:
             raise KeysError(f"{path}: must hold lines of `name: SHA-256 of the key`; grokmesh key makes them")
-        for name, digest in entries.items():
-            if not _NAME.fullmatch(str(name)) or not _HASH.fullmatch(str(digest)):
+        callers: dict[str, Caller] = {}
+        for name, entry in entries.items():
+            fields = dict(entry) if isinstance(entry, dict) else {"sha256": entry}
+            digest = str(fields.pop("sha256", ""))
+            if not _NAME.fullmatch(str(name)) or not _HASH.fullmatch(digest):
                 raise KeysError(f"{path}: {name} is no name with the SHA-256 of a key; grokmesh key makes them")
-        return cls({str(digest): str(name) for name, digest in entries.items()})
+            if digest in callers:
+                raise KeysError(f"{path}: {name} has the key of {callers[digest].name}")
+            callers[digest] = _caller(f"{path}: {name}", str(name), fields)
+        return cls(callers)
 
-    def caller(self, metadata: Iterable[tuple[str, str | bytes]]) -> str:
-        """The name of the key that a call brings. Raises GatewayError (UNAUTHENTICATED)."""
+    def caller(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
+        """Whose key a call brings. Raises GatewayError (UNAUTHENTICATED)."""
         header = next((value for key, value in metadata if key == "authorization"), "")
         kind, _, key = str(header).partition(" ")
         # Looking the hash up leaks no more by its timing than how much of a hash agrees, which leads to no key.
-        name = self._names.get(_digest(key.strip())) if kind.lower() == "bearer" else None
-        if name is None:
+        caller = self._callers.get(_digest(key.strip())) if kind.lower() == "bearer" else None
+        if caller is None:
             raise GatewayError(
                 grpc.StatusCode.UNAUTHENTICATED,
                 "UNKNOWN_KEY",
                 "this service wants an API key: send `authorization: Bearer KEY`",
             )
-        return name
+        return caller
+
+
+def _caller(where: str, name: str, fields: dict[str, Any]) -> Caller:
+    scopes = fields.pop("scopes", ["generate"])
+    if not isinstance(scopes, list) or not scopes or not set(scopes) <= set(SCOPES):
+        raise KeysError(f"{where}: scopes must be a list of {' and '.join(SCOPES)}")
+    limits = {limit: fields.pop(limit, None) for limit in ("max_requests", "tokens_per_minute")}
+    for limit, value in limits.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise KeysError(f"{where}: {limit}={value} must be a whole number of at least 1")
+    if fields:
+        raise KeysError(
+            f"{where}: {next(iter(fields))} is unknown; use sha256, scopes, max_requests, tokens_per_minute"
+        )
+    return Caller(name, tuple(scopes), **limits)
 
 
 def _digest(key: str) -> str:

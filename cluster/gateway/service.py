@@ -136,7 +136,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             for i in range(max(1, completion.n)):
                 sampling = dataclasses.replace(request.sampling, seed=(request.sampling.seed + i) % 2**64)
                 name = f"{request.id}-{i}" if i else request.id
-                one = dataclasses.replace(request, id=name, sampling=sampling)
+                one = dataclasses.replace(request, id=name, sampling=sampling, owner=CURRENT.get().caller.name)
                 sessions.append(stack.enter_context(self._session(one, completion, context)))
             yield sessions
 
@@ -146,7 +146,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> Iterator[Session]:
         """An admitted session, sent to a replica; however the block ends, the replica forgets it and times are counted."""
         call = CURRENT.get()
-        with self._admission.admitted():
+        with self._admission.admitted(call.caller):
             session = Session(request, tuple(completion.stop), self._tokenizer)
             self._router.start(session)
             error: BaseException | None = None
@@ -166,9 +166,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         labels = ("text_completion", self._model.name)
         cancelled = code in ("CANCELLED", "DEADLINE_EXCEEDED")
         reason = _reason(session) if session.finish else "cancelled" if cancelled else "error"
-        metrics.COMPLETIONS.labels(call.key, reason).inc()
-        metrics.TOKENS.labels(call.key, "prompt").inc(len(prompt))
-        metrics.TOKENS.labels(call.key, "completion").inc(count)
+        metrics.COMPLETIONS.labels(call.caller.name, reason).inc()
+        metrics.TOKENS.labels(call.caller.name, "prompt").inc(len(prompt))
+        metrics.TOKENS.labels(call.caller.name, "completion").inc(count)
+        self._admission.used(call.caller, len(prompt) + count)
         metrics.PROMPT_LENGTH.observe(len(prompt))
         metrics.COMPLETION_LENGTH.observe(count)
         metrics.REQUEST_DURATION.labels(*labels, "" if code == "OK" else code).observe(ended - call.began)

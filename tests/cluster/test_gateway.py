@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 
 import grpc
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from cluster.client import Options, completion_request
 from cluster.gateway.admission import Admission
 from cluster.gateway.errors import GatewayError, exhausted
+from cluster.gateway.keys import ANONYMOUS, Caller
 from cluster.gateway.session import Delta, Session
 from cluster.gateway.stop import StopMatcher
 from cluster.gateway.validation import Limits, to_request
@@ -230,16 +232,60 @@ def test_an_error_comes_after_the_tokens_before_it() -> None:
 
 def test_admission_is_bounded_and_ends_when_draining() -> None:
     admission = Admission(2)
-    with admission.admitted(), admission.admitted():
-        with pytest.raises(GatewayError) as raised, admission.admitted():
+    with admission.admitted(ANONYMOUS), admission.admitted(ANONYMOUS):
+        with pytest.raises(GatewayError) as raised, admission.admitted(ANONYMOUS):
             pass
         assert raised.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert raised.value.retry_seconds == 1.0
     assert admission.in_flight == 0
     admission.draining = True
-    with pytest.raises(GatewayError) as raised, admission.admitted():
+    with pytest.raises(GatewayError) as raised, admission.admitted(ANONYMOUS):
         pass
     assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+
+
+def _admit(admission: Admission, stack: contextlib.ExitStack, caller: Caller, wanted: int) -> int:
+    """How many of `wanted` requests of a key get a place."""
+    for i in range(wanted):
+        try:
+            stack.enter_context(admission.admitted(caller))
+        except GatewayError:
+            return i
+    return wanted
+
+
+def test_a_key_that_floods_the_gateway_leaves_places_to_others() -> None:
+    admission = Admission(16)
+    with contextlib.ExitStack() as stack:
+        assert _admit(admission, stack, Caller("greedy"), 99) == 8
+        assert _admit(admission, stack, Caller("modest", max_requests=2), 99) == 2
+        assert _admit(admission, stack, Caller("other"), 99) == 3
+        assert admission.in_flight == 13
+    assert admission.in_flight == 0
+    with contextlib.ExitStack() as stack:
+        assert _admit(admission, stack, ANONYMOUS, 99) == 16  # where there are no keys there are no others
+
+
+def test_a_key_gets_its_tokens_a_minute_and_is_told_when_there_are_more() -> None:
+    now = 100.0
+    admission = Admission(16, clock=lambda: now)
+    caller = Caller("alice", tokens_per_minute=60)
+    with admission.admitted(caller):
+        admission.used(caller, 90)
+    with pytest.raises(GatewayError) as raised, admission.admitted(caller):
+        pass
+    assert raised.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert raised.value.retry_seconds == pytest.approx(31.0)
+    now += 31.0
+    with admission.admitted(caller):
+        pass
+    now += 3600.0
+    with admission.admitted(caller):
+        admission.used(caller, 61)  # no more than a minute's worth was saved
+    with pytest.raises(GatewayError), admission.admitted(caller):
+        pass
+    with admission.admitted(Caller("bob")):
+        pass
 
 
 def test_a_status_carries_its_details() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.cli import main
 from cluster.gateway.errors import GatewayError
-from cluster.gateway.keys import Keys, KeysError, new_key
+from cluster.gateway.keys import Caller, Keys, KeysError, new_key
 
 
 def test_a_new_key_is_known_by_its_hash_alone(tmp_path: pathlib.Path) -> None:
@@ -19,8 +19,8 @@ def test_a_new_key_is_known_by_its_hash_alone(tmp_path: pathlib.Path) -> None:
     keys = Keys.load(path)
     assert keys is not None
     for name, (key, line) in made.items():
-        assert keys.caller((("authorization", f"Bearer {key}"),)) == name
-        assert keys.caller((("x", "y"), ("authorization", f"bearer  {key} "))) == name
+        assert keys.caller((("authorization", f"Bearer {key}"),)) == Caller(name)
+        assert keys.caller((("x", "y"), ("authorization", f"bearer  {key} "))) == Caller(name)
         assert key not in line
 
 
@@ -51,6 +51,43 @@ def test_a_file_that_holds_no_keys_is_refused_by_name(text: str, tmp_path: pathl
         Keys.load(path)
     with pytest.raises(KeysError):
         Keys.load(tmp_path / "absent.yaml")
+
+
+def test_a_key_may_have_scopes_and_limits(tmp_path: pathlib.Path) -> None:
+    key, line = new_key("alice")
+    digest = line.split()[1]
+    path = tmp_path / "keys.yaml"
+    path.write_text(
+        f"alice: {{sha256: {digest}, scopes: [generate, admin], max_requests: 4, tokens_per_minute: 6000}}\n"
+    )
+    keys = Keys.load(path)
+    assert keys is not None
+    caller = Caller("alice", ("generate", "admin"), max_requests=4, tokens_per_minute=6000)
+    assert keys.caller((("authorization", f"Bearer {key}"),)) == caller
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ("scopes: [root]", "scopes must be a list of generate and admin"),
+        ("scopes: generate", "scopes must be a list of generate and admin"),
+        ("max_requests: 0", "max_requests=0 must be a whole number of at least 1"),
+        ("tokens_per_minute: 1.5", "tokens_per_minute=1.5 must be a whole number of at least 1"),
+        ("max_request: 3", "max_request is unknown; use sha256, scopes, max_requests, tokens_per_minute"),
+    ],
+)
+def test_wrong_limits_are_refused_by_name(fields: str, problem: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(f"alice: {{sha256: {'0' * 64}, {fields}}}\n")
+    with pytest.raises(KeysError, match=f"alice: {problem}"):
+        Keys.load(path)
+
+
+def test_two_names_can_not_share_a_key(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(f"alice: {'0' * 64}\nbob: {'0' * 64}\n")
+    with pytest.raises(KeysError, match="bob has the key of alice"):
+        Keys.load(path)
 
 
 def test_the_command_prints_a_line_for_the_file_apart_from_the_key(capsys: pytest.CaptureFixture[str]) -> None:

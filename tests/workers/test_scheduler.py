@@ -265,6 +265,15 @@ def test_a_higher_priority_goes_first_among_those_that_wait() -> None:
     assert [admission.request_id for admission in plan.admissions] == ["r4", "r0", "r1", "r2"]
 
 
+def test_who_has_fewer_slots_goes_first() -> None:
+    scheduler = Scheduler(SHAPE, VOCAB, MAX_WAITING)
+    for i, owner in enumerate("aaaaab"):
+        scheduler.submit(dataclasses.replace(_request(f"{owner}{i}", 2, 3), owner=owner))
+    plan = scheduler.plan()
+    assert plan is not None
+    assert [admission.request_id for admission in plan.admissions] == ["a0", "b5", "a1", "a2"]
+
+
 def test_a_sequence_that_repeats_itself_is_guessed_and_gets_several_tokens_a_step() -> None:
     scheduler = Scheduler(EXACT, VOCAB, MAX_WAITING)
     prompt = (7, 8, 9, 10) * 4

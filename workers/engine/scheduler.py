@@ -72,9 +72,9 @@ class Counts:
 class Scheduler:
     """Turns requests into plans and sampled tokens into events. Single-threaded; knows nothing of devices.
 
-    First come, first served among requests of a priority: all pages that a request can ever need are its own from admission
-    on, so that it always ends. A request is overtaken only while a prompt that begins like its own is being computed, whose
-    pages it will share.
+    First come, first served among requests of a priority and an owner; of the owners, who has the fewest slots is first. All
+    pages that a request can ever need are its own from admission on, so that it always ends. A request is also overtaken while
+    a prompt that begins like its own is being computed, whose pages it will share.
 
     Each plan computes at most `prompt_budget` prompt positions while others decode, so that a long prompt delays them by that
     much at most.
@@ -227,9 +227,12 @@ class Scheduler:
 
     def _admit(self) -> tuple[Admission, ...]:
         admissions = []
-        for request, constraint in sorted(self._waiting.values(), key=lambda entry: -entry[0].priority):
-            if not self._free_slots:
-                break
+        waiting = list(self._waiting.values())
+        places = collections.Counter(sequence.request.owner for sequence in self._running.values())
+        while waiting and self._free_slots:
+            first = min(waiting, key=lambda entry: (-entry[0].priority, places[entry[0].owner]))
+            waiting.remove(first)
+            request, constraint = first
             placed = self._place(request)
             if placed is None:
                 break
@@ -242,6 +245,7 @@ class Scheduler:
             pool = self._pools[self._shape.group_of(slot)]
             pages = pool.take(request.id, shared, self._pages(request) - len(shared))
             admissions.append(self._start(request, constraint, slot, pages, cached))
+            places[request.owner] += 1
         return tuple(admissions)
 
     def _start(

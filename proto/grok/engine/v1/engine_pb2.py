@@ -24,51 +24,51 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bgrok/engine/v1/engine.proto\x12\x0egrok.engine.v1\"B\n\x05Hello\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\x12\x11\n\x04rank\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x07\n\x05_rank\"\xfd\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x13\n\x0b\x62ias_tokens\x18\x05 \x03(\r\x12\x13\n\x0b\x62ias_values\x18\x06 \x03(\x02\x12\x16\n\x0e\x61llowed_tokens\x18\x07 \x03(\r\x12\r\n\x05min_p\x18\x08 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x02\x12\x18\n\x10presence_penalty\x18\n \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0b \x01(\x02\x12\x0e\n\x06masked\x18\x0c \x01(\x08\"\xb5\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.grok.engine.v1.Sampling\x12\x13\n\x0bstop_tokens\x18\x05 \x03(\r\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x0f\n\x07grammar\x18\x07 \x01(\t\x12\x0f\n\x07resumed\x18\x08 \x03(\r\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"j\n\x0bLeaderInput\x12(\n\x06submit\x18\x01 \x01(\x0b\x32\x16.grok.engine.v1.SubmitH\x00\x12(\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x16.grok.engine.v1.CancelH\x00\x42\x07\n\x05input\"K\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0f\n\x07top_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"\x96\x01\n\nTokenEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x05token\x18\x02 \x01(\x0b\x32\x15.grok.engine.v1.Token\x12&\n\x06\x66inish\x18\x03 \x01(\x0e\x32\x16.grok.engine.v1.Finish\x12&\n\x06timing\x18\x04 \x01(\x0b\x32\x16.grok.engine.v1.Timing\"8\n\x06Timing\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\x02 \x01(\x01\";\n\x07Refusal\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0c\n\x04\x66ull\x18\x03 \x01(\x08\"\xb6\x01\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x12\n\npages_used\x18\x03 \x01(\r\x12\x13\n\x0bpages_total\x18\x04 \x01(\r\x12\r\n\x05slots\x18\x05 \x01(\r\x12\x14\n\x0c\x63ompilations\x18\x06 \x01(\r\x12(\n\x07routing\x18\x07 \x03(\x0b\x32\x17.grok.engine.v1.Routing\x12\x14\n\x0cpages_cached\x18\x08 \x01(\r\"I\n\x07Routing\x12\x13\n\x0b\x66irst_layer\x18\x01 \x01(\r\x12\x12\n\nlast_layer\x18\x02 \x01(\r\x12\x15\n\rexpert_tokens\x18\x03 \x03(\x04\"\x98\x01\n\x0cLeaderOutput\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12*\n\x06tokens\x18\x02 \x03(\x0b\x32\x1a.grok.engine.v1.TokenEvent\x12)\n\x08refusals\x18\x03 \x03(\x0b\x32\x17.grok.engine.v1.Refusal\x12\"\n\x04load\x18\x04 \x01(\x0b\x32\x14.grok.engine.v1.Load\"\x87\x01\n\tAdmission\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05pages\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.grok.engine.v1.Sampling\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x0e\n\x06prompt\x18\x05 \x03(\r\x12\r\n\x05\x64rawn\x18\x06 \x03(\r\"#\n\x04Mask\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05words\x18\x02 \x01(\x0c\"7\n\x05\x44raft\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\"B\n\x05\x43hunk\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x0c\n\x04last\x18\x04 \x01(\x08\"0\n\x07Prefill\x12%\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x15.grok.engine.v1.Chunk\"\xea\x01\n\x04Plan\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12-\n\nadmissions\x18\x03 \x03(\x0b\x32\x19.grok.engine.v1.Admission\x12)\n\x08prefills\x18\x04 \x03(\x0b\x32\x17.grok.engine.v1.Prefill\x12\x0e\n\x06\x64\x65\x63ode\x18\x05 \x03(\r\x12#\n\x05masks\x18\x06 \x03(\x0b\x32\x14.grok.engine.v1.Mask\x12%\n\x06\x64rafts\x18\x07 \x03(\x0b\x32\x15.grok.engine.v1.Draft\x12\r\n\x05steps\x18\x08 \x01(\r\"\x16\n\x04\x44one\x12\x0e\n\x06number\x18\x01 \x01(\x04*D\n\x06\x46inish\x12\x16\n\x12\x46INISH_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x46INISH_STOP\x10\x01\x12\x11\n\rFINISH_LENGTH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bgrok/engine/v1/engine.proto\x12\x0egrok.engine.v1\"B\n\x05Hello\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\x12\x11\n\x04rank\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x07\n\x05_rank\"\xfd\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x13\n\x0b\x62ias_tokens\x18\x05 \x03(\r\x12\x13\n\x0b\x62ias_values\x18\x06 \x03(\x02\x12\x16\n\x0e\x61llowed_tokens\x18\x07 \x03(\r\x12\r\n\x05min_p\x18\x08 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x02\x12\x18\n\x10presence_penalty\x18\n \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0b \x01(\x02\x12\x0e\n\x06masked\x18\x0c \x01(\x08\"\xc4\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.grok.engine.v1.Sampling\x12\x13\n\x0bstop_tokens\x18\x05 \x03(\r\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x0f\n\x07grammar\x18\x07 \x01(\t\x12\x0f\n\x07resumed\x18\x08 \x03(\r\x12\r\n\x05owner\x18\t \x01(\t\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"j\n\x0bLeaderInput\x12(\n\x06submit\x18\x01 \x01(\x0b\x32\x16.grok.engine.v1.SubmitH\x00\x12(\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x16.grok.engine.v1.CancelH\x00\x42\x07\n\x05input\"K\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0f\n\x07top_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"\x96\x01\n\nTokenEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x05token\x18\x02 \x01(\x0b\x32\x15.grok.engine.v1.Token\x12&\n\x06\x66inish\x18\x03 \x01(\x0e\x32\x16.grok.engine.v1.Finish\x12&\n\x06timing\x18\x04 \x01(\x0b\x32\x16.grok.engine.v1.Timing\"8\n\x06Timing\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\x02 \x01(\x01\";\n\x07Refusal\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0c\n\x04\x66ull\x18\x03 \x01(\x08\"\xb6\x01\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x12\n\npages_used\x18\x03 \x01(\r\x12\x13\n\x0bpages_total\x18\x04 \x01(\r\x12\r\n\x05slots\x18\x05 \x01(\r\x12\x14\n\x0c\x63ompilations\x18\x06 \x01(\r\x12(\n\x07routing\x18\x07 \x03(\x0b\x32\x17.grok.engine.v1.Routing\x12\x14\n\x0cpages_cached\x18\x08 \x01(\r\"I\n\x07Routing\x12\x13\n\x0b\x66irst_layer\x18\x01 \x01(\r\x12\x12\n\nlast_layer\x18\x02 \x01(\r\x12\x15\n\rexpert_tokens\x18\x03 \x03(\x04\"\x98\x01\n\x0cLeaderOutput\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12*\n\x06tokens\x18\x02 \x03(\x0b\x32\x1a.grok.engine.v1.TokenEvent\x12)\n\x08refusals\x18\x03 \x03(\x0b\x32\x17.grok.engine.v1.Refusal\x12\"\n\x04load\x18\x04 \x01(\x0b\x32\x14.grok.engine.v1.Load\"\x87\x01\n\tAdmission\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05pages\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.grok.engine.v1.Sampling\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x0e\n\x06prompt\x18\x05 \x03(\r\x12\r\n\x05\x64rawn\x18\x06 \x03(\r\"#\n\x04Mask\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05words\x18\x02 \x01(\x0c\"7\n\x05\x44raft\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\"B\n\x05\x43hunk\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x0c\n\x04last\x18\x04 \x01(\x08\"0\n\x07Prefill\x12%\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x15.grok.engine.v1.Chunk\"\xea\x01\n\x04Plan\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12-\n\nadmissions\x18\x03 \x03(\x0b\x32\x19.grok.engine.v1.Admission\x12)\n\x08prefills\x18\x04 \x03(\x0b\x32\x17.grok.engine.v1.Prefill\x12\x0e\n\x06\x64\x65\x63ode\x18\x05 \x03(\r\x12#\n\x05masks\x18\x06 \x03(\x0b\x32\x14.grok.engine.v1.Mask\x12%\n\x06\x64rafts\x18\x07 \x03(\x0b\x32\x15.grok.engine.v1.Draft\x12\r\n\x05steps\x18\x08 \x01(\r\"\x16\n\x04\x44one\x12\x0e\n\x06number\x18\x01 \x01(\x04*D\n\x06\x46inish\x12\x16\n\x12\x46INISH_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x46INISH_STOP\x10\x01\x12\x11\n\rFINISH_LENGTH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'grok.engine.v1.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISH']._serialized_start=2068
-  _globals['_FINISH']._serialized_end=2136
+  _globals['_FINISH']._serialized_start=2083
+  _globals['_FINISH']._serialized_end=2151
   _globals['_HELLO']._serialized_start=47
   _globals['_HELLO']._serialized_end=113
   _globals['_SAMPLING']._serialized_start=116
   _globals['_SAMPLING']._serialized_end=369
   _globals['_SUBMIT']._serialized_start=372
-  _globals['_SUBMIT']._serialized_end=553
-  _globals['_CANCEL']._serialized_start=555
-  _globals['_CANCEL']._serialized_end=583
-  _globals['_LEADERINPUT']._serialized_start=585
-  _globals['_LEADERINPUT']._serialized_end=691
-  _globals['_TOKEN']._serialized_start=693
-  _globals['_TOKEN']._serialized_end=768
-  _globals['_TOKENEVENT']._serialized_start=771
-  _globals['_TOKENEVENT']._serialized_end=921
-  _globals['_TIMING']._serialized_start=923
-  _globals['_TIMING']._serialized_end=979
-  _globals['_REFUSAL']._serialized_start=981
-  _globals['_REFUSAL']._serialized_end=1040
-  _globals['_LOAD']._serialized_start=1043
-  _globals['_LOAD']._serialized_end=1225
-  _globals['_ROUTING']._serialized_start=1227
-  _globals['_ROUTING']._serialized_end=1300
-  _globals['_LEADEROUTPUT']._serialized_start=1303
-  _globals['_LEADEROUTPUT']._serialized_end=1455
-  _globals['_ADMISSION']._serialized_start=1458
-  _globals['_ADMISSION']._serialized_end=1593
-  _globals['_MASK']._serialized_start=1595
-  _globals['_MASK']._serialized_end=1630
-  _globals['_DRAFT']._serialized_start=1632
-  _globals['_DRAFT']._serialized_end=1687
-  _globals['_CHUNK']._serialized_start=1689
-  _globals['_CHUNK']._serialized_end=1755
-  _globals['_PREFILL']._serialized_start=1757
-  _globals['_PREFILL']._serialized_end=1805
-  _globals['_PLAN']._serialized_start=1808
-  _globals['_PLAN']._serialized_end=2042
-  _globals['_DONE']._serialized_start=2044
-  _globals['_DONE']._serialized_end=2066
+  _globals['_SUBMIT']._serialized_end=568
+  _globals['_CANCEL']._serialized_start=570
+  _globals['_CANCEL']._serialized_end=598
+  _globals['_LEADERINPUT']._serialized_start=600
+  _globals['_LEADERINPUT']._serialized_end=706
+  _globals['_TOKEN']._serialized_start=708
+  _globals['_TOKEN']._serialized_end=783
+  _globals['_TOKENEVENT']._serialized_start=786
+  _globals['_TOKENEVENT']._serialized_end=936
+  _globals['_TIMING']._serialized_start=938
+  _globals['_TIMING']._serialized_end=994
+  _globals['_REFUSAL']._serialized_start=996
+  _globals['_REFUSAL']._serialized_end=1055
+  _globals['_LOAD']._serialized_start=1058
+  _globals['_LOAD']._serialized_end=1240
+  _globals['_ROUTING']._serialized_start=1242
+  _globals['_ROUTING']._serialized_end=1315
+  _globals['_LEADEROUTPUT']._serialized_start=1318
+  _globals['_LEADEROUTPUT']._serialized_end=1470
+  _globals['_ADMISSION']._serialized_start=1473
+  _globals['_ADMISSION']._serialized_end=1608
+  _globals['_MASK']._serialized_start=1610
+  _globals['_MASK']._serialized_end=1645
+  _globals['_DRAFT']._serialized_start=1647
+  _globals['_DRAFT']._serialized_end=1702
+  _globals['_CHUNK']._serialized_start=1704
+  _globals['_CHUNK']._serialized_end=1770
+  _globals['_PREFILL']._serialized_start=1772
+  _globals['_PREFILL']._serialized_end=1820
+  _globals['_PLAN']._serialized_start=1823
+  _globals['_PLAN']._serialized_end=2057
+  _globals['_DONE']._serialized_start=2059
+  _globals['_DONE']._serialized_end=2081
 # @@protoc_insertion_point(module_scope)

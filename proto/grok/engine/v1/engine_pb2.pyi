@@ -163,6 +163,7 @@ class Submit(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     GRAMMAR_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique among the leader's current requests."""
     max_tokens: _builtins.int
@@ -171,6 +172,8 @@ class Submit(_message.Message):
     """Requests of a higher one are admitted first."""
     grammar: _builtins.str
     """What the tokens must spell, as workers.grammar has it; empty for anything."""
+    owner: _builtins.str
+    """Whose it is."""
     @_builtins.property
     def prompt(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt tokens."""
@@ -198,10 +201,11 @@ class Submit(_message.Message):
         priority: _builtins.int = ...,
         grammar: _builtins.str = ...,
         resumed: _abc.Iterable[_builtins.int] | None = ...,
+        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "max_tokens", b"max_tokens", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resumed", b"resumed", "sampling", b"sampling", "stop_tokens", b"stop_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "max_tokens", b"max_tokens", "owner", b"owner", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resumed", b"resumed", "sampling", b"sampling", "stop_tokens", b"stop_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
