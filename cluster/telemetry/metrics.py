@@ -11,7 +11,9 @@ disable_created_metrics()
 
 #: Codes that a completion can end with, besides the client's own faults.
 SERVER_CODES = ("OK", "UNAVAILABLE", "INTERNAL", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "CANCELLED")
-REJECTION_REASONS = ("draining", "full", "engine_full", "no_replica", "unauthenticated")
+REJECTION_REASONS = (
+    "draining", "full", "engine_full", "no_replica", "unauthenticated", "scope", "key_requests", "key_tokens",
+)  # fmt: skip
 
 _GEN_AI = ("gen_ai_operation_name", "gen_ai_request_model")
 _TOKENS = (1, 4, 16, 64, 256, 1024, 2048, 4096, 8192)

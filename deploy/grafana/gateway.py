@@ -22,7 +22,8 @@ GATEWAY = Dashboard(
                 Panel(
                     "Turned away",
                     "A second, by reason. full: gateway.max_requests. engine_full: engine.max_waiting. no_replica: none serves. "
-                    "draining: the gateway is stopping. unauthenticated: no known API key.",
+                    "draining: the gateway is stopping. unauthenticated: no known API key, scope: not for this. key_requests, key_tokens: "
+                    "the limits of a key.",
                     "reqps",
                     (Query(rate("grokmesh_gateway_rejections_total", "reason"), "{{reason}}"),), "stacked",
                 ),
