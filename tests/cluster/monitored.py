@@ -96,6 +96,8 @@ def monitored(folder: pathlib.Path) -> Iterator[Stage]:
     lines = []
     for name in ("alice", "bob"):
         keys[name], line = new_key(name)
+        if name == "alice":
+            line = f"alice: {{sha256: {line.split()[1]}, scopes: [generate, admin]}}"
         lines.append(line)
     (folder / "keys.yaml").write_text("\n".join(lines))
     address, metrics = (f"127.0.0.1:{free_port('127.0.0.1')}" for _ in range(2))

@@ -78,14 +78,14 @@ def test_a_key_may_have_scopes_and_limits(tmp_path: pathlib.Path) -> None:
 )
 def test_wrong_limits_are_refused_by_name(fields: str, problem: str, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "keys.yaml"
-    path.write_text(f"alice: {{sha256: {'0' * 64}, {fields}}}\n")
+    path.write_text(f"alice: {{sha256: {'a' * 64}, {fields}}}\n")
     with pytest.raises(KeysError, match=f"alice: {problem}"):
         Keys.load(path)
 
 
 def test_two_names_can_not_share_a_key(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "keys.yaml"
-    path.write_text(f"alice: {'0' * 64}\nbob: {'0' * 64}\n")
+    path.write_text(f"alice: {'a' * 64}\nbob: {'a' * 64}\n")
     with pytest.raises(KeysError, match="bob has the key of alice"):
         Keys.load(path)
 
