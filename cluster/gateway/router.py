@@ -164,9 +164,7 @@ class Router:
     @property
     def queued(self) -> int:
         """Number of sessions that have no token yet. May be asked by any thread."""
-        running = [session for link in list(self._links.values()) for session in list(link.sessions.values())]
-        waiting = [session for session, _ in list(self._waiting.values())]
-        return sum(not session.tokens for session in (*running, *waiting))
+        return sum(not session.tokens for session in self._everywhere())
 
     def load(self, replica: int) -> engine_pb2.Load:
         """A replica's load as it last told it."""
@@ -200,8 +198,8 @@ class Router:
 
     @property
     def sessions(self) -> int:
-        """Number of sessions on all replicas."""
-        return sum(len(link.sessions) for link in self._links.values()) + len(self._waiting)
+        """Number of sessions, on replicas or waiting for one."""
+        return len(self._everywhere())
 
     def busy(self, replica: int) -> bool:
         """Whether a replica has sessions."""
@@ -230,11 +228,13 @@ class Router:
 
     def end(self, reason: str) -> None:
         """Ends all sessions; their clients may go on elsewhere."""
-        for session in [session for session, _ in self._waiting.values()] + [
-            session for link in self._links.values() for session in link.sessions.values()
-        ]:
+        for session in self._everywhere():
             self.cancel(session)
             session.deliver(unavailable(reason))
+
+    def _everywhere(self) -> list[Session]:
+        running = [session for link in list(self._links.values()) for session in list(link.sessions.values())]
+        return [*running, *(session for session, _ in list(self._waiting.values()))]
 
     def _send(self, session: Session) -> None:
         """Sends a session that is on no replica (any more), or ends it."""
