@@ -319,7 +319,8 @@ def format_status(status: cluster_pb2.GetStatusResponse) -> str:
             f"{replica.pages_used} of {replica.pages_total} KV pages, {replica.compilations} compilations since warm-up"
         )
         if replica.last_failure:
-            lines.append(f"  last failure: {replica.last_failure}")
+            in_a_row = f" ({replica.failures} in a row)" if replica.failures > 1 else ""
+            lines.append(f"  last failure{in_a_row}: {replica.last_failure}")
         for host in replica.hosts:
             lines.append(
                 f"  host {host.rank}: {host.address} pid {host.pid}, {host.devices} devices, {host.phase}, "

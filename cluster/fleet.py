@@ -11,6 +11,7 @@ from cluster.config import Config
 from cluster.gateway.latency import RecentLatency
 from cluster.gateway.router import Router
 from cluster.supervisor import Replica
+from cluster.suspects import Suspects
 from cluster.telemetry import metrics
 from grok.serving.v1 import cluster_pb2
 
@@ -35,6 +36,7 @@ class Fleet:
         self._latency = latency
         self._report = report
         self._autoscaler = Autoscaler(config.autoscaling, config.replicas)
+        self._suspects = Suspects()
         self._replicas: dict[int, Replica] = {}
         self._lives: dict[int, asyncio.Task[None]] = {}
         self._endings: set[asyncio.Task[None]] = set()
@@ -77,7 +79,7 @@ class Fleet:
         staying = [r for r in self.replicas if r.state != cluster_pb2.REPLICA_STATE_DRAINING]
         for _ in range(self.wanted - len(staying)):
             index = next(i for i in range(len(self._replicas) + 1) if i not in self._replicas)
-            replica = Replica(index, self._config, self._router, self._report)
+            replica = Replica(index, self._config, self._router, self._suspects, self._report)
             self._replicas[index] = replica
             self._lives[index] = asyncio.ensure_future(replica.run())
         # Those that do not serve yet go first, then the youngest.

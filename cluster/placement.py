@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 
 import ray
+import ray.exceptions
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterSection
-from workers.assignment import MeshSpec
+from workers.assignment import Endpoint, EngineSpec, MeshSpec, ModelSpec
 from workers.host import Host
 
 #: Calls that a worker answers at once: the one that computes, and progress beside it.
 _CONCURRENCY = 4
+#: Seconds that a new worker may take to start, and one that stands by to take a place.
+START_SECONDS, STANDBY_SECONDS = 60.0, 10.0
+#: A worker that does not answer for so long hangs: what it computes does not keep it from answering.
+SILENT_SECONDS = 1.5
+#: As short as that when it only decides which host is to be blamed.
+BRIEF_SECONDS = 0.5
+#: Seconds to wait for hosts other than those that are to be avoided.
+AVOID_SECONDS = 5.0
+
+Answer = TypeVar("Answer")
 
 
 def bundle(mesh: MeshSpec, cpus_per_host: int) -> dict[str, float]:
@@ -25,58 +37,165 @@ def bundle(mesh: MeshSpec, cpus_per_host: int) -> dict[str, float]:
     return resources
 
 
-def group_options(mesh: MeshSpec, cluster: ClusterSection) -> dict[str, Any]:
-    """The placement group of a replica: a bundle a host, each on a host of its own.
+def group_options(mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """The placement group of a replica: a bundle a host, each on a host of its own, none on nodes `avoided`.
 
     With `cluster.tpu_pod_type` all of them are on one slice of that kind, and rank r is its worker r: hosts of two slices
     have no interconnect, and JAX numbers a slice's processes so.
     """
     bundles = [bundle(mesh, cluster.cpus_per_host)] * mesh.hosts
+    others = {"ray.io/node-id": f"!in({', '.join(sorted(avoided))})"} if avoided else {}
     if cluster.tpu_pod_type is None:
-        return {"bundles": bundles, "strategy": "STRICT_SPREAD"}
+        options: dict[str, Any] = {"bundles": bundles, "strategy": "STRICT_SPREAD"}
+        return {**options, "bundle_label_selector": [others] * mesh.hosts} if others else options
     return {
         "bundles": bundles,
         "topology_strategy": {"ray.io/tpu-slice-name": "STRICT_PACK", "ray.io/node-id": "STRICT_SPREAD"},
         "bundle_label_selector": [
-            {"ray.io/tpu-pod-type": cluster.tpu_pod_type, "ray.io/tpu-worker-id": str(rank)}
+            {"ray.io/tpu-pod-type": cluster.tpu_pod_type, "ray.io/tpu-worker-id": str(rank), **others}
             for rank in range(mesh.hosts)
         ],
     }
 
 
 class Placement:
-    """The workers of one replica in one epoch, in rank order. They end with `remove`."""
+    """The workers of one replica in one epoch, in rank order, and those that stand by to take their places in the next one."""
 
-    def __init__(self, group: PlacementGroup, hosts: list[Any]) -> None:
+    def __init__(self, group: PlacementGroup, mesh: MeshSpec, hosts: list[Any]) -> None:
         self.group = group
         self.hosts = hosts
+        self._mesh = mesh
+        self._standbys: list[Any] = []
+        self._pids: list[int] = []
 
     @classmethod
-    async def create(cls, mesh: MeshSpec, cluster: ClusterSection) -> Placement:
-        """Waits until there are hosts enough, then starts a worker on each."""
+    async def create(cls, mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[str] = frozenset()) -> Placement:
+        """Waits until there are hosts enough, then starts a worker on each. On the nodes `avoided` only if no others are there
+        within AVOID_SECONDS."""
+        group = None
+        if avoided:
+            spares = await asyncio.to_thread(_spares, mesh, cluster, avoided)
+            group = await _reserve(group_options(mesh, cluster, avoided), AVOID_SECONDS) if spares else None
+        group = group or await _reserve(group_options(mesh, cluster), None)
+        assert group is not None
         resources = bundle(mesh, cluster.cpus_per_host)
-        group = placement_group(**group_options(mesh, cluster))
+        return cls(
+            group,
+            mesh,
+            [
+                _host(
+                    group,
+                    rank,
+                    num_cpus=cluster.cpus_per_host,
+                    resources={name: count for name, count in resources.items() if name not in ("CPU", "GPU")},
+                    num_gpus=resources.get("GPU", 0),
+                )
+                for rank in range(mesh.hosts)
+            ],
+        )
+
+    async def endpoints(self) -> list[Endpoint]:
+        """Where the workers can be reached. Raises TimeoutError, naming who does not answer in START_SECONDS."""
+        found = await asyncio.gather(
+            *(answer(h.endpoint.remote(), START_SECONDS, f"host {rank}") for rank, h in enumerate(self.hosts))
+        )
+        self._pids = [endpoint.pid for endpoint in found]
+        return list(found)
+
+    async def stand_by(self, model: ModelSpec, engine: EngineSpec) -> None:
+        """Starts a worker beside each one, which has everything imported and traced, and does nothing. It takes no resources of
+        its own, so it is told which accelerators are its host's part."""
+        environments = await asyncio.gather(*(host.environment.remote() for host in self.hosts))
+        self._standbys = [_host(self.group, rank, num_cpus=0) for rank in range(self._mesh.hosts)]
+        await asyncio.gather(
+            *(
+                host.prepare.remote(model, self._mesh, engine, env)
+                for host, env in zip(self._standbys, environments, strict=True)
+            )
+        )
+
+    async def renew(self) -> Placement | None:
+        """Ends the workers; those that stood by come instead, on the same hosts. None if they are not all there: then nothing
+        is left."""
+        standbys, pids, self._standbys = self._standbys, self._pids, []
+        self._kill(self.hosts)
+        renewed = Placement(self.group, self._mesh, standbys)
         try:
-            while not await asyncio.to_thread(group.wait, 1):
-                pass
+            if len(standbys) < len(self.hosts):
+                raise TimeoutError("nobody stands by")
+            # Who kills is on the same host, so that it also sees when the accelerators are free.
+            await asyncio.gather(
+                *(answer(h.replace.remote(pid), STANDBY_SECONDS, "") for h, pid in zip(standbys, pids, strict=True))
+            )
+        except (OSError, ray.exceptions.RayError):
+            renewed.remove()
+            return None
         except BaseException:
-            remove_placement_group(group)
+            renewed.remove()
             raise
-        hosts = [
-            Host.options(  # type: ignore[attr-defined]
-                num_cpus=cluster.cpus_per_host,
-                resources={name: count for name, count in resources.items() if name not in ("CPU", "GPU")},
-                num_gpus=resources.get("GPU", 0),
-                max_concurrency=_CONCURRENCY,
-                max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-            ).remote()
-            for rank in range(mesh.hosts)
-        ]
-        return cls(group, hosts)
+        return renewed
+
+    async def silent(self) -> list[int]:
+        """The ranks of the workers that don't answer."""
+        answers = await asyncio.gather(
+            *(answer(h.progress.remote(), BRIEF_SECONDS, "") for h in self.hosts), return_exceptions=True
+        )
+        return [rank for rank, error in enumerate(answers) if isinstance(error, BaseException)]
 
     def remove(self) -> None:
         """Kills all workers and frees their hosts."""
-        for host in self.hosts:
-            ray.kill(host)
+        self._kill([*self.hosts, *self._standbys])
         remove_placement_group(self.group)
+
+    @staticmethod
+    def _kill(hosts: list[Any]) -> None:
+        for host in hosts:
+            ray.kill(host)
+
+
+async def answer(result: Awaitable[Answer], seconds: float, who: str) -> Answer:
+    """What `who` answers. Raises TimeoutError after `seconds`, and whatever the call does."""
+    try:
+        return await asyncio.wait_for(_awaited(result), seconds)
+    except TimeoutError:
+        raise TimeoutError(f"{who} has not answered for {seconds:g} s") from None
+
+
+async def _awaited(result: Awaitable[Answer]) -> Answer:
+    return await result
+
+
+def _host(group: PlacementGroup, rank: int, **resources: Any) -> Any:
+    """A new worker in a bundle."""
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+    options = {"max_concurrency": _CONCURRENCY, "max_restarts": 0, "scheduling_strategy": strategy, **resources}
+    return Host.options(**options).remote()  # type: ignore[attr-defined]
+
+
+async def _reserve(options: dict[str, Any], seconds: float | None) -> PlacementGroup | None:
+    """A placement group once it has its hosts; None if it has not after `seconds`."""
+    group: PlacementGroup = placement_group(**options)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    try:
+        while not await asyncio.to_thread(group.wait, 1):
+            if seconds is not None and loop.time() - began > seconds:
+                remove_placement_group(group)
+                return None
+    except BaseException:
+        remove_placement_group(group)
+        raise
+    return group
+
+
+def _spares(mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[str]) -> bool:
+    """Whether a replica could lie on other nodes than those, were they free."""
+    wanted = bundle(mesh, cluster.cpus_per_host)
+    fit = [
+        node
+        for node in ray.nodes()
+        if node["Alive"]
+        and node["NodeID"] not in avoided
+        and all(node["Resources"].get(name, 0) >= count for name, count in wanted.items())
+    ]
+    return len(fit) >= mesh.hosts

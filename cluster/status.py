@@ -93,6 +93,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
             pages_total=load.pages_total,
             compilations=load.compilations,
             last_failure=replica.last_failure,
+            failures=replica.failures,
             layer_groups=[_layer_group(routing) for routing in load.routing],
         )
 

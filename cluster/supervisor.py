@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import math
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 import ray.exceptions
 
 from cluster.config import Config
 from cluster.gateway.router import LeaderAddress, Router
-from cluster.placement import Placement
+from cluster.placement import SILENT_SECONDS, Placement, answer
+from cluster.suspects import Suspects
 from cluster.telemetry import metrics
 from grok.serving.v1 import cluster_pb2
 from workers.assignment import Assignment, Endpoint, Progress
@@ -25,6 +24,8 @@ _LOG = logging.getLogger(__name__)
 POLL_SECONDS = 0.25
 #: Seconds before a failed replica is built again: the first of a row of failures at once, later ones ever later.
 BACKOFF_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
+#: After so many failures in a row nobody waits for the replica any more, and it is tried only so often.
+GIVE_UP_FAILURES, GIVEN_UP_SECONDS = 10, 300.0
 #: An epoch that served so long breaks a row of failures.
 HEALTHY_SECONDS = 10.0
 
@@ -42,16 +43,26 @@ class NotReadyError(RuntimeError):
 
 
 class Replica:
-    """One replica and its epochs. `state`, `epoch`, `hosts` and `last_failure` tell how it is."""
+    """One replica and its epochs. `state`, `epoch`, `hosts`, `failures` (in a row) and `last_failure` tell how it is."""
 
-    def __init__(self, index: int, config: Config, router: Router, on_progress: Callable[[Replica], None]) -> None:
+    def __init__(
+        self,
+        index: int,
+        config: Config,
+        router: Router,
+        suspects: Suspects,
+        on_progress: Callable[[Replica], None],
+    ) -> None:
         self.index = index
         self.state: cluster_pb2.ReplicaState.ValueType = cluster_pb2.REPLICA_STATE_PLACING
         self.epoch = 0
         self.hosts: list[HostView] = []
+        self.failures = 0
         self.last_failure = ""
+        self._suspects = suspects
         self._placement: Placement | None = None
         self._ready_at = math.inf
+        self._serving = asyncio.Event()
         self._config = config
         self._router = router
         self._on_progress = on_progress
@@ -69,65 +80,97 @@ class Replica:
 
     async def run(self) -> None:
         """Keeps the replica alive until cancelled, or until it is lost while it drains."""
-        failures = 0
-        while True:
-            self._ready_at = math.inf
-            try:
-                await self._epoch()
-                self.last_failure = "the leader ended"
-            except (ray.exceptions.RayError, OSError) as error:
-                self.last_failure = _summary(error)
-            except Exception as error:  # whatever went wrong in this replica, the others go on
-                _LOG.exception("replica %d", self.index, extra=self.log_fields)
-                self.last_failure = _summary(error)
-            if self.state == cluster_pb2.REPLICA_STATE_DRAINING:
-                return
-            healthy = asyncio.get_running_loop().time() - self._ready_at > HEALTHY_SECONDS
-            self._enter(cluster_pb2.REPLICA_STATE_FAILED)
-            failures = 1 if healthy else failures + 1
-            _LOG.error(
-                "replica %d: epoch %d ended: %s", self.index, self.epoch, self.last_failure, extra=self.log_fields
-            )
-            metrics.REBUILDS.labels(str(self.index)).inc()
-            await asyncio.sleep(BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1])
+        placement: Placement | None = None
+        try:
+            while True:
+                placement = await self._place(placement)
+                self.last_failure = await self._live(placement)
+                if self.state == cluster_pb2.REPLICA_STATE_DRAINING:
+                    return
+                await self._fail(placement)
+        finally:
+            if placement is not None:
+                placement.remove()
 
-    async def _epoch(self) -> None:
-        """Runs one epoch to its end. Raises RayError or OSError when it fails."""
+    async def _place(self, before: Placement | None) -> Placement:
+        """Workers for the next epoch: those that stood by, if their hosts are well, else new ones."""
         self.epoch += 1
         metrics.EPOCH.labels(str(self.index)).set(self.epoch)
         metrics.REBUILDS.labels(str(self.index)).inc(0)
+        nodes = {view.endpoint.node for view in self.hosts}
         self.hosts = []
         self._enter(cluster_pb2.REPLICA_STATE_PLACING)
-        placement = await Placement.create(self._config.mesh_spec, self._config.cluster)
-        self._placement = placement
+        now = asyncio.get_running_loop().time()
+        if before is not None and nodes.isdisjoint(self._suspects.failing(now)):
+            renewed = await before.renew()
+            if renewed is not None:
+                return renewed
+        elif before is not None:
+            before.remove()
+        config = self._config
+        return await Placement.create(config.mesh_spec, config.cluster, self._suspects.avoided(now))
+
+    async def _live(self, placement: Placement) -> str:
+        """Runs an epoch to its end; returns why it ended."""
+        self._placement, self._ready_at, self._serving = placement, math.inf, asyncio.Event()
         try:
-            endpoints: list[Endpoint] = await asyncio.gather(*(h.endpoint.remote() for h in placement.hosts))
-            self.hosts = [HostView(endpoint, Progress("starting", 0.0)) for endpoint in endpoints]
-            self._enter(cluster_pb2.REPLICA_STATE_STARTING)
-            assignments = self._assignments(endpoints)
-            async with _background(self._watch_progress(placement)):
-                await asyncio.gather(*(h.form.remote(a) for h, a in zip(placement.hosts, assignments, strict=True)))
-                await asyncio.gather(*(h.warm_up.remote() for h in placement.hosts))
-            await self._poll(placement)
-            await self._serve(placement, assignments[0])
+            await self._epoch(placement)
+        except (ray.exceptions.RayError, OSError) as error:
+            return _summary(error)
+        except Exception as error:  # whatever went wrong in this replica, the others go on
+            _LOG.exception("replica %d", self.index, extra=self.log_fields)
+            return _summary(error)
         finally:
             self._placement = None
-            placement.remove()
+        return "the leader ended"
 
-    async def _serve(self, placement: Placement, leader: Assignment) -> None:
-        """Serves until any host ends. The first of them decides: a mesh without one host is none."""
-        loops = [asyncio.ensure_future(_result(h.serve.remote())) for h in placement.hosts]
-        address = LeaderAddress(self.index, self.epoch, leader.leader, leader.secret)
-        stream = asyncio.ensure_future(self._router.serve(address, self._ready))
+    async def _fail(self, placement: Placement) -> None:
+        """Notes a failure and whose it was, and waits as long as its being one of a row demands."""
+        now = asyncio.get_running_loop().time()
+        healthy = now - self._ready_at > HEALTHY_SECONDS
+        self.failures = 1 if healthy else self.failures + 1
+        given_up = self.failures >= GIVE_UP_FAILURES
+        self._enter(cluster_pb2.REPLICA_STATE_GIVEN_UP if given_up else cluster_pb2.REPLICA_STATE_FAILED)
+        _LOG.error("replica %d: epoch %d ended: %s", self.index, self.epoch, self.last_failure, extra=self.log_fields)
+        metrics.REBUILDS.labels(str(self.index)).inc()
+        silent = await placement.silent()
+        for view in [self.hosts[rank] for rank in silent if rank < len(self.hosts)]:
+            self._suspects.lost(view.endpoint.node, now)
+            metrics.HOST_LOSSES.labels(view.endpoint.address).inc()
+        if given_up:
+            self._router.forget(self.index)
+        await asyncio.sleep(
+            GIVEN_UP_SECONDS if given_up else BACKOFF_SECONDS[min(self.failures, len(BACKOFF_SECONDS)) - 1]
+        )
+
+    async def _epoch(self, placement: Placement) -> None:
+        """Runs one epoch to its end. Raises RayError or OSError when it fails."""
+        endpoints = await placement.endpoints()
+        self.hosts = [HostView(endpoint, Progress("starting", 0.0)) for endpoint in endpoints]
+        self._enter(cluster_pb2.REPLICA_STATE_STARTING)
+        assignments = self._assignments(endpoints)
+        await _first(self._watch_progress(placement), self._form(placement, assignments))
+        await self._poll(placement)
+        leader = LeaderAddress(self.index, self.epoch, assignments[0].leader, assignments[0].secret)
+        # The first that ends decides: a mesh without one host is none.
+        await _first(
+            *(_awaited(host.serve.remote()) for host in placement.hosts),
+            self._router.serve(leader, self._ready),
+            self._stand_by(placement),
+        )
+
+    async def _form(self, placement: Placement, assignments: list[Assignment]) -> None:
+        await asyncio.gather(*(h.form.remote(a) for h, a in zip(placement.hosts, assignments, strict=True)))
+        await asyncio.gather(*(h.warm_up.remote() for h in placement.hosts))
+
+    async def _stand_by(self, placement: Placement) -> None:
+        """Has workers stand by for the next epoch, once this one serves."""
+        await self._serving.wait()
         try:
-            done, _ = await asyncio.wait([*loops, stream], return_when=asyncio.FIRST_COMPLETED)
-            # Of several that end at once, the one with an error tells more.
-            for task in sorted(done, key=lambda task: task.exception() is None):
-                task.result()
-        finally:
-            for task in (*loops, stream):
-                task.cancel()
-            await asyncio.gather(*loops, stream, return_exceptions=True)
+            await placement.stand_by(self._config.model_spec, self._config.engine_spec)
+        except ray.exceptions.RayError as error:
+            _LOG.warning("nobody stands by: %s", _summary(error), extra=self.log_fields)
+        await asyncio.Event().wait()
 
     def _assignments(self, endpoints: list[Endpoint]) -> list[Assignment]:
         config, first = self._config, endpoints[0]
@@ -154,7 +197,10 @@ class Replica:
             await asyncio.sleep(POLL_SECONDS)
 
     async def _poll(self, placement: Placement) -> None:
-        progress = await asyncio.gather(*(h.progress.remote() for h in placement.hosts))
+        """Asks all hosts what they do. Raises TimeoutError, naming one that does not answer."""
+        progress = await asyncio.gather(
+            *(answer(h.progress.remote(), SILENT_SECONDS, f"host {rank}") for rank, h in enumerate(placement.hosts))
+        )
         self.hosts = [HostView(view.endpoint, p) for view, p in zip(self.hosts, progress, strict=True)]
         self._on_progress(self)
 
@@ -165,6 +211,7 @@ class Replica:
 
     def _ready(self) -> None:
         self._ready_at = asyncio.get_running_loop().time()
+        self._serving.set()
         self._enter(cluster_pb2.REPLICA_STATE_READY)
 
     def _enter(self, state: cluster_pb2.ReplicaState.ValueType) -> None:
@@ -172,19 +219,22 @@ class Replica:
         self._on_progress(self)
 
 
-@contextlib.asynccontextmanager
-async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Runs `work` beside the block; it ends with the block, and what it raised does not matter."""
-    task = asyncio.ensure_future(work)
+async def _first(*parts: Awaitable[None]) -> None:
+    """Returns or raises as the first that ends does; the others are cancelled. Of several that end at once, the one with an
+    error tells more."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
     try:
-        yield
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in sorted(done, key=lambda task: task.exception() is None):
+            task.result()
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _result(ref: Awaitable[None]) -> None:
-    await ref
+async def _awaited(result: Awaitable[None]) -> None:
+    await result
 
 
 def _summary(error: BaseException) -> str:

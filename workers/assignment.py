@@ -97,12 +97,14 @@ class Endpoint:
     Attributes:
       address: in the cluster.
       pid: of the worker process.
+      node: id of the Ray node.
       coordinator_port, leader_port: free ports, for the case that it becomes rank 0.
       metrics_port: of its Prometheus endpoint.
     """
 
     address: str
     pid: int
+    node: str
     coordinator_port: int
     leader_port: int
     metrics_port: int

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pathlib
+import signal
+import time
+from typing import TYPE_CHECKING
 
 import prometheus_client
 import ray
 
 from workers import logs, metrics
-from workers.assignment import Assignment, Endpoint, Progress
+from workers.assignment import Assignment, Endpoint, EngineSpec, MeshSpec, ModelSpec, Progress
 from workers.link import free_port
 from workers.worker import Worker
+
+if TYPE_CHECKING:
+    from workers.preparation import Preparation
+
+#: How Ray tells a process which of its host's accelerators are its own.
+_ACCELERATORS = ("CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS", "TPU_CHIPS_PER_HOST_BOUNDS", "TPU_HOST_BOUNDS")
 
 
 @ray.remote
@@ -19,6 +30,7 @@ class Host:
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
+        self._preparation: Preparation | None = None
         self._address = ray.util.get_node_ip_address()
         server, _ = prometheus_client.start_http_server(0, self._address, registry=metrics.REGISTRY)
         self._metrics_port = server.server_port
@@ -28,15 +40,42 @@ class Host:
         return Endpoint(
             address=self._address,
             pid=os.getpid(),
+            node=ray.get_runtime_context().get_node_id(),
             coordinator_port=free_port(self._address),
             leader_port=free_port(self._address),
             metrics_port=self._metrics_port,
         )
 
+    def environment(self) -> dict[str, str]:
+        """The environment that tells which accelerators this worker has."""
+        return {name: os.environ[name] for name in _ACCELERATORS if name in os.environ}
+
+    def prepare(self, model: ModelSpec, mesh: MeshSpec, engine: EngineSpec, environment: dict[str, str]) -> None:
+        """Stands by: does all that can be done before a place is free. `environment` is that of the worker that has it."""
+        from workers.preparation import Preparation
+
+        for name in _ACCELERATORS:
+            os.environ.pop(name, None)
+        os.environ.update(environment)
+        self._preparation = Preparation(model, mesh, engine)
+        self._preparation.trace()
+
+    def replace(self, pid: int) -> None:
+        """Ends the process `pid` of this host, which is the worker whose place this one takes, and waits until it is gone."""
+        while True:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+            with contextlib.suppress(OSError):  # dead, but its parent has not looked yet
+                if _state(pid) == "Z":
+                    return
+            time.sleep(0.01)
+
     def form(self, assignment: Assignment) -> None:
         """See `Worker.form`."""
         logs.configure(replica=assignment.replica, epoch=assignment.epoch, rank=assignment.rank)
-        self._worker = Worker(assignment)
+        self._worker = Worker(assignment, self._preparation)
         self._worker.form()
 
     def warm_up(self) -> None:
@@ -57,3 +96,8 @@ class Host:
     def progress(self) -> Progress:
         """What the worker is doing."""
         return self._worker.progress if self._worker else Progress("starting", 0.0)
+
+
+def _state(pid: int) -> str:
+    """The letter by which Linux tells what a process does."""
+    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

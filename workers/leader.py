@@ -65,7 +65,8 @@ class Leader:
         self._watchdog = Watchdog(server.give_up)
 
     def run(self) -> None:
-        """Serves until a follower is lost, which raises LinkError."""
+        """Serves until a follower is lost, which raises LinkError. Nobody is heard before all hosts have computed a token."""
+        self._prove()
         pending: Pending | None = None
         clock = _Clock()
         while True:
@@ -103,6 +104,17 @@ class Leader:
             clock.lap("deliver")
             self._scheduler.prompt_budget = self._budget.after(finished, clock.step())
             metrics.PROMPT_BUDGET.set(self._scheduler.prompt_budget)
+
+    def _prove(self) -> None:
+        self._scheduler.submit(CANARY)
+        while (plan := self._scheduler.plan()) is not None:
+            self._server.broadcast(wire.plan_to_proto(plan, self._epoch))
+            self._count(plan)
+            self._watchdog.begin(plan)
+            tokens = self._runtime.read(self._runtime.execute(plan))
+            self._watchdog.end(plan)
+            self._scheduler.complete(tokens)
+            self._routing.add(tokens.expert_tokens)
 
     def _hear(self, block: bool) -> None:
         """Takes what gateways sent; if there is nothing to compute, waits for it, and computes a token for nobody if nothing

@@ -273,20 +273,27 @@ class LeaderServer:
 
 def connect(address: str, hello: engine_pb2.Hello, seconds: float) -> Link:
     """A follower's stream to the leader, tried for `seconds` until the leader listens. Raises LinkError."""
+    link = Link(_connection(address, seconds))
+    link.send(hello.SerializeToString())
+    link.settimeout(None)
+    return link
+
+
+def wait_for_listener(address: str, seconds: float) -> None:
+    """Returns once somebody listens at `host:port`. Raises LinkError after `seconds`."""
+    _connection(address, seconds).close()
+
+
+def _connection(address: str, seconds: float) -> socket.socket:
     host, port = address.rsplit(":", 1)
     deadline = time.monotonic() + seconds
     while True:
         try:
-            connection = socket.create_connection((host, int(port)), timeout=HELLO_TIMEOUT)
-            break
+            return socket.create_connection((host, int(port)), timeout=HELLO_TIMEOUT)
         except OSError as error:
             if time.monotonic() > deadline:
-                raise LinkError(f"no leader at {address}: {error}") from error
-            time.sleep(0.05)
-    link = Link(connection)
-    link.send(hello.SerializeToString())
-    link.settimeout(None)
-    return link
+                raise LinkError(f"nobody listens at {address}: {error}") from error
+            time.sleep(0.02)
 
 
 def free_port(address: str) -> int:

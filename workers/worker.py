@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from grok.engine.v1 import engine_pb2
 from workers import metrics
-from workers.assignment import Assignment, MeshSpec, Progress
-from workers.checkpoint.checkpoint import open_checkpoint
-from workers.engine.plan import EngineShape
+from workers.assignment import Assignment, Progress
 from workers.engine.scheduler import Scheduler
 from workers.grammar import Grammars
-from workers.link import LeaderServer, connect
+from workers.link import LeaderServer, connect, wait_for_listener
 from workers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from workers.preparation import Preparation
     from workers.runtime.profiler import Profiler
 
 _LOG = logging.getLogger(__name__)
@@ -29,21 +28,13 @@ HEARTBEAT_SECONDS = 10
 JOIN_SECONDS = 60.0
 
 
-def configure_jax(mesh: MeshSpec) -> None:
-    """Chooses the platform. Must come before JAX starts its backend."""
-    import jax
-
-    if mesh.platform == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", mesh.devices_per_host)
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-
-
 class Worker:
     """A host's life in one epoch: `form`, then `warm_up`, then `serve`. A process serves one epoch and then ends."""
 
-    def __init__(self, assignment: Assignment) -> None:
+    def __init__(self, assignment: Assignment, preparation: Preparation | None = None) -> None:
+        """With a `preparation` for the same model, mesh and engine, less is left to do."""
         self._assignment = assignment
+        self._preparation = preparation
         self._server: LeaderServer | None = None
         self._compilations = 0
         self._compilations_before_serving = 0
@@ -63,12 +54,15 @@ class Worker:
         if a.leader and a.rank == 0:
             # Before the long work, in which somebody else might take the port.
             self._server = LeaderServer(a.leader, a.epoch, a.secret)
-        configure_jax(a.mesh)
+        from workers.preparation import Preparation
+
+        preparation = self._preparation or Preparation(a.model, a.mesh, a.engine)
         import jax
-        import jax.numpy as jnp
 
         jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
         if a.mesh.hosts > 1:
+            if a.rank:
+                wait_for_listener(a.coordinator, JOIN_SECONDS)  # JAX itself would try again only after a second
             jax.distributed.initialize(
                 coordinator_address=a.coordinator,
                 coordinator_bind_address=a.coordinator if a.rank == 0 else None,
@@ -77,8 +71,8 @@ class Worker:
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=HEARTBEAT_SECONDS // 2,
             )
-        from workers.checkpoint.loader import LoadProgress, load_parameters, parameter_shapes
-        from workers.kernels.choice import agree, choose_kernels
+        from workers.checkpoint.loader import LoadProgress, load_parameters
+        from workers.kernels.choice import agree
         from workers.model.partition import Partition
         from workers.runtime.compilation import every_rank_writes, use_cache
         from workers.runtime.mesh import make_mesh
@@ -88,16 +82,12 @@ class Worker:
         if a.compilation_cache:
             use_cache(pathlib.Path(a.compilation_cache).expanduser(), a.rank)
         mesh = make_mesh(a.mesh.data, a.mesh.model)
-        checkpoint = open_checkpoint(pathlib.Path(a.model.checkpoint))
-        config = checkpoint.config
+        checkpoint, dtype = preparation.checkpoint, preparation.dtype
         with every_rank_writes():
-            kernels = agree(choose_kernels(a.model, a.mesh, checkpoint))
-        _LOG.info("kernels: %s", kernels.name)
-        partition = Partition.create(config, mesh, a.mesh.rules, kernels)
-        shape = engine_shape(a, config.sequence_len, partition.batch_groups, kernels.exact_rows)
+            preparation.adopt(agree(preparation.kernels))
+        _LOG.info("kernels: %s", preparation.kernels.name)
+        partition = Partition.create(checkpoint.config, mesh, a.mesh.rules, preparation.kernels)
         devices = jax.local_device_count()
-        dtypes: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-        dtype, kv_dtype = dtypes[a.model.activations], dtypes[a.model.kv_cache or a.model.activations]
 
         began = time.monotonic()
 
@@ -116,10 +106,8 @@ class Worker:
             loading = pool.submit(
                 load_parameters, checkpoint, partition, weights=a.model.weights, dtype=dtype, report=loaded
             )
-            shapes = parameter_shapes(checkpoint, partition, weights=a.model.weights, dtype=dtype)
-            self.runtime = Runtime(config, shape, partition, shapes, dtype, kv_dtype, compiled)
-            params, _ = loading.result()
-        self.runtime.set_parameters(params)
+            self.runtime = Runtime(preparation.blueprint, partition, compiled)
+            self.runtime.set_parameters(loading.result()[0])
         self.profiler = Profiler()
         for kind, size in self.runtime.device_bytes.items():
             metrics.DEVICE_BYTES.labels(kind).set(size)
@@ -179,25 +167,3 @@ class Worker:
         before = self.progress
         self.progress = Progress(phase, fraction, before.devices, before.bytes_read)
         _LOG.info("%s", phase)
-
-
-def engine_shape(assignment: Assignment, model_context: int, groups: int, exact_rows: bool) -> EngineShape:
-    """The engine's sizes for a model of `model_context` on a mesh with `groups` batch groups.
-
-    Raises:
-      ValueError: the context is longer than the model's, or slots do not divide over the groups.
-    """
-    engine = assignment.engine
-    context = engine.context or model_context
-    if context > model_context:
-        raise ValueError(f"engine.context={context} exceeds the model's context of {model_context}")
-    everything = engine.slots // groups * -(-context // engine.page_size) + 1
-    return EngineShape(
-        slots=engine.slots,
-        groups=groups,
-        pages=everything if engine.kv_pages is None else engine.kv_pages // groups,
-        page_size=engine.page_size,
-        chunk=engine.prefill_chunk,
-        context=context,
-        exact_rows=exact_rows,
-    )

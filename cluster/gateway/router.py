@@ -53,6 +53,8 @@ class ReplicaLink:
         self.load = engine_pb2.Load()
         self.sessions: dict[str, Session] = {}
         self.draining = False
+        self._proven = False
+        self._on_proven: Callable[[], None] = lambda: None
         self._silent = 0
         self._reader = reader
         self._writer = writer
@@ -87,8 +89,10 @@ class ReplicaLink:
         if self.sessions.pop(session.request.id, None) is not None:
             self._send(engine_pb2.LeaderInput(cancel=engine_pb2.Cancel(request_id=session.request.id)))
 
-    async def run(self) -> None:
-        """Delivers what the leader sends until the stream ends, or nothing comes for too long."""
+    async def run(self, on_proven: Callable[[], None]) -> None:
+        """Delivers what the leader sends until the stream ends, or nothing comes for too long. `on_proven` is called when the
+        first load comes, which tells that the mesh computes."""
+        self._on_proven = on_proven
         watching = asyncio.ensure_future(self._watch())
         try:
             await self._listen()
@@ -126,6 +130,9 @@ class ReplicaLink:
             return
         if output.HasField("load"):
             self.load = output.load
+            if not self._proven:
+                self._proven = True
+                self._on_proven()
         for message in output.tokens:
             event = wire.event_from_proto(message)
             session = self.sessions.get(event.request_id)
@@ -171,20 +178,23 @@ class Router:
         link = self._links.get(replica)
         return link.load if link else engine_pb2.Load()
 
-    async def serve(self, leader: LeaderAddress, on_connected: Callable[[], None]) -> None:
-        """Carries sessions to a replica until its stream ends; what is left of them goes elsewhere. Raises OSError."""
+    async def serve(self, leader: LeaderAddress, on_ready: Callable[[], None]) -> None:
+        """Carries sessions to a replica, once all of its hosts have computed a token, until its stream ends; what is left of
+        them goes elsewhere. Raises OSError."""
         link = await ReplicaLink.connect(leader, self._refused)
-        self._links[leader.replica] = link
-        self._lost.discard(leader.replica)
-        on_connected()
-        self._changed()
-        for session, _ in list(self._waiting.values()):
-            self._send(session)
+
+        def proven() -> None:
+            self._links[leader.replica] = link
+            self._lost.discard(leader.replica)
+            on_ready()
+            self._changed()
+            for session, _ in list(self._waiting.values()):
+                self._send(session)
+
         try:
-            await link.run()
+            await link.run(proven)
         finally:
-            del self._links[leader.replica]
-            if not link.draining:
+            if self._links.pop(leader.replica, None) is not None and not link.draining:
                 self._lost.add(leader.replica)
             left = link.close()
             self._changed()
@@ -212,6 +222,13 @@ class Router:
         if (link := self._links.get(replica)) is not None:
             link.draining = True
             self._changed()
+
+    def forget(self, replica: int) -> None:
+        """No session waits any more for a replica that was lost."""
+        self._lost.discard(replica)
+        if not self._lost and not self._links:
+            for session, _ in list(self._waiting.values()):
+                self._send(session)
 
     def start(self, session: Session) -> None:
         """Sends a session to the least busy replica. Raises GatewayError (UNAVAILABLE) when there is none to wait for."""

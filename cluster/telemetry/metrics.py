@@ -65,6 +65,9 @@ EPOCH = Gauge("grokmesh_replica_epoch", "Epoch of a replica's mesh.", ["replica"
 REBUILDS = Counter(
     "grokmesh_replica_rebuilds", "Meshes that were formed again after a failure.", ["replica"], registry=REGISTRY
 )
+HOST_LOSSES = Counter(
+    "grokmesh_host_losses", "Workers of a host that died or did not answer.", ["address"], registry=REGISTRY
+)
 SESSIONS_RESUMED = Counter(
     "grokmesh_sessions_resumed",
     "Completions that went on elsewhere, or later, when their replica was lost.",

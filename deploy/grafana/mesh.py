@@ -47,6 +47,14 @@ MESH = Dashboard(
                     warn=1, bad=3,
                 ),
                 Panel(
+                    "Workers lost by host",
+                    "Workers that died or did not answer, in the last hour, by the address of their host. A host that keeps losing "
+                    "them is avoided while there are others; look at it before it is trusted again.",
+                    "short",
+                    (Query('increase(grokmesh_host_losses_total{model=~"$model"}[1h])', "{{address}}"),),
+                    warn=1, bad=3,
+                ),
+                Panel(
                     "Completions resumed",
                     "Completions that went on elsewhere, or later, because their replica was lost. Their clients saw a pause; none "
                     "of them lost a token. Each rise should have a rebuild beside it.",

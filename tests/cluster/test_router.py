@@ -60,6 +60,10 @@ async def _leading(router: Router, replica: int, epoch: int) -> AsyncIterator[_L
     serving = asyncio.ensure_future(router.serve(LeaderAddress(replica, epoch, f"{host}:{port}", b"s"), ready.set))
     leader = await joined.get()
     assert engine_pb2.Hello.FromString(await leader.frame()).epoch == epoch
+    leader.say()
+    await asyncio.sleep(0.01)
+    assert not ready.is_set(), "that it lives is not enough"
+    leader.say(load=engine_pb2.Load())
     await ready.wait()
     try:
         yield leader

@@ -9,7 +9,6 @@ import pathlib
 import random
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -26,6 +25,7 @@ from workers.kernels.kernels import PORTABLE, Kernels
 from workers.model.config import GrokConfig
 from workers.model.parameters import parameter_table
 from workers.model.partition import Partition
+from workers.runtime.blueprint import Blueprint
 from workers.runtime.runtime import Pending, Runtime
 
 CHECKPOINT = open_checkpoint(GOLDEN / "text-s1")
@@ -47,7 +47,8 @@ def make_runtime(data: int, model: int, rules: str, kernels: Kernels) -> Runtime
         context=96,
         exact_rows=kernels.exact_rows,
     )
-    runtime = Runtime(CHECKPOINT.config, shape, partition, params, jnp.float32)
+    runtime = Runtime(Blueprint(CHECKPOINT.config, shape, partition, params), partition)
+    runtime.set_parameters(params)
     runtime.warm_up()
     return runtime
 
@@ -197,7 +198,8 @@ def test_shapes_that_divide_nothing_give_the_same_numbers_on_any_mesh(tmp_path: 
         params, _ = load_parameters(checkpoint, partition)
         groups = partition.batch_groups
         shape = EngineShape(slots=6, groups=groups, pages=20, page_size=7, chunk=14, context=50)
-        runtime = Runtime(checkpoint.config, shape, partition, params)
+        runtime = Runtime(Blueprint(checkpoint.config, shape, partition, params), partition)
+        runtime.set_parameters(params)
         runtime.warm_up()
         admission = Admission(0, tuple(range(1, 1 + shape.table_width)), Sampling())
         chunk = Chunk(0, 0, prompt, last=False)

@@ -23,6 +23,7 @@ from workers.checkpoint.loader import load_parameters
 from workers.engine.plan import Admission, Chunk, EngineShape, Plan, Sampling
 from workers.kernels.choice import choose_kernels
 from workers.model.partition import Partition
+from workers.runtime.blueprint import Blueprint
 from workers.runtime.mesh import make_mesh
 from workers.runtime.runtime import Pending, Runtime
 
@@ -61,7 +62,8 @@ class Engine:
         self._table_bytes = 2 if kernels.packed else 4
         pages = 1 + 2 * -(-context // PAGE)
         shape = EngineShape(SLOTS, 1, pages, PAGE, CHUNK, context, kernels.exact_rows)
-        self.runtime = Runtime(self.config, shape, partition, params, kv_dtype=kv_dtype)
+        self.runtime = Runtime(Blueprint(self.config, shape, partition, params, kv_dtype=kv_dtype), partition)
+        self.runtime.set_parameters(params)
         self.runtime.warm_up()
         self._plans = 0
 

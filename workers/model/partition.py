@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from workers.kernels.kernels import PORTABLE, Kernels
 from workers.model.config import GrokConfig
@@ -57,17 +57,21 @@ RULES: Mapping[str, Mapping[str, MeshAxes]] = {
 class Partition:
     """A mesh of axes `data` and `model`, the rules by which a model lies on it, and the kernels that compute its parts.
 
-    Without a mesh nothing is split.
+    The mesh may be abstract, which is enough for tracing. Without a mesh nothing is split.
     """
 
-    mesh: Mesh | None
+    mesh: Mesh | AbstractMesh | None
     units: Mapping[str, int]
     rules: Mapping[str, MeshAxes]
     kernels: Kernels = PORTABLE
 
     @classmethod
     def create(
-        cls, config: GrokConfig, mesh: Mesh | None = None, rules: str = "tensor", kernels: Kernels = PORTABLE
+        cls,
+        config: GrokConfig,
+        mesh: Mesh | AbstractMesh | None = None,
+        rules: str = "tensor",
+        kernels: Kernels = PORTABLE,
     ) -> Partition:
         """The partition of a model on `mesh` by a table of RULES.
 

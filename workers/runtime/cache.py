@@ -6,7 +6,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from workers.engine.plan import EngineShape
 from workers.model.config import GrokConfig
@@ -21,19 +20,10 @@ TABLE_AXES: Axes = ("batch", None)
 LayerPages = tuple[jax.Array, jax.Array]
 
 
-def allocate_pages(
-    config: GrokConfig, shape: EngineShape, partition: Partition, dtype: jnp.dtype | type
-) -> tuple[LayerPages, ...]:
-    """Zeroed pages, a pair a layer: keys [groups * pages, K, C, page_size] and values [groups * pages, K, page_size, C]."""
-    pages, heads = shape.groups * shape.pages, config.num_kv_heads
-    sharding = partition.sharding(PAGE_AXES)
-
-    @functools.partial(jax.jit, out_shardings=(sharding, sharding))
-    def zeros() -> LayerPages:
-        keys = jnp.zeros((pages, heads, config.key_size, shape.page_size), dtype)
-        return keys, jnp.zeros((pages, heads, shape.page_size, config.key_size), dtype)
-
-    return tuple(zeros() for _ in range(config.num_layers))
+def page_shapes(config: GrokConfig, shape: EngineShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of a layer's keys [groups * pages, K, C, page_size] and values [groups * pages, K, page_size, C]."""
+    lead = (shape.groups * shape.pages, config.num_kv_heads)
+    return (*lead, config.key_size, shape.page_size), (*lead, shape.page_size, config.key_size)
 
 
 @dataclasses.dataclass

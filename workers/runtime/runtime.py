@@ -11,14 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from workers.checkpoint.loader import Params
-from workers.engine.plan import ALTERNATIVES, Admission, Draft, EngineShape, Plan, Sampling, StepTokens, Token
-from workers.kernels.sampling import IN_PROMPT, SamplingState
-from workers.model.config import GrokConfig
+from workers.engine.plan import ALTERNATIVES, Admission, Draft, Plan, Sampling, StepTokens, Token
+from workers.kernels.sampling import IN_PROMPT
 from workers.model.partition import Partition
-from workers.runtime.cache import allocate_pages
+from workers.runtime.blueprint import Blueprint
 from workers.runtime.compilation import compile_all
 from workers.runtime.programs import Programs, State
 from workers.runtime.slots import SlotTable
@@ -47,67 +46,38 @@ class Runtime:
     """Owns the device state: parameters, pages, last tokens, biases. Every host of the mesh has one, fed the same plans."""
 
     def __init__(
-        self,
-        config: GrokConfig,
-        shape: EngineShape,
-        partition: Partition,
-        params: Params,
-        dtype: jnp.dtype | type = jnp.float32,
-        kv_dtype: jnp.dtype | type | None = None,
-        report: Callable[[float], None] = lambda _: None,
+        self, blueprint: Blueprint, partition: Partition, report: Callable[[float], None] = lambda _: None
     ) -> None:
-        """Allocates the state and compiles all programs.
+        """Allocates the state and compiles all programs. Before anything is computed, `set_parameters` must be called.
 
         Args:
-          config, shape, partition: of the model, the engine and the mesh.
-          params: the parameters, or their shapes (see `parameter_shapes`) if `set_parameters` is called later.
-          dtype: of the activations.
-          kv_dtype: of keys and values; as the activations if None.
+          blueprint: of the engine.
+          partition: that of the blueprint, on devices.
           report: told the fraction of the programs that are compiled.
         """
+        mesh = partition.mesh
+        assert isinstance(mesh, Mesh)
+        config, shape = blueprint.config, blueprint.shape
         self.config = config
         self.shape = shape
         self._partition = partition
-        self._params = params
-        whole = partition.sharding(())
-
-        def zeros(*dims: int, dtype: jnp.dtype | type) -> jax.Array:
-            made: jax.Array = jax.jit(lambda: jnp.zeros(dims, dtype), out_shardings=whole)()
-            return made
-
-        sampling = SamplingState(
-            bias=zeros(shape.slots, config.vocab_size, dtype=jnp.float32),
-            counts=zeros(shape.slots, config.vocab_size, dtype=jnp.int32),
-            mask=zeros(shape.slots, -(-config.vocab_size // 32), dtype=jnp.int32),
-        )
-        pages = allocate_pages(config, shape, partition, kv_dtype or dtype)
-        self._state = State(pages, zeros(shape.slots, dtype=jnp.int32), sampling)
+        self._params: Params = {}
+        self._state = _zeros(blueprint.state, mesh)
         self._slots = SlotTable(shape)
-        programs = Programs(config, shape, partition, dtype)
-        state = (params, self._state)
-        no_chunk, no_slot, no_draft = self._slots.prefill(()), self._slots.decode(()), self._slots.verify((), ())
-        lowered: dict[str, tuple[Any, ...]] = {
-            "prefill": (programs.prefill, *state, no_chunk),
-            "decode": (programs.decode, *state, no_slot),
-        }
-        if shape.exact_rows:
-            lowered["verify"] = (programs.verify, *state, no_draft)
-        for name, array in vars(sampling).items():
-            lowered[name] = (programs.set_row, array, np.int32(0), np.zeros(array.shape[1], array.dtype))
-        compiled = compile_all({name: functools.partial(_compile, *call) for name, call in lowered.items()}, report)
+        compiled = compile_all(
+            {name: functools.partial(_compile, blueprint, name, mesh) for name in blueprint.names}, report
+        )
         self._prefill, self._decode = compiled["prefill"], compiled["decode"]
         self._verify = compiled.get("verify")
-        self._set_row = {name: compiled[name] for name in vars(sampling)}
-        self._score = programs.score
+        self._set_row = {name: compiled[name] for name in vars(self._state.sampling)}
+        self._score = Programs(config, shape, partition, blueprint.dtype).score
         self._group_starts = [group.start for group in config.layer_groups()]
-        mesh = partition.mesh
-        assert mesh is not None
         everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._ones = jax.jit(lambda: jnp.ones(mesh.size, jnp.int32), out_shardings=everywhere)()
-        self._all_reduce = jax.jit(jnp.sum, out_shardings=whole).lower(self._ones).compile()
+        self._all_reduce = jax.jit(jnp.sum, out_shardings=partition.sharding(())).lower(self._ones).compile()
 
     def set_parameters(self, params: Params) -> None:
-        """Gives the parameters to an engine that was made from their shapes."""
+        """Gives the engine its parameters."""
         self._params = params
 
     @property
@@ -222,10 +192,27 @@ class Runtime:
         return row
 
 
-def _compile(function: Any, *arguments: Any) -> Any:
-    # Each operation takes all threads as it is; several at a time would only wait for each other.
-    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False} if jax.default_backend() == "cpu" else None
-    return function.lower(*arguments).compile(compiler_options=options)
+def _zeros(shapes: State, mesh: Mesh) -> State:
+    """The state before anything has happened. Of a kind of array one program makes all."""
+    made: dict[Any, Callable[[], jax.Array]] = {}
+
+    def zeros(array: jax.ShapeDtypeStruct) -> jax.Array:
+        spec = array.sharding.spec
+        kind = (array.shape, array.dtype, spec)
+        if kind not in made:
+            made[kind] = jax.jit(lambda: jnp.zeros(array.shape, array.dtype), out_shardings=NamedSharding(mesh, spec))
+        return made[kind]()
+
+    state: State = jax.tree.map(zeros, shapes)
+    return state
+
+
+def _compile(blueprint: Blueprint, name: str, mesh: Mesh) -> Any:
+    # On a CPU each operation takes all threads as it is; several at a time would only wait for each other.
+    platform = mesh.devices.flat[0].client.platform
+    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False} if platform == "cpu" else None
+    lowered = blueprint.trace(name).lower(lowering_platforms=(platform,))
+    return lowered.compile(compiler_options=options, device_assignment=tuple(mesh.devices.flat))
 
 
 def _first(array: jax.Array) -> Array:

@@ -37,6 +37,8 @@ class _ReplicaStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReplicaS
     """A host was lost; the next epoch is about to begin."""
     REPLICA_STATE_DRAINING: _ReplicaState.ValueType  # 5
     """Finishing its requests; then it ends."""
+    REPLICA_STATE_GIVEN_UP: _ReplicaState.ValueType  # 6
+    """It failed too often in a row: it is tried again only now and then, and no request waits for it."""
 
 class ReplicaState(_ReplicaState, metaclass=_ReplicaStateEnumTypeWrapper):
     """State of a replica."""
@@ -53,6 +55,8 @@ REPLICA_STATE_FAILED: ReplicaState.ValueType  # 4
 """A host was lost; the next epoch is about to begin."""
 REPLICA_STATE_DRAINING: ReplicaState.ValueType  # 5
 """Finishing its requests; then it ends."""
+REPLICA_STATE_GIVEN_UP: ReplicaState.ValueType  # 6
+"""It failed too often in a row: it is tried again only now and then, and no request waits for it."""
 Global___ReplicaState: _TypeAlias = ReplicaState  # noqa: Y015
 
 @_typing.final
@@ -142,6 +146,7 @@ class ReplicaStatus(_message.Message):
     COMPILATIONS_FIELD_NUMBER: _builtins.int
     LAST_FAILURE_FIELD_NUMBER: _builtins.int
     LAYER_GROUPS_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Number of the replica."""
     state: Global___ReplicaState.ValueType
@@ -166,6 +171,8 @@ class ReplicaStatus(_message.Message):
     """Programs compiled since warm-up, on the leader."""
     last_failure: _builtins.str
     """Why it last failed, if it did."""
+    failures: _builtins.int
+    """Epochs in a row that failed."""
     @_builtins.property
     def hosts(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostStatus]:
         """Its hosts in rank order."""
@@ -191,10 +198,11 @@ class ReplicaStatus(_message.Message):
         compilations: _builtins.int = ...,
         last_failure: _builtins.str = ...,
         layer_groups: _abc.Iterable[Global___LayerGroup] | None = ...,
+        failures: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compilations", b"compilations", "epoch", b"epoch", "hosts", b"hosts", "index", b"index", "last_failure", b"last_failure", "layer_groups", b"layer_groups", "mesh_data", b"mesh_data", "mesh_model", b"mesh_model", "pages_total", b"pages_total", "pages_used", b"pages_used", "running", b"running", "slots", b"slots", "state", b"state", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compilations", b"compilations", "epoch", b"epoch", "failures", b"failures", "hosts", b"hosts", "index", b"index", "last_failure", b"last_failure", "layer_groups", b"layer_groups", "mesh_data", b"mesh_data", "mesh_model", b"mesh_model", "pages_total", b"pages_total", "pages_used", b"pages_used", "running", b"running", "slots", b"slots", "state", b"state", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
