@@ -123,6 +123,7 @@ class Placement:
         try:
             if len(standbys) < len(self.hosts):
                 raise TimeoutError("nobody stands by")
+            await asyncio.gather(*(answer(h.progress.remote(), SILENT_SECONDS, "") for h in standbys))
             # Who kills is on the same host, so that it also sees when the accelerators are free.
             await asyncio.gather(
                 *(answer(h.replace.remote(pid), STANDBY_SECONDS, "") for h, pid in zip(standbys, pids, strict=True))

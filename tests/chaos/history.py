@@ -60,7 +60,10 @@ def make_cases(client: Client, count: int, seed: int) -> list[Case]:
             options["logit_bias"] = {rng.randrange(300, 2000): 2.0}
         if rng.random() < 0.2:
             options |= {"regex": "[a-z ]{30,200}", "ignore_eos": False}
-        prompt = rng.choice(PROMPTS) * rng.choice([1, 1, 8])
+        prompt = rng.choice(PROMPTS)
+        if rng.random() < 0.3:
+            prompt *= 300 // client.count_tokens(prompt)
+            options["max_tokens"] = min(120, options["max_tokens"])
         answer = client.complete(prompt, **options)
         if len(answer.text) > 40 and rng.random() < 0.3:
             middle = len(answer.text) // 2
@@ -75,12 +78,14 @@ class Load:
 
     def __init__(self, address: str, cases: list[Case], clients: int, seed: int) -> None:
         self.history = History()
+        self._address = address
+        self._cases = cases
+        self._flooding: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._paused = threading.Event()
         self._threads = [
-            threading.Thread(target=self._run, args=(address, cases, random.Random(seed + i)), daemon=True)
-            for i in range(clients)
+            threading.Thread(target=self._run, args=(random.Random(seed + i),), daemon=True) for i in range(clients)
         ]
         for thread in self._threads:
             thread.start()
@@ -89,21 +94,33 @@ class Load:
         """Lets clients send no further requests for a while."""
         (self._paused.set if paused else self._paused.clear)()
 
+    def flood(self) -> None:
+        """Sends requests with long prompts, one more for each client, all at once."""
+        longest = sorted(self._cases, key=lambda case: len(case.prompt))[-len(self._threads) :]
+        for case in longest:
+            thread = threading.Thread(target=self._alone, args=(case,), daemon=True)
+            self._flooding.append(thread)
+            thread.start()
+
     def stop(self) -> History:
         """Waits for the requests in flight."""
         self._stopping.set()
-        for thread in self._threads:
+        for thread in (*self._threads, *self._flooding):
             thread.join(timeout=180)
             assert not thread.is_alive(), "a client waits for ever"
         return self.history
 
-    def _run(self, address: str, cases: list[Case], rng: random.Random) -> None:
-        with Client(address) as client:
+    def _alone(self, case: Case) -> None:
+        with Client(self._address) as client:
+            self._one(client, case)
+
+    def _run(self, rng: random.Random) -> None:
+        with Client(self._address) as client:
             while not self._stopping.is_set():
                 if self._paused.is_set():
                     time.sleep(0.05)
                     continue
-                self._one(client, rng.choice(cases))
+                self._one(client, rng.choice(self._cases))
 
     def _one(self, client: Client, case: Case) -> None:
         parts, pause, last = [], 0.0, time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import subprocess
 import time
@@ -34,6 +35,10 @@ class Service:
         """Its status."""
         with Client(self.address, api_key=self.api_key) as client:
             return client.status(timeout=5)
+
+    def kill(self, host: cluster_pb2.HostStatus, number: int) -> None:
+        """Sends a signal to a host's worker."""
+        os.kill(host.pid, number)
 
     def wait_for(self, reached: Callable[[cluster_pb2.GetStatusResponse], bool], seconds: float) -> None:
         """Returns once the status is as wanted; fails after `seconds`."""

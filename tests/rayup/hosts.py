@@ -56,6 +56,25 @@ class Hosts:
         for i, name in enumerate(self._addresses):
             self._start(i, name, switch)
 
+    def connect(self, address: str) -> None:
+        """Gives this machine an address on the switch, too."""
+        port = f"gmroot{os.getpid() % 100_000}"
+        _run("ip", "link", "add", port, "type", "veth", "peer", "name", "root", "netns", self._prefix + "sw")
+        _run("ip", "-n", self._prefix + "sw", "link", "set", "root", "master", "br0", "up")
+        _run("ip", "addr", "add", f"{address}/24", "dev", port)
+        _run("ip", "link", "set", port, "up")
+
+    def cut(self, name: str, cut: bool = True) -> None:
+        """Pulls a host's plug out of the switch, or puts it in again."""
+        port = f"port{list(self._addresses).index(name)}"
+        _run("ip", "-n", self._prefix + "sw", "link", "set", port, "down" if cut else "up")
+
+    def restart(self, name: str) -> None:
+        """Turns a host that crashed on again, with an empty disk."""
+        _run("ip", "netns", "del", self._prefix + name)
+        shutil.rmtree(self._folder / name, ignore_errors=True)
+        self._start(list(self._addresses).index(name), name, self._prefix + "sw")
+
     def down(self) -> None:
         """Ends all hosts and the switch."""
         for name in list(self._inits):

@@ -1,0 +1,130 @@
+"""A service on hosts of this machine that can be turned off and cut from the network, with one host to spare."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import time
+from collections.abc import Iterator
+
+import grpc
+import yaml
+
+from cluster.client import Client
+from grok.serving.v1 import cluster_pb2
+from tests.conftest import DEMO
+from tests.debian import require
+from tests.rayup.hosts import Hosts
+from tests.waiting import wait_until
+
+NETWORK = "10.203.7"
+HEAD, WORKERS = "head", ("h1", "h2", "h3")
+ADDRESSES = {name: f"{NETWORK}.{10 + i}" for i, name in enumerate((HEAD, *WORKERS))}
+GATEWAY = f"{ADDRESSES[HEAD]}:50051"
+_ENVIRONMENT = (
+    "env", "RAY_AUTH_MODE=disabled", "RAY_health_check_period_ms=1000", "RAY_health_check_timeout_ms=1000",
+    "RAY_health_check_failure_threshold=3", "RAY_gcs_rpc_server_reconnect_timeout_s=30",
+)  # fmt: skip
+_SIZES = (
+    "--memory=2000000000",
+    "--object-store-memory=80000000",
+    "--disable-usage-stats",
+    "--include-log-monitor=false",
+)
+
+
+class Cluster:
+    """Ray on all hosts, `grokmesh serve` on the head."""
+
+    def __init__(self, hosts: Hosts, folder: pathlib.Path) -> None:
+        self.hosts = hosts
+        self._log = folder / "serve.log"
+        self._config = folder / "ray_config.yaml"
+        self._config.write_text(
+            yaml.safe_dump(
+                {
+                    "model": {"name": "demo", "checkpoint": str(DEMO)},
+                    "cluster": {"address": f"{ADDRESSES[HEAD]}:6379", "compilation_cache": str(folder / "xla")},
+                    "mesh": {"hosts": 2, "devices_per_host": 1, "data": 1, "model": 2},
+                    "gateway": {"address": GATEWAY},
+                    "telemetry": {"address": f"{ADDRESSES[HEAD]}:9464"},
+                }
+            )
+        )
+
+    @property
+    def address(self) -> str:
+        """Of the gateway."""
+        return GATEWAY
+
+    def start(self) -> None:
+        """Starts Ray and the service, and waits until it serves."""
+        self._ray(HEAD, "--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false")
+        for name in WORKERS:
+            self.join(name)
+        done = self.hosts.execute(
+            HEAD, *_ENVIRONMENT[:2], "grokmesh", "serve", "--config", str(self._config), "--detach", "--timeout", "0"
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        wait_until(self._ready, 120, lambda: self.status() if self.answers() else "the gateway is silent")
+
+    def join(self, name: str) -> None:
+        """Starts Ray on a host, anew if something of it is left."""
+        self.hosts.execute(name, "ray", "stop", "--force")
+        self._ray(name, f"--address={ADDRESSES[HEAD]}:6379", "--num-cpus=1")
+
+    def status(self) -> cluster_pb2.GetStatusResponse:
+        """The service's status."""
+        with Client(self.address) as client:
+            return client.status(timeout=5)
+
+    def answers(self) -> bool:
+        """Whether there is a gateway."""
+        with contextlib.suppress(grpc.RpcError):
+            self.status()
+            return True
+        return False
+
+    def name_of(self, address: str) -> str:
+        """The host with an address."""
+        return next(name for name, own in ADDRESSES.items() if own == address)
+
+    def kill(self, host: cluster_pb2.HostStatus, number: int) -> None:
+        """Sends a signal to a host's worker."""
+        self.hosts.execute(self.name_of(host.address), "kill", f"-{number}", str(host.pid))
+
+    def _ready(self) -> bool:
+        return self.answers() and self.status().replicas[0].state == cluster_pb2.REPLICA_STATE_READY
+
+    def _ray(self, name: str, *arguments: str) -> None:
+        options = (*arguments, f"--node-ip-address={ADDRESSES[name]}", *_SIZES)
+        for attempt in range(3):
+            done = self.hosts.execute(name, *_ENVIRONMENT, "ray", "start", *options, timeout=60)
+            if done.returncode == 0:
+                return
+            time.sleep(1 + attempt)
+        raise AssertionError(done.stdout + done.stderr)
+
+
+@contextlib.contextmanager
+def cluster(folder: pathlib.Path) -> Iterator[Cluster]:
+    """A service that serves while the block runs."""
+    require(ip="iproute2", unshare="util-linux", sshd="openssh-server")
+    hosts = Hosts(folder, ADDRESSES)
+    try:
+        hosts.up()
+        hosts.connect(f"{NETWORK}.1")
+        made = Cluster(hosts, folder)
+        made.start()
+        yield made
+    finally:
+        hosts.down()
+
+
+def possible() -> bool:
+    """Whether this user may make namespaces."""
+    return (
+        os.geteuid() == 0 and subprocess.run(["ip", "netns", "list"], capture_output=True, check=False).returncode == 0
+    )
