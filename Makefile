@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo serve stop check lint types proto test test-rayup determinism chaos bench bench-peers load golden docs dashboards pictures clean
+.PHONY: help install demo serve stop check lint types proto test test-rayup determinism operations chaos bench bench-peers load golden docs dashboards pictures clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -46,6 +46,9 @@ test-rayup: install ## `ray up` onto three hosts in namespaces of this machine; 
 
 determinism: install ## two thousand random schedules, each against what its requests get alone
 	GROKMESH_SCHEDULES=2000 $(BIN)/python -m pytest -q tests/workers/test_schedules.py
+
+operations: install ## a hundred thousand random operations on the scheduler, which must end with no page held
+	GROKMESH_OPERATIONS=120000 $(BIN)/python -m pytest -q tests/workers/test_scheduler.py
 
 chaos: install ## two hundred random faults under load; FAULTS=N for another number
 	GROKMESH_FAULTS=$(or $(FAULTS),200) $(BIN)/python -m pytest -q -s tests/chaos

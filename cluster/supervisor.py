@@ -26,8 +26,8 @@ POLL_SECONDS = 0.25
 BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 #: After so many failures in a row nobody waits for the replica any more, and it is tried only so often.
 GIVE_UP_FAILURES, GIVEN_UP_SECONDS = 10, 300.0
-#: An epoch that served so long breaks a row of failures. It need not be long: a request that breaks whoever computes it is found
-#: by the router, and a host that breaks whatever runs there is avoided.
+#: An epoch that served so long breaks a row of failures. It need not be long: a request that breaks whoever computes it is
+#: found by the router, and a host that breaks whatever runs there is avoided.
 HEALTHY_SECONDS = 2.0
 
 

@@ -209,6 +209,7 @@ class Leader:
         metrics.PREFIX_TOKENS.labels("miss").inc(counts.prompt_tokens_computed - before.prompt_tokens_computed)
         metrics.DRAFT_TOKENS.labels("right").inc(counts.guesses_right - before.guesses_right)
         metrics.DRAFT_TOKENS.labels("wrong").inc(counts.guesses_wrong - before.guesses_wrong)
+        metrics.PREEMPTIONS.inc(counts.preemptions - before.preemptions)
         self._counted = dataclasses.replace(counts)
         metrics.ASSIGNMENTS.inc((plan.prompt_tokens + plan.decode_rows) * self._routing.assignments_per_token)
         if plan.decode or plan.drafts:

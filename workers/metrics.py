@@ -71,6 +71,9 @@ RUNNING = Gauge("grokmesh_engine_running_requests", "Requests that have a slot."
 WAITING = Gauge("grokmesh_engine_waiting_requests", "Requests that wait for a slot.", registry=LEADER)
 PAGES_USED = Gauge("grokmesh_engine_kv_pages_used", "Pages of the KV cache that requests own.", registry=LEADER)
 PAGES_TOTAL = Gauge("grokmesh_engine_kv_pages", "Pages of the KV cache.", registry=LEADER)
+PREEMPTIONS = Counter(
+    "grokmesh_engine_preemptions", "Sequences that lost their pages to others and were resumed later.", registry=LEADER
+)
 PAGES_CACHED = Gauge(
     "grokmesh_engine_kv_pages_cached", "Pages that hold prefixes which later prompts may share.", registry=LEADER
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grok.engine.v1 import engine_pb2
-from workers.engine.plan import Admission, Chunk, Draft, Mask, Plan, Sampling, Token
+from workers.engine.plan import Admission, Chunk, Draft, Growth, Mask, Plan, Sampling, Token
 from workers.engine.request import Finish, Load, Request, Timing, TokenEvent
 
 _FINISH = {
@@ -105,6 +105,7 @@ def plan_to_proto(plan: Plan, epoch: int) -> engine_pb2.Plan:
         masks=[engine_pb2.Mask(slot=mask.slot, words=mask.words) for mask in plan.masks],
         drafts=[engine_pb2.Draft(slot=d.slot, position=d.position, tokens=d.tokens) for d in plan.drafts],
         steps=plan.steps,
+        growths=[engine_pb2.Growth(slot=g.slot, first=g.first, pages=g.pages) for g in plan.growths],
     )
 
 
@@ -126,6 +127,7 @@ def plan_from_proto(message: engine_pb2.Plan) -> Plan:
         masks=tuple(Mask(mask.slot, mask.words) for mask in message.masks),
         drafts=tuple(Draft(d.slot, d.position, tuple(d.tokens)) for d in message.drafts),
         steps=message.steps,
+        growths=tuple(Growth(g.slot, g.first, tuple(g.pages)) for g in message.growths),
     )
 
 

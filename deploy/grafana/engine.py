@@ -73,8 +73,8 @@ ENGINE = Dashboard(
                 ),
                 Panel(
                     "KV pages in use",
-                    "A request owns all pages that it can ever need. Near 100 % requests wait although slots are free: raise "
-                    "engine.kv_pages, or ask for smaller max_tokens.",
+                    "Sequences get pages as they grow. At 100 % some lose theirs and are computed again later: raise "
+                    "engine.kv_pages, or lower engine.slots.",
                     "percentunit",
                     (
                         Query(
@@ -83,6 +83,17 @@ ENGINE = Dashboard(
                         ),
                     ),
                     warn=0.85, bad=0.95,
+                ),
+                Panel(
+                    "Preemptions",
+                    "Sequences that lost their pages to others and were computed again later, in the last hour. Their clients saw a "
+                    "pause. Many: the KV cache is too small for so many slots (engine.kv_pages, engine.slots).",
+                    "short",
+                    (
+                        Query(
+                            'increase(grokmesh_engine_preemptions_total{model=~"$model"}[1h])', "replica {{replica}}"
+                        ),
+                    ),
                 ),
                 Panel(
                     "Prompt positions from the prefix cache",

@@ -19,7 +19,7 @@ PROMPTS = ("In the beginning", "And the lion said", "The", "Once upon a time the
 class Case:
     """A request, and what it gets when nothing goes wrong."""
 
-    prompt: str
+    prompt: str | list[int]
     options: dict[str, Any]
     text: str
     tokens: tuple[Token, ...]
@@ -60,9 +60,9 @@ def make_cases(client: Client, count: int, seed: int) -> list[Case]:
             options["logit_bias"] = {rng.randrange(300, 2000): 2.0}
         if rng.random() < 0.2:
             options |= {"regex": "[a-z ]{30,200}", "ignore_eos": False}
-        prompt = rng.choice(PROMPTS)
+        prompt: str | list[int] = rng.choice(PROMPTS)
         if rng.random() < 0.3:
-            prompt *= 300 // client.count_tokens(prompt)
+            prompt = (client.tokenize(str(prompt)) * 300)[:300]
             options["max_tokens"] = min(120, options["max_tokens"])
         answer = client.complete(prompt, **options)
         if len(answer.text) > 40 and rng.random() < 0.3:

@@ -19,7 +19,7 @@ from workers.checkpoint.loader import load_parameters
 from workers.checkpoint.writer import write_array, write_quantized
 from workers.engine.plan import Admission, Chunk, EngineShape, Plan, Sampling, Token
 from workers.engine.request import Request
-from workers.engine.scheduler import Scheduler
+from workers.engine.scheduler import Counts, Scheduler
 from workers.kernels.cpu.kernels import native_kernels
 from workers.kernels.kernels import PORTABLE, Kernels
 from workers.model.config import GrokConfig
@@ -88,9 +88,12 @@ def make_requests(count: int, seed: int) -> list[Request]:
     return made
 
 
-def run(runtime: Runtime, requests: list[Request], rng: random.Random | None = None) -> dict[str, list[Token]]:
+def run(
+    runtime: Runtime, requests: list[Request], rng: random.Random | None = None, counts: Counts | None = None
+) -> dict[str, list[Token]]:
     """All tokens of requests that arrive together or, given `rng`, at random times, one step ahead of the devices."""
     scheduler = Scheduler(runtime.shape, VOCAB, len(requests))
+    scheduler.counts = counts or scheduler.counts
     waiting, tokens = list(requests), {request.id: list[Token]() for request in requests}
     pending: Pending | None = None
     while True:
@@ -156,6 +159,17 @@ def test_a_resumed_completion_goes_on_with_the_same_bits(runtime: Runtime) -> No
     tokens = run(runtime, rests, rng)
     for rest in rests:
         assert tokens[rest.id] == whole[rest.id][len(rest.resumed) :]
+
+
+def test_who_is_preempted_for_want_of_pages_gets_the_same_bits_later(runtime: Runtime) -> None:
+    requests = [
+        dataclasses.replace(request, max_tokens=runtime.shape.context - len(request.prompt))
+        for request in make_requests(12, seed=9)
+    ]
+    alone = {request.id: run(runtime, [request])[request.id] for request in requests}
+    counts = Counts()
+    assert run(runtime, requests, counts=counts) == alone
+    assert counts.preemptions > 0
 
 
 def test_a_mask_is_gone_from_a_slot_with_its_request(runtime: Runtime) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import os
 
 import pytest
 from hypothesis import settings
@@ -20,6 +21,8 @@ VOCAB = 100
 SHAPE = EngineShape(slots=4, groups=2, pages=9, page_size=4, chunk=6, context=40)
 EXACT = dataclasses.replace(SHAPE, exact_rows=True)
 MAX_WAITING = 6
+#: Of the random histories; `make operations` tries many more.
+OPERATIONS = int(os.environ.get("GROKMESH_OPERATIONS", "14400"))
 
 
 def _request(id: str, prompt: int, max_tokens: int) -> Request:
@@ -54,6 +57,9 @@ class _Mesh:
         self.prompt_done: dict[int, bool] = {}
 
     def execute(self, plan: Plan) -> None:
+        for growth in plan.growths:
+            assert growth.first == len(self.pages[growth.slot])
+            self.pages[growth.slot] += growth.pages
         for admission in plan.admissions:
             self.pages[admission.slot] = admission.pages
             self.position[admission.slot] = -1  # where its first chunk starts
@@ -154,7 +160,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def every_page_belongs_to_one_or_is_a_shared_prefix(self) -> None:
         load = self.scheduler.load
         assert load.running + load.waiting == len(self.requests)
-        assert load.waiting <= MAX_WAITING
+        assert load.waiting <= MAX_WAITING + SHAPE.slots, "who is preempted waits besides"
         running = self.scheduler._running.values()
         owned: collections.Counter[tuple[int, int]] = collections.Counter()
         for sequence in running:
@@ -195,7 +201,9 @@ class ExactSchedulerMachine(SchedulerMachine):
 
 TestScheduler = SchedulerMachine.TestCase
 TestExactScheduler = ExactSchedulerMachine.TestCase
-TestScheduler.settings = TestExactScheduler.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
+TestScheduler.settings = TestExactScheduler.settings = settings(
+    max_examples=OPERATIONS // 120, stateful_step_count=60, deadline=None
+)
 
 
 def _completed(scheduler: Scheduler, request: Request) -> list[Plan]:
@@ -352,6 +360,22 @@ def test_a_grammar_gives_each_token_its_own_mask_and_holds_up_nobody_else() -> N
         pending = plan
     assert masked == [11, 12, EOS]
     assert slots == {}
+
+
+def test_who_can_best_wait_is_preempted_for_want_of_pages() -> None:
+    scheduler = Scheduler(dataclasses.replace(SHAPE, slots=3, groups=1), VOCAB, MAX_WAITING)
+    for i in range(3):
+        request = dataclasses.replace(_request(f"r{i}", 4, 28), priority=int(i == 1))
+        scheduler.submit(request)  # eight pages each in the end; there are eight
+    ended: list[str] = []
+    received: collections.Counter[str] = collections.Counter()
+    while (plan := scheduler.plan()) is not None:
+        for event in scheduler.complete(_answer(plan, [5] * 9)):
+            received[event.request_id] += 1
+            ended += [event.request_id] if event.finish else []
+    assert ended == ["r1", "r0", "r2"], "by priority, then by age"
+    assert set(received.values()) == {28}, "no token twice"
+    assert scheduler.counts.preemptions > 0
 
 
 def test_who_comes_first_is_served_first() -> None:

@@ -85,6 +85,19 @@ class PagePool:
         self._owners.update(pages)
         return pages
 
+    def grow(self, owner: str, count: int) -> tuple[int, ...]:
+        """Hands `count` more pages to `owner`. Raises ValueError if too few are free."""
+        if count > self.free:
+            raise ValueError(f"{count} pages wanted, {self.free} free")
+        pages = tuple(self._take_one() for _ in range(count))
+        self._owned[owner] += pages
+        self._owners.update(pages)
+        return pages
+
+    def owned(self, owner: str) -> int:
+        """Number of pages that `owner` has."""
+        return len(self._owned[owner])
+
     def publish(self, owner: str, tokens: Tokens) -> None:
         """Lets others share the pages of `owner` that are full of `tokens`, its sequence from the start."""
         node: _Cached | None = None

@@ -109,6 +109,15 @@ class Admission:
 
 
 @dataclasses.dataclass(frozen=True)
+class Growth:
+    """A slot gets more pages, of which the first is its page number `first`."""
+
+    slot: int
+    first: int
+    pages: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Mask:
     """The tokens that a slot may draw next: bit t % 32 of word t // 32, little endian, 4 bytes a word."""
 
@@ -140,8 +149,8 @@ class Draft:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One step: admissions and masks, then prefill calls (each at most one chunk a group), then `steps` tokens for each slot
-    of `decode` and what is right of each of `drafts`, whose slots are others.
+    """One step: growths, admissions and masks, then prefill calls (each at most one chunk a group), then `steps` tokens for
+    each slot of `decode` and what is right of each of `drafts`, whose slots are others.
 
     Plans are carried out by all hosts in the order of their numbers.
     """
@@ -153,6 +162,7 @@ class Plan:
     masks: tuple[Mask, ...] = ()
     drafts: tuple[Draft, ...] = ()
     steps: int = 1
+    growths: tuple[Growth, ...] = ()
 
     @property
     def prompt_tokens(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from workers.engine.draft import Drafter
 from workers.engine.pages import PagePool
-from workers.engine.plan import MAX_DRAFT, Admission, Chunk, Draft, EngineShape, Mask, Plan, StepTokens, Token
+from workers.engine.plan import MAX_DRAFT, Admission, Chunk, Draft, EngineShape, Growth, Mask, Plan, StepTokens, Token
 from workers.engine.request import Constraint, Finish, Load, Refused, Request, TokenEvent
 
 #: Rows of a step above which guesses are not computed: the weights that they read are then read anyway, and arithmetic counts.
@@ -21,14 +21,15 @@ class _Sequence:
     """A request that has a slot. `prefix` is what is computed before anything is drawn; `forced` are tokens that are known
     before they are drawn.
 
-    `planned` counts prompt positions that plans have covered, `drawn` the tokens that plans draw for certain, `tokens` holds
-    those that came back: plans run ahead of their results. While `drafting`, it is unknown how many tokens will; `moved`
-    tells that hosts don't know the sequence's position.
+    `accepted` counts the tokens that its constraint knows, `planned` the prompt positions that plans have covered, `drawn` the
+    tokens that plans draw for certain, `tokens` holds those that came back: plans run ahead of their results. While
+    `drafting`, it is unknown how many tokens will; `moved` tells that hosts don't know the sequence's position.
     """
 
     request: Request
     slot: int
     constraint: Constraint | None
+    accepted: int
     prefix: tuple[int, ...]
     forced: tuple[int, ...]
     planned: int
@@ -50,6 +51,15 @@ class _Sequence:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Waiting:
+    """A request without a slot; its constraint knows the first `accepted` of its resumed tokens."""
+
+    request: Request
+    constraint: Constraint | None
+    accepted: int
+
+
+@dataclasses.dataclass(frozen=True)
 class _InFlight:
     """Who gets the tokens of a plan."""
 
@@ -67,14 +77,18 @@ class Counts:
     prompt_tokens_computed: int = 0
     guesses_right: int = 0
     guesses_wrong: int = 0
+    preemptions: int = 0
 
 
 class Scheduler:
     """Turns requests into plans and sampled tokens into events. Single-threaded; knows nothing of devices.
 
-    First come, first served among requests of a priority and an owner; of the owners, who has the fewest slots is first. All
-    pages that a request can ever need are its own from admission on, so that it always ends. A request is also overtaken while
-    a prompt that begins like its own is being computed, whose pages it will share.
+    First come, first served among requests of a priority and an owner; of the owners, who has the fewest slots is first. A
+    request is also overtaken while a prompt that begins like its own is being computed, whose pages it will share.
+
+    A sequence gets pages as it grows. When none are left, the one that was admitted last, of the lowest priority, is preempted:
+    it waits again, before all others, and is resumed later. The one that was admitted first never is, and all pages together
+    hold any request, so every request ends.
 
     Each plan computes at most `prompt_budget` prompt positions while others decode, so that a long prompt delays them by that
     much at most.
@@ -95,7 +109,7 @@ class Scheduler:
         self._steps = steps
         self._pools = [PagePool(shape.pages, shape.page_size) for _ in range(shape.groups)]
         self._free_slots = list(range(shape.slots))
-        self._waiting: dict[str, tuple[Request, Constraint | None]] = {}
+        self._waiting: dict[str, _Waiting] = {}
         self._running: dict[str, _Sequence] = {}
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         self._next_number = 1
@@ -151,7 +165,7 @@ class Scheduler:
         if constraint is not None and shape.exact_rows:
             for token in request.resumed:
                 constraint.accept(token)
-        self._waiting[request.id] = (request, constraint)
+        self._waiting[request.id] = _Waiting(request, constraint, len(request.resumed) if shape.exact_rows else 0)
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request without further events; its slot and pages are free for the next plan. False if unknown."""
@@ -165,6 +179,7 @@ class Scheduler:
 
     def plan(self) -> Plan | None:
         """The next step, or None when there is nothing to compute before tokens come back."""
+        growths = tuple(self._grow())
         admissions = self._admit()
         others_decode = any(sequence.prompt_done for sequence in self._running.values())
         calls = list(self._prefill(self.prompt_budget if others_decode else self._shape.chunk))
@@ -175,6 +190,7 @@ class Scheduler:
         drafts = list(self._draft(ready))
         decoding = [s for s in ready if not s.drafting]
         if not calls and not decoding and not drafts:
+            assert not growths, "who grows decodes"
             return None
         steps = self._steps_ahead(decoding) if not calls and not drafts and not self._waiting else 1
         places = [(s, s.drawn - 1) for s in last] + [(s, s.drawn) for s in decoding]
@@ -193,6 +209,7 @@ class Scheduler:
             decode=tuple(sequence.slot for sequence in decoding),
             drafts=tuple(draft for _, draft in drafts),
             steps=steps,
+            growths=growths,
         )
         self._in_flight.append(_InFlight(plan.number, last, decoding, drafts))
         self._next_number += 1
@@ -225,14 +242,18 @@ class Scheduler:
         # The last token is never read back, so it needs no place in the cache.
         return self._shape.pages_for(len(request.prompt) + request.max_tokens - 1)
 
+    def _first_pages(self, request: Request) -> int:
+        """Pages that it starts with: for what is computed before anything is drawn, and a first token."""
+        return min(self._pages(request), self._shape.pages_for(len(self._prefix(request)) + 1))
+
     def _admit(self) -> tuple[Admission, ...]:
         admissions = []
         waiting = list(self._waiting.values())
         places = collections.Counter(sequence.request.owner for sequence in self._running.values())
         while waiting and self._free_slots:
-            first = min(waiting, key=lambda entry: (-entry[0].priority, places[entry[0].owner]))
+            first = min(waiting, key=lambda entry: (-entry.request.priority, places[entry.request.owner]))
             waiting.remove(first)
-            request, constraint = first
+            request = first.request
             placed = self._place(request)
             if placed is None:
                 break
@@ -243,17 +264,44 @@ class Scheduler:
             del self._waiting[request.id]
             self._free_slots.remove(slot)
             pool = self._pools[self._shape.group_of(slot)]
-            pages = pool.take(request.id, shared, self._pages(request) - len(shared))
-            admissions.append(self._start(request, constraint, slot, pages, cached))
+            pages = pool.take(request.id, shared, self._first_pages(request) - len(shared))
+            admissions.append(self._start(first, slot, pages, cached))
             places[request.owner] += 1
         return tuple(admissions)
 
-    def _start(
-        self, request: Request, constraint: Constraint | None, slot: int, pages: tuple[int, ...], cached: int
-    ) -> Admission:
+    def _grow(self) -> Iterator[Growth]:
+        """Gives each sequence that may decode next the pages that it will write to, the oldest first."""
+        for sequence in list(self._running.values()):
+            while not sequence.done and sequence.prompt_done and sequence.left > 0 and not self._awaited(sequence):
+                request, pool = sequence.request, self._pools[self._shape.group_of(sequence.slot)]
+                ahead = min(sequence.left, max(self._steps, 1 + MAX_DRAFT))
+                owned = pool.owned(request.id)
+                missing = self._shape.pages_for(len(request.prompt) + sequence.drawn - 1 + ahead) - owned
+                if missing <= 0:
+                    break
+                if missing <= pool.free:
+                    yield Growth(sequence.slot, owned, pool.grow(request.id, missing))
+                    break
+                self._preempt(self._shape.group_of(sequence.slot))
+
+    def _preempt(self, group: int) -> None:
+        """Takes slot and pages away from the sequence of a group that can best wait."""
+        running = [s for s in self._running.values() if self._shape.group_of(s.slot) == group]
+        victim = min(reversed(running), key=lambda sequence: sequence.request.priority)
+        self.counts.preemptions += 1
+        self._release(victim)
+        # Tokens on their way are drawn again. Tokens of a replay that is not over are known all the same.
+        known = victim.tokens if len(victim.tokens) > len(victim.request.resumed) else victim.request.resumed
+        request = dataclasses.replace(victim.request, resumed=tuple(known))
+        self._waiting = {request.id: _Waiting(request, victim.constraint, victim.accepted), **self._waiting}
+
+    def _start(self, entry: _Waiting, slot: int, pages: tuple[int, ...], cached: int) -> Admission:
+        request = entry.request
         known, sampling = request.resumed, request.sampling
         forced = () if self._shape.exact_rows else known
-        sequence = _Sequence(request, slot, constraint, self._prefix(request), forced, planned=cached)
+        sequence = _Sequence(
+            request, slot, entry.constraint, entry.accepted, self._prefix(request), forced, planned=cached
+        )
         if not forced:
             sequence.tokens, sequence.drawn = list(known), len(known)
         self._running[request.id] = sequence
@@ -282,8 +330,10 @@ class Scheduler:
         and that prefix's pages."""
         groups = {self._shape.group_of(slot) for slot in self._free_slots}
         found = {group: self._shared(request, group) for group in groups}
-        needed = self._pages(request)
-        roomy = [g for g in groups if self._pools[g].can_take(found[g], needed - len(found[g]))]
+        needed = self._first_pages(request)
+        # A page for each that runs, lest the next of them to grow preempts the newcomer at once.
+        growing = collections.Counter(self._shape.group_of(s.slot) for s in self._running.values())
+        roomy = [g for g in groups if self._pools[g].can_take(found[g], needed - len(found[g]) + growing[g])]
         if not roomy:
             return None
         best = max(roomy, key=lambda group: (len(found[group]), self._pools[group].free, -group))
@@ -384,8 +434,9 @@ class Scheduler:
                 return
             request = sequence.request
             sequence.tokens.append(token.id)
-            if sequence.constraint is not None:
+            if sequence.constraint is not None and len(sequence.tokens) > sequence.accepted:
                 sequence.constraint.accept(token.id)
+                sequence.accepted += 1
             self._watch(sequence, token.id)
             if len(sequence.tokens) <= len(sequence.forced):
                 continue

@@ -107,6 +107,8 @@ class Runtime:
 
     def execute(self, plan: Plan) -> Pending:
         """Dispatches a plan. Returns before the devices are done, unless the platform computes synchronously."""
+        for growth in plan.growths:
+            self._slots.grow(growth)
         for admission in plan.admissions:
             self._slots.admit(admission)
             if admission.sampling.biased:

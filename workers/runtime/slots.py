@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from workers.engine.plan import MAX_DRAFT, Admission, Chunk, Draft, EngineShape
+from workers.engine.plan import MAX_DRAFT, Admission, Chunk, Draft, EngineShape, Growth
 from workers.kernels.sampling import BIASED, MASKED, PENALIZED, SamplingRows
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
@@ -40,6 +40,11 @@ class SlotTable:
         floats = (s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
         row[TEMPERATURE:PAGES].view(np.float32)[:] = floats
         row[PAGES : PAGES + len(admission.pages)] = admission.pages
+
+    def grow(self, growth: Growth) -> None:
+        """Adds pages to a slot's row."""
+        start = PAGES + growth.first
+        self._rows[growth.slot, start : start + len(growth.pages)] = growth.pages
 
     def prefill(self, chunks: tuple[Chunk, ...]) -> IntArray:
         """The packed rows [groups, PAGES + N + chunk] of one prefill call; moves the slots' positions on."""

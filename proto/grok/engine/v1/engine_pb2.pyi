@@ -572,6 +572,38 @@ class Admission(_message.Message):
 Global___Admission: _TypeAlias = Admission  # noqa: Y015
 
 @_typing.final
+class Growth(_message.Message):
+    """See workers.engine.plan.Growth."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    PAGES_FIELD_NUMBER: _builtins.int
+    slot: _builtins.int
+    """Of the sequence."""
+    first: _builtins.int
+    """Which of its pages the first one is."""
+    @_builtins.property
+    def pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The pages."""
+
+    def __init__(
+        self,
+        *,
+        slot: _builtins.int = ...,
+        first: _builtins.int = ...,
+        pages: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "pages", b"pages", "slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Growth: _TypeAlias = Growth  # noqa: Y015
+
+@_typing.final
 class Mask(_message.Message):
     """See workers.engine.plan.Mask."""
 
@@ -703,6 +735,7 @@ class Plan(_message.Message):
     MASKS_FIELD_NUMBER: _builtins.int
     DRAFTS_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
+    GROWTHS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Of the leader."""
     number: _builtins.int
@@ -729,6 +762,10 @@ class Plan(_message.Message):
     def drafts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Draft]:
         """Guesses to verify."""
 
+    @_builtins.property
+    def growths(self) -> _containers.RepeatedCompositeFieldContainer[Global___Growth]:
+        """Slots that get more pages."""
+
     def __init__(
         self,
         *,
@@ -740,10 +777,11 @@ class Plan(_message.Message):
         masks: _abc.Iterable[Global___Mask] | None = ...,
         drafts: _abc.Iterable[Global___Draft] | None = ...,
         steps: _builtins.int = ...,
+        growths: _abc.Iterable[Global___Growth] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissions", b"admissions", "decode", b"decode", "drafts", b"drafts", "epoch", b"epoch", "masks", b"masks", "number", b"number", "prefills", b"prefills", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissions", b"admissions", "decode", b"decode", "drafts", b"drafts", "epoch", b"epoch", "growths", b"growths", "masks", b"masks", "number", b"number", "prefills", b"prefills", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
