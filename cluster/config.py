@@ -135,6 +135,7 @@ class GatewaySection:
     Attributes:
       address: where it listens.
       max_requests: requests that may be in it at once; more are turned away.
+      queue_seconds: a request that would likely wait longer for a slot, or longer than its deadline leaves, is turned away.
       max_message_bytes: of a client's message.
       drain_seconds: how long requests may go on after the service is told to stop.
       failover_seconds: how long requests wait for a lost replica to be built again where no other serves. They go on then where
@@ -145,6 +146,7 @@ class GatewaySection:
 
     address: str = "127.0.0.1:50051"
     max_requests: int = 512
+    queue_seconds: float = 60.0
     max_message_bytes: int = 4 * 1024 * 1024
     drain_seconds: float = 10.0
     failover_seconds: float = 120.0
@@ -334,7 +336,7 @@ class _Reader:
             if not host or not port.isdecimal() or int(port) > 65535:
                 self.fail(name, f"{name}={_lookup(config, name)} is no host:port")
         for name in (
-            "gateway.drain_seconds", "gateway.failover_seconds", "autoscaling.queue_per_replica",
+            "gateway.drain_seconds", "gateway.queue_seconds", "gateway.failover_seconds", "autoscaling.queue_per_replica",
             "autoscaling.time_to_first_token",
             "autoscaling.up_seconds", "autoscaling.down_seconds", "engine.prefill_slowdown",
         ):  # fmt: skip

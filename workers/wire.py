@@ -167,6 +167,7 @@ def load_to_proto(
         pages_used=load.pages_used,
         pages_total=load.pages_total,
         pages_cached=load.pages_cached,
+        positions=load.positions,
         slots=slots,
         compilations=compilations,
         routing=routing,

@@ -1,9 +1,10 @@
-"""How many completions may be in the gateway at once, in all and of a key."""
+"""Which completions are admitted: by what is in the gateway, in all and of a key, and by how long they would wait."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -11,16 +12,23 @@ from cluster.gateway.errors import exhausted, unavailable
 from cluster.gateway.keys import ANONYMOUS, Caller
 from cluster.telemetry import metrics
 
+#: A deadline must leave so many times the time that is forecast.
+MARGIN = 1.3
+
 
 class Admission:
-    """Admits up to a fixed number of completions, and none once draining. The answer is always immediate.
+    """Admits up to a fixed number of completions, and none that would likely wait too long for a slot: longer than
+    `queue_seconds`, or than its deadline leaves. None once draining. The answer is always immediate.
 
     A key has the limits of its own that the file of keys gives it. Besides, none may hold more places than it leaves free, so
     that one that floods the gateway leaves half of it to the others.
     """
 
-    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, limit: int, queue_seconds: float = math.inf, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._limit = limit
+        self._queue_seconds = queue_seconds
         self._clock = clock
         self._by_key: collections.Counter[str] = collections.Counter()
         self._buckets: dict[str, _Bucket] = {}
@@ -29,7 +37,33 @@ class Admission:
 
     @contextlib.contextmanager
     def admitted(self, caller: Caller) -> Iterator[None]:
-        """Holds a place while the block runs. Raises GatewayError: RESOURCE_EXHAUSTED, or UNAVAILABLE when draining."""
+        """Holds a place while the block runs. Raises GatewayError as `check` does."""
+        self.check(caller)
+        self._change(caller, 1)
+        try:
+            yield
+        finally:
+            self._change(caller, -1)
+
+    def patience(self, wait: float, left: float | None, own: float = 0.0) -> None:
+        """Raises GatewayError (RESOURCE_EXHAUSTED) if a completion would wait too long.
+
+        Args:
+          wait: seconds until it likely has a slot.
+          left: of its deadline, None without one.
+          own: seconds that it likely takes itself. One that its deadline could not hold even so is admitted all the same while
+            nobody waits: it may be shorter than others were.
+        """
+        most = self._queue_seconds if left is None else min(self._queue_seconds, max(left / MARGIN - own, 0.0))
+        if wait > most:
+            metrics.REJECTIONS.labels("queue").inc()
+            raise exhausted(
+                f"a slot is likely to be free in {wait:.1f} s only, and this request may wait {most:.1f} s",
+                retry_seconds=max(wait - most, 0.1),
+            )
+
+    def check(self, caller: Caller) -> None:
+        """Raises GatewayError, RESOURCE_EXHAUSTED or UNAVAILABLE when draining, if there is no place for a caller."""
         if self.draining:
             metrics.REJECTIONS.labels("draining").inc()
             raise unavailable("the gateway is shutting down")
@@ -45,11 +79,6 @@ class Admission:
             if wait > 0:
                 metrics.REJECTIONS.labels("key_tokens").inc()
                 raise exhausted(f"this key has {caller.tokens_per_minute} tokens a minute", retry_seconds=wait)
-        self._change(caller, 1)
-        try:
-            yield
-        finally:
-            self._change(caller, -1)
 
     def used(self, caller: Caller, tokens: int) -> None:
         """Charges a key for what a completion took."""

@@ -140,6 +140,8 @@ class _Outcome:
         status = self._status(code, error)
         seconds = time.monotonic() - call.began
         metrics.REQUESTS.labels(call.method, code).inc()
+        if code == "RESOURCE_EXHAUSTED":
+            metrics.REJECTION_SECONDS.observe(seconds)
         level = logging.INFO if call.method in _WORK else logging.DEBUG
         fields = {**call.log_fields(), "method": call.method, "code": code, "seconds": round(seconds, 4)}
         _LOG.log(level, "%s %s in %.3f s", call.method, code, seconds, extra=fields)

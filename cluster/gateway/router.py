@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable
 
 from cluster.gateway.errors import Violation, exhausted, invalid, unavailable
+from cluster.gateway.forecast import Ahead, Capacity, Forecast
 from cluster.gateway.session import Session
 from cluster.telemetry import metrics
 from grok.engine.v1 import engine_pb2
@@ -162,6 +163,8 @@ class Router:
         self._lost: set[int] = set()
         self._waiting: dict[str, tuple[Session, asyncio.TimerHandle]] = {}
         self._on_change = on_change
+        #: What requests take, as it turns out.
+        self.forecast = Forecast()
 
     @property
     def ready(self) -> int:
@@ -230,6 +233,19 @@ class Router:
             for session, _ in list(self._waiting.values()):
                 self._send(session)
 
+    def wait(self, priority: int) -> float:
+        """Seconds that a request of a priority would likely wait for a slot."""
+        links = [link for link in self._links.values() if not link.draining]
+        if not links:
+            return 0.0
+        link = min(links, key=_business)
+        ahead = (
+            Ahead(session.request, session.drawn)
+            for session in link.sessions.values()
+            if session.request.priority >= priority
+        )
+        return self.forecast.wait(ahead, Capacity(link.load.slots, link.load.positions))
+
     def start(self, session: Session) -> None:
         """Sends a session to the least busy replica. Raises GatewayError (UNAVAILABLE) when there is none to wait for."""
         if not self._place(session):
@@ -262,7 +278,7 @@ class Router:
     def _place(self, session: Session) -> bool:
         links = [link for link in self._links.values() if not link.draining]
         if links:
-            min(links, key=lambda link: (len(link.sessions), link.leader.replica)).submit(session)
+            min(links, key=_business).submit(session)
             return True
         if self._lost:
             self._wait(session, self._patience, self._give_up)
@@ -297,3 +313,7 @@ class Router:
     def _changed(self) -> None:
         metrics.REPLICAS_READY.set(self.ready)
         self._on_change(self.ready)
+
+
+def _business(link: ReplicaLink) -> tuple[int, int]:
+    return len(link.sessions), link.leader.replica

@@ -46,7 +46,7 @@ class Gateway:
         self._config = config.gateway
         self._router = router
         self._health = health.aio.HealthServicer()
-        self.admission = Admission(config.gateway.max_requests)
+        self.admission = Admission(config.gateway.max_requests, config.gateway.queue_seconds)
         self._server = grpc.aio.server(
             interceptors=[CallInterceptor(keys, tracer)],
             # A successor listens on the same port before this one stops to.

@@ -25,6 +25,9 @@ from workers.engine.plan import Token
 from workers.engine.request import Request
 from workers.tokenizer import Tokenizer
 
+#: Seconds that a client may leave a part of its stream unread.
+UNREAD_SECONDS = 60.0
+
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Completes prompts on the replicas that the router knows. Raises GatewayError; `interceptor` makes it a status."""
@@ -57,7 +60,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         with self._sessions(completion, context) as sessions:
             if len(sessions) == 1:
                 while sessions[0].finish is None:
-                    yield _part(sessions[0], await sessions[0].next_deltas(), completion, 0)
+                    part = _part(sessions[0], await sessions[0].next_deltas(), completion, 0)
+                    with _must_be_read():
+                        yield part
                 return
             waiting = {asyncio.ensure_future(session.next_deltas()): i for i, session in enumerate(sessions)}
             try:
@@ -65,7 +70,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                     for task in done:
                         i = waiting.pop(task)
-                        yield _part(sessions[i], task.result(), completion, i)
+                        with _must_be_read():
+                            yield _part(sessions[i], task.result(), completion, i)
                         if sessions[i].finish is None:
                             waiting[asyncio.ensure_future(sessions[i].next_deltas())] = i
             finally:
@@ -130,13 +136,19 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, completion: generation_pb2.Completion, context: grpc.aio.ServicerContext[Any, Any]
     ) -> Iterator[list[Session]]:
         """A session for each of the completions that are asked for; see `_session`."""
+        caller, left = CURRENT.get().caller, context.time_remaining()
+        # Before the work that an answer would take: many are turned away when there is no time for it.
+        self._admission.check(caller)
+        wait = self._router.wait(completion.priority)
+        self._admission.patience(wait, left)
         request = to_request(completion, self._limits, self._tokenizer, CURRENT.get().request_id)
+        self._admission.patience(wait, left, self._router.forecast.own(request))
         with contextlib.ExitStack() as stack:
             sessions = []
             for i in range(max(1, completion.n)):
                 sampling = dataclasses.replace(request.sampling, seed=(request.sampling.seed + i) % 2**64)
                 name = f"{request.id}-{i}" if i else request.id
-                one = dataclasses.replace(request, id=name, sampling=sampling, owner=CURRENT.get().caller.name)
+                one = dataclasses.replace(request, id=name, sampling=sampling, owner=caller.name)
                 sessions.append(stack.enter_context(self._session(one, completion, context)))
             yield sessions
 
@@ -187,9 +199,23 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         call.details["time_to_first_token"] = round(to_first, 4)
         if session.timing is not None:
             slot = session.first_token - session.timing.prefill
+            self._router.forecast.learn(session.request, count, ended - slot, whole=session.finish is not None)
             traces.child(self._tracer, "queue", slot - session.timing.queue, slot)
             traces.child(self._tracer, "prefill", slot, session.first_token)
             traces.child(self._tracer, "decode", session.first_token, ended)
+
+
+@contextlib.contextmanager
+def _must_be_read() -> Iterator[None]:
+    """Cancels the current task, which sends a part to a client, if the client does not take it for too long: its tokens
+    would be kept, and its place be held, as long as it pleases."""
+    task = asyncio.current_task()
+    assert task is not None
+    timer = asyncio.get_running_loop().call_later(UNREAD_SECONDS, task.cancel)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _reason(session: Session) -> str:

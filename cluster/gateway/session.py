@@ -47,6 +47,11 @@ class Session:
             if self._stop.push(self._detokenizer.push(token))[1]:
                 raise invalid([Violation("resume", "has a stop text: that completion is whole")])
 
+    @property
+    def drawn(self) -> int:
+        """Tokens that have arrived from a leader, or were there before."""
+        return len(self._received)
+
     def lose(self) -> None:
         """Notes that its replica is lost."""
         self.losses = self.losses + 1 if len(self._received) == self._kept else 1

@@ -12,7 +12,7 @@ disable_created_metrics()
 #: Codes that a completion can end with, besides the client's own faults.
 SERVER_CODES = ("OK", "UNAVAILABLE", "INTERNAL", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "CANCELLED")
 REJECTION_REASONS = (
-    "draining", "full", "engine_full", "no_replica", "unauthenticated", "scope", "key_requests", "key_tokens",
+    "draining", "full", "queue", "engine_full", "no_replica", "unauthenticated", "scope", "key_requests", "key_tokens",
 )  # fmt: skip
 
 _GEN_AI = ("gen_ai_operation_name", "gen_ai_request_model")
@@ -42,6 +42,12 @@ REQUEST_DURATION = Histogram(
 REQUESTS = Counter("grokmesh_gateway_requests", "Calls that ended.", ["method", "code"], registry=REGISTRY)
 REJECTIONS = Counter(
     "grokmesh_gateway_rejections", "Completions that were not admitted.", ["reason"], registry=REGISTRY
+)
+REJECTION_SECONDS = Histogram(
+    "grokmesh_gateway_rejection_seconds",
+    "Time within the gateway of a completion that was turned away with RESOURCE_EXHAUSTED.",
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0),
+    registry=REGISTRY,
 )
 COMPLETIONS = Counter(
     "grokmesh_gateway_completions", "Admitted completions that ended.", ["key", "finish_reason"], registry=REGISTRY

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.client import Options, completion_request
-from cluster.gateway.admission import Admission
+from cluster.gateway.admission import MARGIN, Admission
 from cluster.gateway.errors import GatewayError, exhausted
 from cluster.gateway.keys import ANONYMOUS, Caller
 from cluster.gateway.session import Delta, Session
@@ -286,6 +286,18 @@ def test_a_key_gets_its_tokens_a_minute_and_is_told_when_there_are_more() -> Non
         pass
     with admission.admitted(Caller("bob")):
         pass
+
+
+def test_who_would_wait_too_long_is_turned_away_and_told_until_when() -> None:
+    admission = Admission(16, queue_seconds=10)
+    admission.patience(9.0, None)
+    admission.patience(4.0, left=9.0 * MARGIN, own=5.0)
+    for wait, left, own, retry in ((12.5, None, 0.0, 2.5), (12.5, 99.0, 0.0, 2.5), (6.0, 9.0 * MARGIN, 5.0, 2.0)):
+        with pytest.raises(GatewayError) as raised:
+            admission.patience(wait, left, own)
+        assert raised.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert raised.value.retry_seconds == pytest.approx(retry)
+    admission.patience(0.0, left=1.0, own=5.0)  # nobody waits, so it may be lucky
 
 
 def test_a_status_carries_its_details() -> None:

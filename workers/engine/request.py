@@ -78,13 +78,14 @@ class TokenEvent:
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """How busy an engine is; `pages_cached` hold prefixes that may be shared, owned or not."""
+    """How busy an engine is. `pages_cached` hold prefixes that may be shared, owned or not; all pages hold `positions`."""
 
     running: int
     waiting: int
     pages_used: int
     pages_total: int
     pages_cached: int = 0
+    positions: int = 0
 
 
 class Refused(Exception):  # noqa: N818

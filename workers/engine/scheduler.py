@@ -126,6 +126,7 @@ class Scheduler:
             pages_used=sum(pool.used for pool in self._pools),
             pages_total=(self._shape.pages - 1) * self._shape.groups,
             pages_cached=sum(pool.cached for pool in self._pools),
+            positions=(self._shape.pages - 1) * self._shape.groups * self._shape.page_size,
         )
 
     def submit(self, request: Request, constraint: Constraint | None = None) -> None:

@@ -411,6 +411,7 @@ class Load(_message.Message):
     COMPILATIONS_FIELD_NUMBER: _builtins.int
     ROUTING_FIELD_NUMBER: _builtins.int
     PAGES_CACHED_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Sequences with a slot."""
     waiting: _builtins.int
@@ -425,6 +426,8 @@ class Load(_message.Message):
     """Programs compiled since warm-up."""
     pages_cached: _builtins.int
     """Pages that hold prefixes which may be shared."""
+    positions: _builtins.int
+    """Positions that all pages hold."""
     @_builtins.property
     def routing(self) -> _containers.RepeatedCompositeFieldContainer[Global___Routing]:
         """What the router did so far."""
@@ -440,10 +443,11 @@ class Load(_message.Message):
         compilations: _builtins.int = ...,
         routing: _abc.Iterable[Global___Routing] | None = ...,
         pages_cached: _builtins.int = ...,
+        positions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compilations", b"compilations", "pages_cached", b"pages_cached", "pages_total", b"pages_total", "pages_used", b"pages_used", "routing", b"routing", "running", b"running", "slots", b"slots", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compilations", b"compilations", "pages_cached", b"pages_cached", "pages_total", b"pages_total", "pages_used", b"pages_used", "positions", b"positions", "routing", b"routing", "running", b"running", "slots", b"slots", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
