@@ -21,11 +21,18 @@ GATEWAY = Dashboard(
                 ),
                 Panel(
                     "Turned away",
-                    "A second, by reason. full: gateway.max_requests. engine_full: engine.max_waiting. no_replica: none serves. "
+                    "A second, by reason. full: gateway.max_requests. queue: it would wait longer than gateway.queue_seconds or its "
+                    "deadline allow. engine_full: engine.max_waiting. no_replica: none serves. "
                     "draining: the gateway is stopping. unauthenticated: no known API key, scope: not for this. key_requests, key_tokens: "
                     "the limits of a key.",
                     "reqps",
                     (Query(rate("grokmesh_gateway_rejections_total", "reason"), "{{reason}}"),), "stacked",
+                ),
+                Panel(
+                    "Time to turn away",
+                    "From a completion's arrival to its RESOURCE_EXHAUSTED. Above 20 ms the gateway's process itself is short of "
+                    "time: give it cores, or add a gateway.",
+                    "s", quantiles("grokmesh_gateway_rejection_seconds"), warn=0.02, bad=0.1,
                 ),
                 Panel(
                     "Calls by method and code",

@@ -182,7 +182,7 @@ async def measure(service: Service, seconds: float) -> None:
         await client.close()
     beside, unread = rates
     print(
-        f"beside 8 unread streams  {unread:7.1f} /s, {unread / beside:.0%} of beside 8 that are read; {resident(gateway):.0f} MiB"
+        f"beside 8 unread streams  {unread:7.1f} /s, {unread / beside:.0%} of beside 8 read ones; {resident(gateway):.0f} MiB"
     )
 
 
