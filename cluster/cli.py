@@ -17,9 +17,10 @@ from typing import Any
 import grpc
 
 from cluster import daemon
-from cluster.client import API_KEY_VARIABLE, DEFAULT_ADDRESS, Client, Options, completion_request
+from cluster.client import API_KEY_VARIABLE, DEFAULT_ADDRESS, Client, Options, Tls, completion_request
 from cluster.config import ACTIVATIONS, RULES, WEIGHTS, ConfigError, load_config
 from cluster.gateway.keys import KeysError, new_key
+from cluster.gateway.tls import TlsError
 from cluster.local import LocalClusterError, prepare_environment
 from grok.serving.v1 import cluster_pb2
 from workers import logs
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         daemon.DaemonError,
         KeysError,
         LocalClusterError,
+        TlsError,
     ) as error:
         print(f"grokmesh: {error}", file=sys.stderr)
         return 2
@@ -182,10 +184,23 @@ def _bench_serve_options(parser: argparse.ArgumentParser) -> None:
 
 def _address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default=DEFAULT_ADDRESS, help="of the gateway (default: %(default)s)")
+    parser.add_argument(
+        "--tls-ca", type=pathlib.Path, help="PEM file of who signed its certificate; then TLS is spoken"
+    )
+    parser.add_argument(
+        "--tls-certificate", type=pathlib.Path, help="PEM file of your own certificate, if it wants one"
+    )
+    parser.add_argument("--tls-key", type=pathlib.Path, help="PEM file of its key")
+
+
+def _access(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How a client gets access, as Client takes it."""
+    files = (arguments.tls_ca, arguments.tls_certificate, arguments.tls_key)
+    return {"api_key": os.environ.get(API_KEY_VARIABLE), "tls": Tls(*files) if any(files) else None}
 
 
 def _client(arguments: argparse.Namespace, **options: Any) -> Client:
-    return Client(arguments.address, api_key=os.environ.get(API_KEY_VARIABLE), **options)
+    return Client(arguments.address, **_access(arguments), **options)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -270,7 +285,7 @@ def _bench_serve(arguments: argparse.Namespace) -> int:
         arguments.requests, arguments.clients, arguments.rate, arguments.ramp, prompt, completion,
         arguments.shared_prefix, arguments.temperature, arguments.seed,
     )  # fmt: skip
-    samples = asyncio.run(run_load(arguments.address, load, os.environ.get(API_KEY_VARIABLE)))
+    samples = asyncio.run(run_load(arguments.address, load, **_access(arguments)))
     summary = summarize(samples, Objective(arguments.slo_first_token, arguments.slo_token))
     print(table(summary))
     if arguments.output:

@@ -9,7 +9,8 @@
 `AsyncClient` has the same methods for asyncio. A call that fails with UNAVAILABLE is tried again with growing pauses (at least
 as long as the server asks for). A stream that broke goes on after what it has brought, at whichever gateway answers; but one
 of several completions at once, with `n`, does not. Any other error is raised as grpc.RpcError. An address may list several
-gateways, as gRPC has it: `ipv4:10.0.0.1:50051,10.0.0.2:50051`. Where the service wants API keys, give yours as `api_key`.
+gateways, as gRPC has it: `ipv4:10.0.0.1:50051,10.0.0.2:50051`. Where the service wants API keys, give yours as `api_key`; where
+it has a certificate, say as `tls` who signed it.
 """
 
 from __future__ import annotations
@@ -74,6 +75,27 @@ class Completion:
     others: tuple[Completion, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Tls:
+    """How to know the service, and to be known by it: PEM files.
+
+    Attributes:
+      ca: of who signed the service's certificate; None for those that the system trusts.
+      certificate, key: of this client, where the service wants to see one.
+    """
+
+    ca: pathlib.Path | None = None
+    certificate: pathlib.Path | None = None
+    key: pathlib.Path | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """For a channel. Raises OSError if a file can't be read."""
+        ca, certificate, key = (
+            f.read_bytes() if f is not None else None for f in (self.ca, self.certificate, self.key)
+        )
+        return grpc.ssl_channel_credentials(ca, key, certificate)
+
+
 class Options(TypedDict, total=False):
     """How to complete; see `grok/serving/v1/generation.proto` for what each means, and for what is assumed if it is absent."""
 
@@ -136,8 +158,17 @@ def completion_request(prompt: str | Sequence[int], **options: Unpack[Options]) 
 class Client:
     """A connection to a gateway. Methods block; any thread may call them."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None, attempts: int = 5) -> None:
-        self._channel = grpc.insecure_channel(address)
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        api_key: str | None = None,
+        tls: Tls | None = None,
+        attempts: int = 5,
+    ) -> None:
+        self._channel = (
+            grpc.insecure_channel(address) if tls is None else grpc.secure_channel(address, tls.credentials())
+        )
         self._metadata = _metadata(api_key)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)
@@ -234,8 +265,17 @@ class Client:
 class AsyncClient:
     """As Client, for asyncio. Must be made inside a running event loop."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None, attempts: int = 5) -> None:
-        self._channel = grpc.aio.insecure_channel(address)
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        api_key: str | None = None,
+        tls: Tls | None = None,
+        attempts: int = 5,
+    ) -> None:
+        self._channel = (
+            grpc.aio.insecure_channel(address) if tls is None else grpc.aio.secure_channel(address, tls.credentials())
+        )
         self._metadata = _metadata(api_key)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)

@@ -142,6 +142,9 @@ class GatewaySection:
         they were, and their clients see nothing but a pause.
       api_keys: file of `name: SHA-256 of the key` lines, as `grokmesh key` makes them, or of names with scopes and limits;
         relative to this file. Without it anybody may call.
+      tls_certificate, tls_key: PEM files of the gateway's certificate chain and its key; without them nothing is encrypted. All
+        files of keys and certificates are read again when they change.
+      tls_client_ca: PEM file of who signs clients' certificates; with it, clients without one are refused.
     """
 
     address: str = "127.0.0.1:50051"
@@ -151,6 +154,9 @@ class GatewaySection:
     drain_seconds: float = 10.0
     failover_seconds: float = 120.0
     api_keys: pathlib.Path | None = None
+    tls_certificate: pathlib.Path | None = None
+    tls_key: pathlib.Path | None = None
+    tls_client_ca: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,9 +228,12 @@ def load_config(path: pathlib.Path) -> Config:
     reader = _Reader(path)
     config: Config = reader.section(Config, root, "")
     model = dataclasses.replace(config.model, checkpoint=(path.parent / config.model.checkpoint.expanduser()).resolve())
-    gateway = config.gateway
-    if gateway.api_keys is not None:
-        gateway = dataclasses.replace(gateway, api_keys=(path.parent / gateway.api_keys.expanduser()).resolve())
+    files = {
+        name: (path.parent / file.expanduser()).resolve()
+        for name in ("api_keys", "tls_certificate", "tls_key", "tls_client_ca")
+        if (file := getattr(config.gateway, name)) is not None
+    }
+    gateway = dataclasses.replace(config.gateway, **files)
     config = dataclasses.replace(config, model=model, gateway=gateway)
     reader.check(config)
     return config
@@ -348,6 +357,13 @@ class _Reader:
             self.fail(
                 "autoscaling.max_replicas",
                 f"autoscaling.max_replicas={most} is less than replicas={config.replicas}, the fewest",
+            )
+        gateway = config.gateway
+        if (gateway.tls_certificate is None) != (gateway.tls_key is None) or (
+            gateway.tls_client_ca is not None and gateway.tls_certificate is None
+        ):
+            self.fail(
+                "gateway", "gateway.tls_certificate and gateway.tls_key belong together, and tls_client_ca to both"
             )
         mesh = config.mesh
         if config.cluster.platform == "tpu" and mesh.hosts > 1 and config.cluster.tpu_pod_type is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ _NODE: dict[str, Any] = {
 }
 _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_AUTH_MODE": "disabled",
+    "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -33,8 +34,11 @@ class LocalClusterError(RuntimeError):
 
 
 def prepare_environment() -> None:
-    """Sets what Ray reads when it is imported. Must come before that, in the process that will use a local cluster."""
-    os.environ.update(_ENVIRONMENT)
+    """Sets what Ray reads when it is imported. Must come before that, in the process that will use a local cluster.
+
+    Who does not know the cluster's token, as other users of this machine don't, can't make it do anything.
+    """
+    os.environ.update(_ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 import grpc
 
-from cluster.client import AsyncClient
+from cluster.client import AsyncClient, Tls
 
 #: Prompt, tokens to draw, seed.
 Work = tuple[list[int], int, int]
@@ -86,14 +86,14 @@ class Sample:
         return (self.tokens[-1] - self.tokens[0]) / (len(self.tokens) - 1) if len(self.tokens) > 1 else None
 
 
-async def run_load(address: str, load: Load, api_key: str | None = None) -> list[Sample]:
+async def run_load(address: str, load: Load, *, api_key: str | None = None, tls: Tls | None = None) -> list[Sample]:
     """Sends all requests and waits for their ends. Errors of requests are noted, not raised.
 
     Raises:
       grpc.RpcError: the service does not tell of its model.
     """
     rng = random.Random(load.seed)
-    async with AsyncClient(address, api_key=api_key, attempts=1) as client:
+    async with AsyncClient(address, api_key=api_key, tls=tls, attempts=1) as client:
         model = await client.model()
         prefix = [rng.randrange(3, model.vocab_size) for _ in range(load.shared_prefix)]
         work = []

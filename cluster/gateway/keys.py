@@ -14,6 +14,7 @@ import grpc
 import yaml
 
 from cluster.gateway.errors import GatewayError
+from cluster.gateway.reloading import Reloading
 
 #: What a key may do: complete prompts and look on, or also take traces of the hosts.
 SCOPES = ("generate", "admin")
@@ -56,39 +57,26 @@ def new_key(name: str) -> tuple[str, str]:
 
 
 class Keys:
-    """Who may call. A key has 256 random bits, so its plain SHA-256 can't be turned back."""
+    """Who may call. A key has 256 random bits, so its plain SHA-256 can't be turned back.
 
-    def __init__(self, callers: dict[str, Caller]) -> None:
-        self._callers = callers
+    A file that changes is read again within a second or so; one that holds no keys any more changes nothing.
+    """
+
+    def __init__(self, path: pathlib.Path) -> None:
+        """Reads a file of keys. Raises KeysError, which names file and entry."""
+        self._callers = Reloading((path,), lambda: _read(path), KeysError)
 
     @classmethod
     def load(cls, path: pathlib.Path | None) -> Keys | None:
         """The keys of a file, None without one. Raises KeysError, which names file and entry."""
-        if path is None:
-            return None
-        try:
-            entries = yaml.safe_load(path.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise KeysError(f"{path}: {error}") from error
-        if not isinstance(entries, dict) or not entries:
-            raise KeysError(f"{path}: must hold lines of `name: SHA-256 of the key`; grokmesh key makes them")
-        callers: dict[str, Caller] = {}
-        for name, entry in entries.items():
-            fields = dict(entry) if isinstance(entry, dict) else {"sha256": entry}
-            digest = str(fields.pop("sha256", ""))
-            if not _NAME.fullmatch(str(name)) or not _HASH.fullmatch(digest):
-                raise KeysError(f"{path}: {name} is no name with the SHA-256 of a key; grokmesh key makes them")
-            if digest in callers:
-                raise KeysError(f"{path}: {name} has the key of {callers[digest].name}")
-            callers[digest] = _caller(f"{path}: {name}", str(name), fields)
-        return cls(callers)
+        return None if path is None else cls(path)
 
     def caller(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
         """Whose key a call brings. Raises GatewayError (UNAUTHENTICATED)."""
         header = next((value for key, value in metadata if key == "authorization"), "")
         kind, _, key = str(header).partition(" ")
         # Looking the hash up leaks no more by its timing than how much of a hash agrees, which leads to no key.
-        caller = self._callers.get(_digest(key.strip())) if kind.lower() == "bearer" else None
+        caller = self._callers.get().get(_digest(key.strip())) if kind.lower() == "bearer" else None
         if caller is None:
             raise GatewayError(
                 grpc.StatusCode.UNAUTHENTICATED,
@@ -96,6 +84,25 @@ class Keys:
                 "this service wants an API key: send `authorization: Bearer KEY`",
             )
         return caller
+
+
+def _read(path: pathlib.Path) -> dict[str, Caller]:
+    try:
+        entries = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise KeysError(f"{path}: {error}") from error
+    if not isinstance(entries, dict) or not entries:
+        raise KeysError(f"{path}: must hold lines of `name: SHA-256 of the key`; grokmesh key makes them")
+    callers: dict[str, Caller] = {}
+    for name, entry in entries.items():
+        fields = dict(entry) if isinstance(entry, dict) else {"sha256": entry}
+        digest = str(fields.pop("sha256", ""))
+        if not _NAME.fullmatch(str(name)) or not _HASH.fullmatch(digest):
+            raise KeysError(f"{path}: {name} is no name with the SHA-256 of a key; grokmesh key makes them")
+        if digest in callers:
+            raise KeysError(f"{path}: {name} has the key of {callers[digest].name}")
+        callers[digest] = _caller(f"{path}: {name}", str(name), fields)
+    return callers
 
 
 def _caller(where: str, name: str, fields: dict[str, Any]) -> Caller:

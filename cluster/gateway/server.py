@@ -16,6 +16,7 @@ from cluster.gateway.keys import Keys
 from cluster.gateway.latency import RecentLatency
 from cluster.gateway.router import Router
 from cluster.gateway.service import GenerationService
+from cluster.gateway.tls import server_credentials
 from cluster.gateway.validation import Limits
 from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
 from workers.model.parameters import parameter_table
@@ -70,9 +71,12 @@ class Gateway:
         )
 
     async def start(self) -> None:
-        """Listens. Not serving until `set_ready`. Raises OSError if the address can't be had."""
+        """Listens. Not serving until `set_ready`. Raises OSError if the address can't be had, TlsError."""
         try:
-            self._server.add_insecure_port(self._config.address)
+            if self._config.tls_certificate is None:
+                self._server.add_insecure_port(self._config.address)
+            else:
+                self._server.add_secure_port(self._config.address, server_credentials(self._config))
         except RuntimeError as error:
             raise OSError(f"gateway.address={self._config.address} can't be listened on") from error
         await self.set_ready(False)

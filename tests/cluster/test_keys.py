@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from cluster.cli import main
+from cluster.gateway import reloading
 from cluster.gateway.errors import GatewayError
 from cluster.gateway.keys import Caller, Keys, KeysError, new_key
 
@@ -99,3 +100,18 @@ def test_the_command_prints_a_line_for_the_file_apart_from_the_key(capsys: pytes
     assert "gm-" not in printed.out
     assert main(["key", "Not A Name"]) == 2
     assert "is no name for a key" in capsys.readouterr().err
+
+
+def test_a_file_that_changes_counts_without_a_restart(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reloading, "LOOK_SECONDS", 0.0)
+    path = tmp_path / "keys.yaml"
+    (first, line), (second, other) = new_key("alice"), new_key("bob")
+    path.write_text(line)
+    keys = Keys.load(path)
+    assert keys is not None
+    path.write_text(other)
+    assert keys.caller((("authorization", f"Bearer {second}"),)) == Caller("bob")
+    with pytest.raises(GatewayError):
+        keys.caller((("authorization", f"Bearer {first}"),))
+    path.write_text("nonsense")
+    assert keys.caller((("authorization", f"Bearer {second}"),)) == Caller("bob")
