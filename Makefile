@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo serve stop check lint types proto test test-rayup determinism operations chaos bench bench-peers load golden docs dashboards pictures clean
+.PHONY: help install demo serve stop check lint types proto test test-rayup determinism operations chaos fuzz audit bench bench-peers load golden docs dashboards pictures clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -52,6 +52,24 @@ operations: install ## a hundred thousand random operations on the scheduler, wh
 
 chaos: install ## two hundred random faults under load; FAULTS=N for another number
 	GROKMESH_FAULTS=$(or $(FAULTS),200) $(BIN)/python -m pytest -q -s tests/chaos
+
+fuzz: install build/fuzz/.installed ## millions of mutated messages, checkpoints, configurations and streams
+	PYTHONPATH=build/fuzz:. $(BIN)/python -m tests.fuzz.run gateway -runs=2000000
+	PYTHONPATH=build/fuzz:. $(BIN)/python -m tests.fuzz.run streams -runs=1000000
+	PYTHONPATH=build/fuzz:. $(BIN)/python -m tests.fuzz.run checkpoint -runs=200000
+	PYTHONPATH=build/fuzz:. $(BIN)/python -m tests.fuzz.run config -runs=20000
+
+build/fuzz/.installed:
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/fuzz atheris==3.0.0
+	@touch $@
+
+audit: install build/audit/.installed ## known vulnerabilities of what is installed, as the package index tells them
+	build/audit/bin/pip-audit --disable-pip --require-hashes -r requirements.lock
+
+build/audit/.installed:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	@touch $@
 
 bench: install ## the engine as shares of this machine's limits, plans to followers, the gateway's streams, one and two hosts
 	$(BIN)/grokmesh bench engine --checkpoint build/bench/model

@@ -31,6 +31,9 @@ class Target(Protocol):
     def kill(self, host: cluster_pb2.HostStatus, number: int) -> None:
         """Sends a signal to a host's worker."""
 
+    def heal(self) -> None:
+        """Sees to it that there are as many hosts as there should be."""
+
 
 #: Does something to a host, and returns what has to be done when the service has recovered.
 Strike = Callable[[cluster_pb2.HostStatus], Callable[[], None]]
@@ -103,6 +106,7 @@ def inject(
 ) -> Outcome:
     """Lets one fault strike the service's only replica in a phase of its life, and waits until it serves again."""
     rank, strike = faults[name]
+    target.heal()
     replica = _wait(target, lambda replica: replica.state == _READY)
     if phase == "idle":
         load.pause(True)

@@ -24,7 +24,7 @@ HEAD, WORKERS = "head", ("h1", "h2", "h3")
 ADDRESSES = {name: f"{NETWORK}.{10 + i}" for i, name in enumerate((HEAD, *WORKERS))}
 GATEWAY = f"{ADDRESSES[HEAD]}:50051"
 _ENVIRONMENT = (
-    "env", "RAY_AUTH_MODE=disabled", "RAY_health_check_period_ms=1000", "RAY_health_check_timeout_ms=1000",
+    "env", "RAY_AUTH_MODE=disabled", "RAY_health_check_period_ms=1000", "RAY_health_check_timeout_ms=3000",
     "RAY_health_check_failure_threshold=3", "RAY_gcs_rpc_server_reconnect_timeout_s=30",
 )  # fmt: skip
 _SIZES = (
@@ -86,6 +86,12 @@ class Cluster:
             self.status()
             return True
         return False
+
+    def heal(self) -> None:
+        """Starts Ray again where it has ended by itself, as it does on a host that is too busy to answer the head."""
+        for name in WORKERS:
+            if not any("raylet/raylet" in words for words in self.hosts.commands(name)):
+                self.join(name)
 
     def name_of(self, address: str) -> str:
         """The host with an address."""

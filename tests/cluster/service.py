@@ -40,6 +40,9 @@ class Service:
         """Sends a signal to a host's worker."""
         os.kill(host.pid, number)
 
+    def heal(self) -> None:
+        """Nothing to do: no host of a local cluster is ever lost."""
+
     def wait_for(self, reached: Callable[[cluster_pb2.GetStatusResponse], bool], seconds: float) -> None:
         """Returns once the status is as wanted; fails after `seconds`."""
         deadline = time.monotonic() + seconds

@@ -1,0 +1,201 @@
+"""What is fuzzed: from bytes that anybody may send or leave on a disk to the errors that they may cause, and no others."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import yaml
+from google.protobuf.message import DecodeError, Message
+
+from cluster.client import completion_request
+from cluster.config import ConfigError, load_config
+from cluster.gateway.errors import GatewayError
+from cluster.gateway.keys import Keys, KeysError
+from cluster.gateway.session import Session
+from cluster.gateway.validation import Limits, to_request
+from grok.engine.v1 import engine_pb2
+from grok.serving.v1 import cluster_pb2, generation_pb2
+from tests.conftest import DEMO, GOLDEN
+from workers import wire
+from workers.checkpoint.errors import CheckpointError
+from workers.checkpoint.tensor_file import read_header
+from workers.engine.plan import EngineShape
+from workers.engine.request import Refused
+from workers.engine.scheduler import Scheduler
+from workers.grammar import Grammars
+from workers.link import Link, LinkError
+from workers.model.config import ConfigError as ModelConfigError
+from workers.model.config import GrokConfig
+from workers.tokenizer import Tokenizer
+
+CORPUS = pathlib.Path(__file__).parent / "corpus"
+_FOLDER = pathlib.Path(tempfile.mkdtemp(prefix="fuzz"))
+
+_MODEL = GrokConfig.load(DEMO / "config.json")
+_TOKENIZER = Tokenizer(DEMO / "tokenizer.model")
+_LIMITS = Limits(_MODEL, 512, Grammars(_TOKENIZER, _MODEL.vocab_size, _MODEL.eos_token))
+_SHAPE = EngineShape(slots=2, groups=1, pages=64, page_size=16, chunk=64, context=512, exact_rows=True)
+_REQUESTS: tuple[type[Message], ...] = (
+    generation_pb2.GenerateRequest, generation_pb2.GenerateOnceRequest, generation_pb2.TokenizeRequest,
+    generation_pb2.DetokenizeRequest, generation_pb2.CountTokensRequest, cluster_pb2.ProfileRequest,
+)  # fmt: skip
+
+
+def gateway(data: bytes) -> None:
+    """A client's message, the first byte of which says to which method: what it asks for comes as far as a first plan, or is
+    refused."""
+    if not data:
+        return
+    try:
+        message = _REQUESTS[data[0] % len(_REQUESTS)].FromString(data[1:])
+    except DecodeError:
+        return
+    if isinstance(message, (generation_pb2.TokenizeRequest, generation_pb2.CountTokensRequest)):
+        ids = _TOKENIZER.encode(message.text)
+        assert all(0 <= id < _MODEL.vocab_size for id in ids)
+        _TOKENIZER.decode(ids)
+    elif isinstance(message, (generation_pb2.GenerateRequest, generation_pb2.GenerateOnceRequest)):
+        _complete(message.completion)
+
+
+def _complete(completion: generation_pb2.Completion) -> None:
+    try:
+        request = to_request(completion, _LIMITS, _TOKENIZER, "r")
+        session = Session(request, tuple(completion.stop), _TOKENIZER)
+    except GatewayError as error:
+        error.status()
+        return
+    received = wire.request_from_proto(wire.request_to_proto(session.rest()))
+    scheduler = Scheduler(_SHAPE, _MODEL.vocab_size, 1)
+    constraint = _LIMITS.grammars.matcher(received.grammar) if received.grammar else None
+    try:
+        scheduler.submit(received, constraint)
+    except (Refused, ValueError):  # tokens to resume after that the grammar does not allow
+        assert received.resumed
+        return
+    plan = scheduler.plan()
+    assert plan is not None
+    assert wire.plan_from_proto(wire.plan_to_proto(plan, 1)) == plan
+
+
+def checkpoint(data: bytes) -> None:
+    """A tensor file."""
+    path = _FOLDER / "tensor00000_000"
+    path.write_bytes(data)
+    try:
+        file = read_header(path)
+    except CheckpointError:
+        return
+    for span in (file.values, file.scales):
+        if span is not None:
+            file.map(span).tobytes()
+
+
+def config(data: bytes) -> None:
+    """A ray_config.yaml, a file of keys and a model's config.json."""
+    path = _FOLDER / "ray_config.yaml"
+    path.write_bytes(data)
+    for read, error in ((load_config, ConfigError), (Keys, KeysError), (GrokConfig.load, ModelConfigError)):
+        try:
+            read(path)
+        except error:
+            continue
+
+
+def streams(data: bytes) -> None:
+    """What comes on an internal stream, from a follower, a gateway or a leader: frames, or an end with an error."""
+    connection: Any = _Received(data)
+    link = Link(connection)
+    try:
+        while (frame := link.receive()) is not None:
+            _hear(frame)
+    except LinkError:
+        return
+
+
+class _Received:
+    """A connection on which bytes have come, and then no more."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = io.BytesIO(data)
+
+    def setsockopt(self, *_: int) -> None:
+        """Nothing to set."""
+
+    def recv(self, count: int) -> bytes:
+        """The next bytes."""
+        return self._data.read(count)
+
+
+def _hear(frame: bytes) -> None:
+    for kind in (engine_pb2.Hello, engine_pb2.Done, engine_pb2.LeaderInput, engine_pb2.LeaderOutput, engine_pb2.Plan):
+        try:
+            message = kind.FromString(frame)
+        except DecodeError:
+            continue
+        if isinstance(message, engine_pb2.LeaderInput) and message.HasField("submit"):
+            _submit(message.submit)
+        elif isinstance(message, engine_pb2.LeaderOutput):
+            for event in message.tokens:
+                try:
+                    wire.event_from_proto(event)
+                except ValueError:
+                    continue
+
+
+def _submit(submit: engine_pb2.Submit) -> None:
+    """As the leader does it."""
+    scheduler = Scheduler(_SHAPE, _MODEL.vocab_size, 1)
+    try:
+        request = wire.request_from_proto(submit)
+        constraint = _LIMITS.grammars.matcher(request.grammar) if request.grammar else None
+        scheduler.submit(request, constraint)
+    except (Refused, ValueError):
+        return
+    scheduler.plan()
+
+
+def seeds(target: str) -> Iterator[bytes]:
+    """Inputs from which a target's others are made."""
+    yield from (path.read_bytes() for path in sorted((CORPUS / target).glob("*")))
+    if target == "gateway":
+        for options in (
+            {"max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "seed": 7, "stop": ["a", "bc"], "logit_bias": {5: 1.0}},
+            {"regex": "[a-z]+", "n": 3}, {"json_schema": '{"type": "integer"}'}, {"choice": ["yes", "no"]},
+            {"allowed_tokens": [4, 5], "repetition_penalty": 1.1, "priority": -3, "top_logprobs": 2, "min_p": 0.1},
+        ):  # fmt: skip
+            completion = completion_request("In the beginning", **options)
+            yield b"\0" + generation_pb2.GenerateRequest(completion=completion).SerializeToString()
+            completion.sampling.seed = 1
+            completion.resume.ids.extend([5, 6])
+            yield b"\1" + generation_pb2.GenerateOnceRequest(completion=completion).SerializeToString()
+        yield b"\2" + generation_pb2.TokenizeRequest(text="In the beginning").SerializeToString()
+    elif target == "checkpoint":
+        files = sorted((GOLDEN / "nano-s1" / "ckpt-0").iterdir(), key=lambda path: path.stat().st_size)
+        yield from (path.read_bytes() for path in (files[0], files[1], *files[6:9]))
+    elif target == "config":
+        for path in ("ray_config.yaml", "deploy/ray_config.yaml", "models/demo/config.json"):
+            yield (DEMO.parent.parent / path).read_bytes()
+        yield yaml.safe_dump({"alice": {"sha256": "a" * 64, "scopes": ["generate"], "max_requests": 3}}).encode()
+    else:
+        for completion in (completion_request("In the beginning", max_tokens=5), completion_request([5, 6], regex="a")):
+            request = to_request(completion, _LIMITS, _TOKENIZER, "r")
+            yield _framed(engine_pb2.LeaderInput(submit=wire.request_to_proto(request)))
+        yield _framed(engine_pb2.Hello(epoch=3, secret=b"s" * 32, rank=1)) + _framed(engine_pb2.Done(number=4))
+
+
+def _framed(message: Message) -> bytes:
+    frame = message.SerializeToString()
+    return len(frame).to_bytes(4, "big") + frame
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "gateway": gateway,
+    "checkpoint": checkpoint,
+    "config": config,
+    "streams": streams,
+}
