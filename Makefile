@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo serve stop check lint types proto test test-rayup determinism operations chaos fuzz audit bench bench-peers load golden docs dashboards pictures clean
+.PHONY: help install demo serve stop check lint types proto test test-rayup determinism operations chaos restarts fuzz audit bench bench-peers load golden docs dashboards pictures clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -52,6 +52,9 @@ operations: install ## a hundred thousand random operations on the scheduler, wh
 
 chaos: install ## two hundred random faults under load; FAULTS=N for another number
 	GROKMESH_FAULTS=$(or $(FAULTS),200) $(BIN)/python -m pytest -q -s tests/chaos
+
+restarts: install ## fifty rolling restarts of replicas, and of gateways, under load, with not one failed request
+	GROKMESH_RESTARTS=50 $(BIN)/python -m pytest -q -s tests/chaos/test_restarts.py
 
 fuzz: install build/fuzz/.installed ## millions of mutated messages, checkpoints, configurations and streams
 	PYTHONPATH=build/fuzz:. $(BIN)/python -m tests.fuzz.run gateway -runs=2000000

@@ -153,6 +153,11 @@ def _parser() -> argparse.ArgumentParser:
     _address(health)
     health.set_defaults(run=_health)
 
+    restart = commands.add_parser("restart", help="give replicas new worker processes, one after the other")
+    _address(restart)
+    restart.add_argument("--replica", type=int, help="only this one (default: all)")
+    restart.set_defaults(run=_restart)
+
     stop = commands.add_parser("stop", help="drain and end the service that runs on this machine")
     _address(stop)
     stop.set_defaults(run=_stop)
@@ -310,6 +315,14 @@ def _bench_engine(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     with _client(arguments, attempts=1) as client:
         print(format_status(client.status(timeout=5)))
+    return 0
+
+
+def _restart(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        chosen = [replica.index for replica in client.status().replicas]
+        for index in chosen if arguments.replica is None else [arguments.replica]:
+            print(f"replica {index}: ready in epoch {client.restart(index)}", flush=True)
     return 0
 
 

@@ -226,6 +226,11 @@ class Client:
         status = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout).status
         return bool(status == health_pb2.HealthCheckResponse.SERVING)
 
+    def restart(self, replica: int, *, timeout: float | None = None) -> int:
+        """Gives a replica new worker processes; returns the number of its mesh when it serves again."""
+        request = cluster_pb2.RestartRequest(replica=replica)
+        return self._cluster.Restart(request, timeout=timeout, metadata=self._metadata).epoch
+
     def profile(
         self, replica: int, steps: int, *, timeout: float | None = None
     ) -> list[tuple[int, pathlib.PurePosixPath, bytes]]:

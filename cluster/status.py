@@ -61,21 +61,34 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
         steps = request.steps if request.HasField("steps") else DEFAULT_PROFILE_STEPS
         if not 1 <= steps <= MAX_PROFILE_STEPS:
             raise invalid([Violation("steps", f"is {steps}; must be from 1 to {MAX_PROFILE_STEPS}")])
-        replica = next((r for r in self._fleet.replicas if r.index == request.replica), None)
-        if replica is None:
-            raise invalid([Violation("replica", f"is {request.replica}; there is no such replica")])
+        replica = self._named(request.replica)
         left = context.time_remaining()
         seconds = PROFILE_SECONDS if left is None else max(left - PROFILE_RESERVE, 1.0)
         try:
             traces = await replica.profile(steps, seconds)
         except NotReadyError as error:
-            raise GatewayError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READY", str(error)) from error
+            raise _not_ready(error) from error
         except ray.exceptions.RayTaskError as error:
             raise GatewayError(grpc.StatusCode.DEADLINE_EXCEEDED, "NO_TRACE", f"no trace: {error.cause}") from error
         for rank, files in enumerate(traces):
             for path, content in sorted(files.items()):
                 for start in range(0, max(len(content), 1), _PIECE):
                     yield cluster_pb2.ProfileResponse(rank=rank, path=path, content=content[start : start + _PIECE])
+
+    async def Restart(
+        self, request: cluster_pb2.RestartRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> cluster_pb2.RestartResponse:
+        """Gives a replica new worker processes."""
+        try:
+            return cluster_pb2.RestartResponse(epoch=await self._named(request.replica).restart())
+        except NotReadyError as error:
+            raise _not_ready(error) from error
+
+    def _named(self, index: int) -> Replica:
+        replica = next((r for r in self._fleet.replicas if r.index == index), None)
+        if replica is None:
+            raise invalid([Violation("replica", f"is {index}; there is no such replica")])
+        return replica
 
     def _replica(self, replica: Replica) -> cluster_pb2.ReplicaStatus:
         load, mesh = self._router.load(replica.index), self._config.mesh
@@ -96,6 +109,10 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
             failures=replica.failures,
             layer_groups=[_layer_group(routing) for routing in load.routing],
         )
+
+
+def _not_ready(error: NotReadyError) -> GatewayError:
+    return GatewayError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READY", str(error))
 
 
 def _layer_group(routing: engine_pb2.Routing) -> cluster_pb2.LayerGroup:

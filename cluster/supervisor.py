@@ -64,6 +64,7 @@ class Replica:
         self._placement: Placement | None = None
         self._ready_at = math.inf
         self._serving = asyncio.Event()
+        self._restart = asyncio.Event()
         self._config = config
         self._router = router
         self._on_progress = on_progress
@@ -79,13 +80,36 @@ class Replica:
             raise NotReadyError(f"replica {self.index} does not serve")
         return list(await asyncio.gather(*(host.profile.remote(steps, seconds) for host in placement.hosts)))
 
+    async def restart(self) -> int:
+        """Ends the epoch, once its sessions have ended or their time to drain is over; the next one's number, when it serves.
+
+        Raises:
+          NotReadyError: the replica does not serve, or fails meanwhile.
+        """
+        if self.state != cluster_pb2.REPLICA_STATE_READY or self._restart.is_set():
+            raise NotReadyError(f"replica {self.index} does not serve")
+        before, loop = self.epoch, asyncio.get_running_loop()
+        self._router.drain(self.index, returns=True)
+        deadline = loop.time() + self._config.gateway.drain_seconds
+        while self._router.busy(self.index) and loop.time() < deadline:
+            await asyncio.sleep(POLL_SECONDS)
+        self._restart.set()
+        while self.epoch <= before + 1:
+            if self.epoch > before and self.state == cluster_pb2.REPLICA_STATE_READY:
+                return self.epoch
+            await asyncio.sleep(POLL_SECONDS)
+        raise NotReadyError(f"replica {self.index} failed while it was built again: {self.last_failure}")
+
     async def run(self) -> None:
         """Keeps the replica alive until cancelled, or until it is lost while it drains."""
         placement: Placement | None = None
         try:
             while True:
                 placement = await self._place(placement)
-                self.last_failure = await self._live(placement)
+                failure = await self._live(placement)
+                if failure is None:
+                    continue
+                self.last_failure = failure
                 if self.state == cluster_pb2.REPLICA_STATE_DRAINING:
                     return
                 await self._fail(placement)
@@ -111,8 +135,9 @@ class Replica:
         config = self._config
         return await Placement.create(config.mesh_spec, config.cluster, self._suspects.avoided(now))
 
-    async def _live(self, placement: Placement) -> str:
-        """Runs an epoch to its end; returns why it ended."""
+    async def _live(self, placement: Placement) -> str | None:
+        """Runs an epoch to its end; returns why it failed, None if it was told to end."""
+        self._restart.clear()
         self._placement, self._ready_at, self._serving = placement, math.inf, asyncio.Event()
         try:
             await self._epoch(placement)
@@ -123,7 +148,7 @@ class Replica:
             return _summary(error)
         finally:
             self._placement = None
-        return "the leader ended"
+        return None if self._restart.is_set() else "the leader ended"
 
     async def _fail(self, placement: Placement) -> None:
         """Notes a failure and whose it was, and waits as long as its being one of a row demands."""
@@ -158,6 +183,7 @@ class Replica:
             *(_awaited(host.serve.remote()) for host in placement.hosts),
             self._router.serve(leader, self._ready),
             self._stand_by(placement),
+            _awaited(self._restart.wait()),
         )
 
     async def _form(self, placement: Placement, assignments: list[Assignment]) -> None:
@@ -234,7 +260,7 @@ async def _first(*parts: Awaitable[None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _awaited(result: Awaitable[None]) -> None:
+async def _awaited(result: Awaitable[object]) -> None:
     await result
 
 

@@ -23,9 +23,9 @@ from cluster.telemetry.traces import parent_of
 _LOG = logging.getLogger(__name__)
 _OURS = "/grok.serving.v1."
 #: Calls that are logged at INFO; the others, which look on, at DEBUG.
-_WORK = ("Generate", "GenerateOnce", "Profile")
+_WORK = ("Generate", "GenerateOnce", "Profile", "Restart")
 #: Calls for keys with the scope `admin`.
-_ADMIN = ("Profile",)
+_ADMIN = ("Profile", "Restart")
 
 
 class _Malformed:

@@ -219,9 +219,10 @@ class Router:
         link = self._links.get(replica)
         return link is not None and bool(link.sessions)
 
-    def drain(self, replica: int) -> None:
-        """Sends no more sessions to a replica; those that it has go on. If it is lost, nobody waits for it."""
-        self._lost.discard(replica)
+    def drain(self, replica: int, *, returns: bool = False) -> None:
+        """Sends no more sessions to a replica; those that it has go on. Sessions that find no other wait for it only if it
+        returns."""
+        (self._lost.add if returns else self._lost.discard)(replica)
         if (link := self._links.get(replica)) is not None:
             link.draining = True
             self._changed()

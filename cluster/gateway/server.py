@@ -25,8 +25,8 @@ from workers.tokenizer import Tokenizer
 GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
 
-#: Seconds that calls which are no completions have to end.
-IDLE_GRACE_SECONDS = 1.0
+#: Seconds that completions have to end which were told to go on elsewhere, and that calls have which are none.
+END_SECONDS, IDLE_GRACE_SECONDS = 10.0, 1.0
 _POLL_SECONDS = 0.05
 
 
@@ -96,14 +96,20 @@ class Gateway:
         """
         self.admission.draining = True
         await self._health.enter_graceful_shutdown()
-        stopping = asyncio.ensure_future(self._server.stop(self._config.drain_seconds + IDLE_GRACE_SECONDS))
-        deadline = asyncio.get_running_loop().time() + self._config.drain_seconds
-        while self.admission.in_flight and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(_POLL_SECONDS)
+        drain = self._config.drain_seconds
+        stopping = asyncio.ensure_future(self._server.stop(drain + END_SECONDS + IDLE_GRACE_SECONDS))
+        await self._emptied(drain)
         self._router.end("the gateway is shutting down")
+        await self._emptied(END_SECONDS)
         await asyncio.wait([stopping], timeout=IDLE_GRACE_SECONDS)
         await self._server.stop(0)
         await stopping
+
+    async def _emptied(self, seconds: float) -> None:
+        """Waits until no completion is in the gateway, at most so long."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while self.admission.in_flight and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(_POLL_SECONDS)
 
 
 def describe(name: str, limits: Limits) -> generation_pb2.GetModelResponse:

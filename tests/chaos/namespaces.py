@@ -1,4 +1,5 @@
-"""A service on hosts of this machine that can be turned off and cut from the network, with one host to spare."""
+"""A service on hosts of this machine that can be turned off and cut from the network, with one host to spare. Ray's head and
+the gateway have hosts of their own."""
 
 from __future__ import annotations
 
@@ -19,10 +20,10 @@ from tests.debian import require
 from tests.rayup.hosts import Hosts
 from tests.waiting import wait_until
 
-NETWORK = "10.203.7"
-HEAD, WORKERS = "head", ("h1", "h2", "h3")
-ADDRESSES = {name: f"{NETWORK}.{10 + i}" for i, name in enumerate((HEAD, *WORKERS))}
-GATEWAY = f"{ADDRESSES[HEAD]}:50051"
+NETWORK = f"10.203.{os.getpid() % 250}"
+HEAD, FRONT, WORKERS = "head", "front", ("h1", "h2", "h3")
+ADDRESSES = {name: f"{NETWORK}.{10 + i}" for i, name in enumerate((HEAD, FRONT, *WORKERS))}
+GATEWAY = f"{ADDRESSES[FRONT]}:50051"
 _ENVIRONMENT = (
     "env", "RAY_AUTH_MODE=disabled", "RAY_health_check_period_ms=1000", "RAY_health_check_timeout_ms=3000",
     "RAY_health_check_failure_threshold=3", "RAY_gcs_rpc_server_reconnect_timeout_s=30",
@@ -40,7 +41,7 @@ class Cluster:
 
     def __init__(self, hosts: Hosts, folder: pathlib.Path) -> None:
         self.hosts = hosts
-        self._log = folder / "serve.log"
+        self._storage = folder / "gcs"
         self._config = folder / "ray_config.yaml"
         self._config.write_text(
             yaml.safe_dump(
@@ -49,7 +50,7 @@ class Cluster:
                     "cluster": {"address": f"{ADDRESSES[HEAD]}:6379", "compilation_cache": str(folder / "xla")},
                     "mesh": {"hosts": 2, "devices_per_host": 1, "data": 1, "model": 2},
                     "gateway": {"address": GATEWAY},
-                    "telemetry": {"address": f"{ADDRESSES[HEAD]}:9464"},
+                    "telemetry": {"address": f"{ADDRESSES[FRONT]}:9464"},
                 }
             )
         )
@@ -61,14 +62,24 @@ class Cluster:
 
     def start(self) -> None:
         """Starts Ray and the service, and waits until it serves."""
-        self._ray(HEAD, "--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false")
+        self.start_head()
+        self._ray(FRONT, f"--address={ADDRESSES[HEAD]}:6379", "--num-cpus=0")
         for name in WORKERS:
             self.join(name)
         done = self.hosts.execute(
-            HEAD, *_ENVIRONMENT[:2], "grokmesh", "serve", "--config", str(self._config), "--detach", "--timeout", "0"
+            FRONT, *_ENVIRONMENT, "grokmesh", "serve", "--config", str(self._config), "--detach", "--timeout", "0"
         )
         assert done.returncode == 0, done.stdout + done.stderr
         wait_until(self._ready, 120, lambda: self.status() if self.answers() else "the gateway is silent")
+
+    def start_head(self) -> None:
+        """Starts Ray's head, which remembers on its disk what it knew."""
+        storage = "RAY_gcs_storage=rocksdb", f"RAY_gcs_storage_path={self._storage}"
+        self._ray(HEAD, "--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false", environment=storage)
+
+    def end_head(self) -> None:
+        """Kills all of Ray's processes on the head."""
+        self.hosts.execute(HEAD, "pkill", "-9", "-f", "ray")
 
     def join(self, name: str) -> None:
         """Starts Ray on a host, anew if something of it is left."""
@@ -104,10 +115,10 @@ class Cluster:
     def _ready(self) -> bool:
         return self.answers() and self.status().replicas[0].state == cluster_pb2.REPLICA_STATE_READY
 
-    def _ray(self, name: str, *arguments: str) -> None:
+    def _ray(self, name: str, *arguments: str, environment: tuple[str, ...] = ()) -> None:
         options = (*arguments, f"--node-ip-address={ADDRESSES[name]}", *_SIZES)
         for attempt in range(3):
-            done = self.hosts.execute(name, *_ENVIRONMENT, "ray", "start", *options, timeout=60)
+            done = self.hosts.execute(name, *_ENVIRONMENT, *environment, "ray", "start", *options, timeout=60)
             if done.returncode == 0:
                 return
             time.sleep(1 + attempt)

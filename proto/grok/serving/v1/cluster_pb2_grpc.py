@@ -45,6 +45,11 @@ class ClusterServiceStub:
                 request_serializer=grok_dot_serving_dot_v1_dot_cluster__pb2.ProfileRequest.SerializeToString,
                 response_deserializer=grok_dot_serving_dot_v1_dot_cluster__pb2.ProfileResponse.FromString,
                 _registered_method=True)
+        self.Restart = channel.unary_unary(
+                '/grok.serving.v1.ClusterService/Restart',
+                request_serializer=grok_dot_serving_dot_v1_dot_cluster__pb2.RestartRequest.SerializeToString,
+                response_deserializer=grok_dot_serving_dot_v1_dot_cluster__pb2.RestartResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -66,6 +71,14 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Restart(self, request, context):
+        """Gives a replica new worker processes: it finishes what it has, or hands it over after the gateway's time for draining, and is
+        built again. Answers when it serves. FAILED_PRECONDITION if it does not serve before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +91,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.Profile,
                     request_deserializer=grok_dot_serving_dot_v1_dot_cluster__pb2.ProfileRequest.FromString,
                     response_serializer=grok_dot_serving_dot_v1_dot_cluster__pb2.ProfileResponse.SerializeToString,
+            ),
+            'Restart': grpc.unary_unary_rpc_method_handler(
+                    servicer.Restart,
+                    request_deserializer=grok_dot_serving_dot_v1_dot_cluster__pb2.RestartRequest.FromString,
+                    response_serializer=grok_dot_serving_dot_v1_dot_cluster__pb2.RestartResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -135,6 +153,33 @@ class ClusterService:
             '/grok.serving.v1.ClusterService/Profile',
             grok_dot_serving_dot_v1_dot_cluster__pb2.ProfileRequest.SerializeToString,
             grok_dot_serving_dot_v1_dot_cluster__pb2.ProfileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Restart(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grok.serving.v1.ClusterService/Restart',
+            grok_dot_serving_dot_v1_dot_cluster__pb2.RestartRequest.SerializeToString,
+            grok_dot_serving_dot_v1_dot_cluster__pb2.RestartResponse.FromString,
             options,
             channel_credentials,
             insecure,

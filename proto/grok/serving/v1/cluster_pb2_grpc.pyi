@@ -39,6 +39,10 @@ class ClusterServiceStub:
     """Traces the next steps of a replica with JAX's profiler on all of its hosts, and streams the trace files. FAILED_PRECONDITION if
     the replica does not serve, DEADLINE_EXCEEDED if it had too few steps to do within the call's deadline.
     """
+    Restart: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RestartRequest, _cluster_pb2.RestartResponse]
+    """Gives a replica new worker processes: it finishes what it has, or hands it over after the gateway's time for draining, and is
+    built again. Answers when it serves. FAILED_PRECONDITION if it does not serve before.
+    """
 
 @_typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
@@ -50,6 +54,10 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     Profile: _aio.UnaryStreamMultiCallable[_cluster_pb2.ProfileRequest, _cluster_pb2.ProfileResponse]  # type: ignore[assignment]
     """Traces the next steps of a replica with JAX's profiler on all of its hosts, and streams the trace files. FAILED_PRECONDITION if
     the replica does not serve, DEADLINE_EXCEEDED if it had too few steps to do within the call's deadline.
+    """
+    Restart: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RestartRequest, _cluster_pb2.RestartResponse]  # type: ignore[assignment]
+    """Gives a replica new worker processes: it finishes what it has, or hands it over after the gateway's time for draining, and is
+    built again. Answers when it serves. FAILED_PRECONDITION if it does not serve before.
     """
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -71,6 +79,16 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_cluster_pb2.ProfileResponse], _abc.AsyncIterator[_cluster_pb2.ProfileResponse]]:
         """Traces the next steps of a replica with JAX's profiler on all of its hosts, and streams the trace files. FAILED_PRECONDITION if
         the replica does not serve, DEADLINE_EXCEEDED if it had too few steps to do within the call's deadline.
+        """
+
+    @_abc_1.abstractmethod
+    def Restart(
+        self,
+        request: _cluster_pb2.RestartRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.RestartResponse, _abc.Awaitable[_cluster_pb2.RestartResponse]]:
+        """Gives a replica new worker processes: it finishes what it has, or hands it over after the gateway's time for draining, and is
+        built again. Answers when it serves. FAILED_PRECONDITION if it does not serve before.
         """
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
