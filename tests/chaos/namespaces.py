@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import secrets
 import subprocess
 import time
 from collections.abc import Iterator
@@ -24,10 +25,14 @@ NETWORK = f"10.203.{os.getpid() % 250}"
 HEAD, FRONT, WORKERS = "head", "front", ("h1", "h2", "h3")
 ADDRESSES = {name: f"{NETWORK}.{10 + i}" for i, name in enumerate((HEAD, FRONT, *WORKERS))}
 GATEWAY = f"{ADDRESSES[FRONT]}:50051"
-_ENVIRONMENT = (
-    "env", "RAY_AUTH_MODE=disabled", "RAY_health_check_period_ms=1000", "RAY_health_check_timeout_ms=3000",
-    "RAY_health_check_failure_threshold=3", "RAY_gcs_rpc_server_reconnect_timeout_s=30",
-)  # fmt: skip
+ENVIRONMENT = (
+    "RAY_AUTH_MODE=token",
+    f"RAY_AUTH_TOKEN={secrets.token_hex(32)}",
+    "RAY_health_check_period_ms=1000",
+    "RAY_health_check_timeout_ms=3000",
+    "RAY_health_check_failure_threshold=3",
+    "RAY_gcs_rpc_server_reconnect_timeout_s=30",
+)
 _SIZES = (
     "--memory=2000000000",
     "--object-store-memory=80000000",
@@ -67,10 +72,16 @@ class Cluster:
         for name in WORKERS:
             self.join(name)
         done = self.hosts.execute(
-            FRONT, *_ENVIRONMENT, "grokmesh", "serve", "--config", str(self._config), "--detach", "--timeout", "0"
+            FRONT, "env", *ENVIRONMENT, "grokmesh", "serve", "--config", str(self._config), "--detach", "--timeout", "0"
         )
         assert done.returncode == 0, done.stdout + done.stderr
         wait_until(self._ready, 120, lambda: self.status() if self.answers() else "the gateway is silent")
+
+    def lets_in(self, *environment: str) -> bool:
+        """Whether Ray lets somebody in who has this environment."""
+        command = f"import ray; ray.init('{ADDRESSES[HEAD]}:6379', log_to_driver=False)"
+        done = self.hosts.execute(FRONT, "env", *environment, "timeout", "20", "python", "-c", command)
+        return done.returncode == 0
 
     def start_head(self) -> None:
         """Starts Ray's head, which remembers on its disk what it knew."""
@@ -118,7 +129,7 @@ class Cluster:
     def _ray(self, name: str, *arguments: str, environment: tuple[str, ...] = ()) -> None:
         options = (*arguments, f"--node-ip-address={ADDRESSES[name]}", *_SIZES)
         for attempt in range(3):
-            done = self.hosts.execute(name, *_ENVIRONMENT, *environment, "ray", "start", *options, timeout=60)
+            done = self.hosts.execute(name, "env", *ENVIRONMENT, *environment, "ray", "start", *options, timeout=60)
             if done.returncode == 0:
                 return
             time.sleep(1 + attempt)

@@ -23,7 +23,8 @@ def test_the_loss_of_rays_head_is_no_loss_to_clients(tmp_path: pathlib.Path) -> 
             cases = make_cases(client, 8, seed=3)
         load = Load(cluster.address, cases, clients=3, seed=3)
         before = cluster.status().replicas[0]
-        time.sleep(2)
+        assert not cluster.lets_in("RAY_AUTH_MODE=disabled"), "without Ray's token nobody may run anything"
+        assert cluster.lets_in(*namespaces.ENVIRONMENT)
         cluster.end_head()
         time.sleep(5)
         done = load.history.completed

@@ -60,6 +60,7 @@ def test_up_serve_lose_a_host_down(hosts: Hosts, capsys: pytest.CaptureFixture[s
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    assert hosts.execute("operator", "ray", "get-auth-token", "--generate").returncode == 0
     up = hosts.execute("operator", "ray", "up", "--yes", "--no-config-cache", CLUSTER, timeout=240)
     assert up.returncode == 0, up.stdout + up.stderr
     say("ray up has returned")
