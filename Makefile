@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo serve stop check lint types proto test test-rayup determinism operations chaos restarts fuzz audit bench bench-peers load golden docs dashboards pictures clean
+.PHONY: help install demo serve stop check lint types proto test test-rayup determinism operations chaos restarts fuzz audit bench overload bench-peers load golden docs dashboards pictures clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -79,6 +79,10 @@ bench: install ## the engine as shares of this machine's limits, plans to follow
 	$(BIN)/python -m tests.bench.plans
 	$(BIN)/python -m tests.bench.stream
 	$(BIN)/python -m tests.bench.decode_step --checkpoint build/bench/model --devices 2
+
+overload: install ## ten times the load that the service can carry, idle connections, clients that do not read; memory over a million tokens
+	$(BIN)/python -m tests.bench.overload
+	$(BIN)/python -m tests.bench.soak
 
 bench-peers: install build/bench/venv/.installed ## beside llama.cpp, engine and server, in one run
 	$(BIN)/python -m tests.bench.peers --llama-python build/bench/venv/bin/python

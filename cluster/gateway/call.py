@@ -8,6 +8,8 @@ import secrets
 import time
 from typing import Any
 
+from opentelemetry import trace
+
 from cluster.gateway.keys import ANONYMOUS, Caller
 
 
@@ -19,6 +21,7 @@ class Call:
       method: name of the method.
       request_id: names it everywhere.
       caller: whose API key it brings.
+      span: of its trace.
       replica, epoch: that compute it, once known.
       details: more for its line in the log.
     """
@@ -26,6 +29,7 @@ class Call:
     method: str
     request_id: str = dataclasses.field(default_factory=lambda: f"r-{secrets.token_hex(8)}")
     caller: Caller = ANONYMOUS
+    span: trace.Span = trace.INVALID_SPAN
     replica: int | None = None
     epoch: int | None = None
     began: float = dataclasses.field(default_factory=time.monotonic)

@@ -104,17 +104,11 @@ class _Outcome:
         self._keys = keys
         self._call = Call(method.rsplit("/", 1)[1])
         self._metadata: Any = context.invocation_metadata() or ()
-        self._span_scope = tracer.start_as_current_span(
-            method[1:],
-            context=parent_of(self._metadata),
-            kind=trace.SpanKind.SERVER,
-            record_exception=False,
-            set_status_on_exception=False,
-        )
+        # Not the current span of a context: a stream that a client leaves is closed in another one than it began in.
+        self._call.span = tracer.start_span(method[1:], context=parent_of(self._metadata), kind=trace.SpanKind.SERVER)
 
     async def __aenter__(self) -> _Outcome:
         CURRENT.set(self._call)
-        self._span = self._span_scope.__enter__()
         return self
 
     def check(self, request: Any) -> None:
@@ -145,14 +139,14 @@ class _Outcome:
         level = logging.INFO if call.method in _WORK else logging.DEBUG
         fields = {**call.log_fields(), "method": call.method, "code": code, "seconds": round(seconds, 4)}
         _LOG.log(level, "%s %s in %.3f s", call.method, code, seconds, extra=fields)
-        span = self._span
+        span = call.span
         span.set_attributes(
             {"rpc.system": "grpc", "rpc.method": call.method, "rpc.response.status_code": code}
             | {f"grokmesh.{key}": value for key, value in call.log_fields().items() if value is not None}
         )
         if code not in ("OK", "CANCELLED"):
             span.set_status(trace.StatusCode.ERROR, str(error) if isinstance(error, GatewayError) else code)
-        self._span_scope.__exit__(None, None, None)
+        span.end()
         if status is not None:
             await self._context.abort_with_status(status)
 

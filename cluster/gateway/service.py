@@ -200,9 +200,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         if session.timing is not None:
             slot = session.first_token - session.timing.prefill
             self._router.forecast.learn(session.request, count, ended - slot, whole=session.finish is not None)
-            traces.child(self._tracer, "queue", slot - session.timing.queue, slot)
-            traces.child(self._tracer, "prefill", slot, session.first_token)
-            traces.child(self._tracer, "decode", session.first_token, ended)
+            traces.child(self._tracer, call.span, "queue", slot - session.timing.queue, slot)
+            traces.child(self._tracer, call.span, "prefill", slot, session.first_token)
+            traces.child(self._tracer, call.span, "decode", session.first_token, ended)
 
 
 @contextlib.contextmanager

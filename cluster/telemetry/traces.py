@@ -36,10 +36,10 @@ def parent_of(metadata: Iterable[tuple[str, str | bytes]]) -> Context:
     return TraceContextTextMapPropagator().extract({key: value for key, value in metadata if isinstance(value, str)})
 
 
-def child(tracer: trace.Tracer, name: str, began: float, ended: float) -> None:
-    """A child of the current span that is over already; `began` and `ended` are times of time.monotonic."""
+def child(tracer: trace.Tracer, parent: trace.Span, name: str, began: float, ended: float) -> None:
+    """A child of a span that is over already; `began` and `ended` are times of time.monotonic."""
     offset = time.time() - time.monotonic()
-    span = tracer.start_span(name, start_time=_nanoseconds(began + offset))
+    span = tracer.start_span(name, trace.set_span_in_context(parent), start_time=_nanoseconds(began + offset))
     span.end(_nanoseconds(ended + offset))
 
 

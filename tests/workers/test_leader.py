@@ -3,71 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-import types
 from collections.abc import Iterator
 from typing import Any
 
 from grok.engine.v1 import engine_pb2
-from workers.engine.plan import EngineShape, Plan, StepTokens, Token
-from workers.engine.scheduler import Scheduler
-from workers.grammar import Grammars
-from workers.leader import Leader
-from workers.link import LeaderServer, Link, LinkError, connect, free_port
-from workers.model.config import GrokConfig
-from workers.runtime.profiler import Profiler
-
-
-class _FakeRuntime:
-    """Draws token 5 for everything, at once."""
-
-    def __init__(self, shape: EngineShape) -> None:
-        self.shape = shape
-        self.config = GrokConfig(num_layers=2)
-
-    def execute(self, plan: Plan) -> Any:
-        return types.SimpleNamespace(plan=plan)
-
-    def read(self, pending: Any) -> StepTokens:
-        plan: Plan = pending.plan
-        token = Token(5, -1.0, ())
-        last = [chunk for chunks in plan.prefills for chunk in chunks if chunk.last]
-        decoded = ((token,) * plan.steps,) * len(plan.decode)
-        return StepTokens(plan.number, (token,) * len(last), decoded, (), ((1,) * 8, (2,) * 8))
-
-    def wait(self, plan: Plan) -> None:
-        pass
-
-    def probe(self) -> float:
-        return 0.0
-
-
-def _no_grammars() -> Grammars:
-    raise AssertionError("nobody asked for a grammar")
+from tests.fake_mesh import leading
+from workers.engine.plan import EngineShape
+from workers.link import Link, connect
 
 
 @contextlib.contextmanager
 def _leading(slots: int, max_waiting: int = 10) -> Iterator[Link]:
     """A gateway's stream to a leader with `slots` slots."""
-    address = f"127.0.0.1:{free_port('127.0.0.1')}"
     shape = EngineShape(slots=slots, groups=1, pages=9, page_size=4, chunk=8, context=32)
-    runtime: Any = _FakeRuntime(shape)
-    server = LeaderServer(address, epoch=1, secret=b"s")
-    scheduler = Scheduler(shape, 100, max_waiting)
-    leader = Leader(runtime, scheduler, server, 1, lambda: 0, Profiler(), _no_grammars, prefill_slowdown=2.0)
-
-    def lead() -> None:
-        with contextlib.suppress(LinkError):  # at the end
-            leader.run()
-
-    threading.Thread(target=lead, daemon=True).start()
-    link = connect(address, engine_pb2.Hello(epoch=1, secret=b"s"), 5)
-    link.settimeout(5)
-    try:
-        yield link
-    finally:
-        link.close()
-        server.close()
+    with leading(shape, 100, max_waiting) as address:
+        link = connect(address, engine_pb2.Hello(epoch=1, secret=b"s"), 5)
+        link.settimeout(5)
+        try:
+            yield link
+        finally:
+            link.close()
 
 
 def _submit(link: Link, id: str, max_tokens: int = 1, **sampling: Any) -> None:

@@ -1,0 +1,69 @@
+"""A mesh that computes nothing, and a leader on it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from workers.engine.plan import EngineShape, Plan, StepTokens, Token
+from workers.engine.scheduler import Scheduler
+from workers.grammar import Grammars
+from workers.leader import Leader
+from workers.link import LeaderServer, LinkError, free_port
+from workers.model.config import GrokConfig
+from workers.runtime.profiler import Profiler
+
+
+class FakeRuntime:
+    """Draws token 5 for everything, at once."""
+
+    def __init__(self, shape: EngineShape) -> None:
+        self.shape = shape
+        self.config = GrokConfig(num_layers=2)
+
+    def execute(self, plan: Plan) -> Any:
+        """A plan is pending."""
+        return types.SimpleNamespace(plan=plan)
+
+    def read(self, pending: Any) -> StepTokens:
+        """Its tokens."""
+        plan: Plan = pending.plan
+        token = Token(5, -1.0, ())
+        last = [chunk for chunks in plan.prefills for chunk in chunks if chunk.last]
+        decoded = ((token,) * plan.steps,) * len(plan.decode)
+        drafted = ((token,),) * len(plan.drafts)
+        return StepTokens(plan.number, (token,) * len(last), decoded, drafted, ((1,) * 8, (2,) * 8))
+
+    def wait(self, plan: Plan) -> None:
+        """It is done."""
+
+    def probe(self) -> float:
+        """A collective takes no time."""
+        return 0.0
+
+
+def _no_grammars() -> Grammars:
+    raise AssertionError("nobody asked for a grammar")
+
+
+@contextlib.contextmanager
+def leading(shape: EngineShape, vocab_size: int, max_waiting: int) -> Iterator[str]:
+    """The address of a leader of epoch 1, whose secret is b"s", that serves while the block runs."""
+    address = f"127.0.0.1:{free_port('127.0.0.1')}"
+    runtime: Any = FakeRuntime(shape)
+    server = LeaderServer(address, epoch=1, secret=b"s")
+    scheduler = Scheduler(shape, vocab_size, max_waiting)
+    leader = Leader(runtime, scheduler, server, 1, lambda: 0, Profiler(), _no_grammars, prefill_slowdown=2.0)
+
+    def lead() -> None:
+        with contextlib.suppress(LinkError):  # at the end
+            leader.run()
+
+    threading.Thread(target=lead, daemon=True).start()
+    try:
+        yield address
+    finally:
+        server.close()
