@@ -99,5 +99,6 @@ class Fleet:
         life.cancel()
         await asyncio.gather(life, return_exceptions=True)
         del self._replicas[replica.index]
-        metrics.EPOCH.remove(str(replica.index))
+        for metric in (metrics.EPOCH, metrics.FAILURES):
+            metric.remove(str(replica.index))
         _LOG.info("replica %d has ended", replica.index, extra=replica.log_fields)

@@ -102,55 +102,54 @@ class Replica:
 
     async def run(self) -> None:
         """Keeps the replica alive until cancelled, or until it is lost while it drains."""
-        placement: Placement | None = None
         try:
             while True:
-                placement = await self._place(placement)
-                failure = await self._live(placement)
+                failure = await self._live()
                 if failure is None:
                     continue
                 self.last_failure = failure
                 if self.state == cluster_pb2.REPLICA_STATE_DRAINING:
                     return
-                await self._fail(placement)
+                await self._fail()
         finally:
-            if placement is not None:
-                placement.remove()
+            if self._placement is not None:
+                self._placement.remove()
 
-    async def _place(self, before: Placement | None) -> Placement:
-        """Workers for the next epoch: those that stood by, if their hosts are well, else new ones."""
-        self.epoch += 1
-        metrics.EPOCH.labels(str(self.index)).set(self.epoch)
-        metrics.REBUILDS.labels(str(self.index)).inc(0)
-        nodes = {view.endpoint.node for view in self.hosts}
-        self.hosts = []
-        self._enter(cluster_pb2.REPLICA_STATE_PLACING)
-        now = asyncio.get_running_loop().time()
-        if before is not None and nodes.isdisjoint(self._suspects.failing(now)):
-            renewed = await before.renew()
-            if renewed is not None:
-                return renewed
-        elif before is not None:
-            before.remove()
-        config = self._config
-        return await Placement.create(config.mesh_spec, config.cluster, self._suspects.avoided(now))
-
-    async def _live(self, placement: Placement) -> str | None:
+    async def _live(self) -> str | None:
         """Runs an epoch to its end; returns why it failed, None if it was told to end."""
         self._restart.clear()
-        self._placement, self._ready_at, self._serving = placement, math.inf, asyncio.Event()
+        self._ready_at, self._serving = math.inf, asyncio.Event()
         try:
-            await self._epoch(placement)
+            await self._epoch(await self._place())
         except (ray.exceptions.RayError, OSError) as error:
             return _summary(error)
         except Exception as error:  # whatever went wrong in this replica, the others go on
             _LOG.exception("replica %d", self.index, extra=self.log_fields)
             return _summary(error)
-        finally:
-            self._placement = None
         return None if self._restart.is_set() else "the leader ended"
 
-    async def _fail(self, placement: Placement) -> None:
+    async def _place(self) -> Placement:
+        """Workers for the next epoch: those that stood by, if their hosts are well, else new ones."""
+        self.epoch += 1
+        metrics.EPOCH.labels(str(self.index)).set(self.epoch)
+        metrics.REBUILDS.labels(str(self.index)).inc(0)
+        metrics.FAILURES.labels(str(self.index)).set(self.failures)
+        nodes = {view.endpoint.node for view in self.hosts}
+        self.hosts = []
+        self._enter(cluster_pb2.REPLICA_STATE_PLACING)
+        now = asyncio.get_running_loop().time()
+        if self._placement is not None:
+            if not nodes.isdisjoint(self._suspects.failing(now)):
+                self._placement.remove()
+                self._placement = None
+            else:
+                self._placement = await self._placement.renew()
+        if self._placement is None:
+            config = self._config
+            self._placement = await Placement.create(config.mesh_spec, config.cluster, self._suspects.avoided(now))
+        return self._placement
+
+    async def _fail(self) -> None:
         """Notes a failure and whose it was, and waits as long as its being one of a row demands."""
         now = asyncio.get_running_loop().time()
         healthy = now - self._ready_at > HEALTHY_SECONDS
@@ -159,7 +158,8 @@ class Replica:
         self._enter(cluster_pb2.REPLICA_STATE_GIVEN_UP if given_up else cluster_pb2.REPLICA_STATE_FAILED)
         _LOG.error("replica %d: epoch %d ended: %s", self.index, self.epoch, self.last_failure, extra=self.log_fields)
         metrics.REBUILDS.labels(str(self.index)).inc()
-        silent = await placement.silent()
+        metrics.FAILURES.labels(str(self.index)).set(self.failures)
+        silent = await self._placement.silent() if self._placement is not None else []
         for view in [self.hosts[rank] for rank in silent if rank < len(self.hosts)]:
             self._suspects.lost(view.endpoint.node, now)
             metrics.HOST_LOSSES.labels(view.endpoint.address).inc()

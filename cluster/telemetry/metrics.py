@@ -71,6 +71,12 @@ EPOCH = Gauge("grokmesh_replica_epoch", "Epoch of a replica's mesh.", ["replica"
 REBUILDS = Counter(
     "grokmesh_replica_rebuilds", "Meshes that were formed again after a failure.", ["replica"], registry=REGISTRY
 )
+FAILURES = Gauge(
+    "grokmesh_replica_failures_in_a_row",
+    "Epochs of a replica that failed one after the other.",
+    ["replica"],
+    registry=REGISTRY,
+)
 HOST_LOSSES = Counter(
     "grokmesh_host_losses", "Workers of a host that died or did not answer.", ["address"], registry=REGISTRY
 )

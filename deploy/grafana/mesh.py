@@ -47,6 +47,12 @@ MESH = Dashboard(
                     warn=1, bad=3,
                 ),
                 Panel(
+                    "Failures in a row",
+                    "Epochs of a replica that failed one after the other without serving between. Each is tried later than the one "
+                    "before; after ten the replica is given up, and tried every five minutes only.",
+                    "short", _each("grokmesh_replica_failures_in_a_row", "replica {{replica}}"), warn=3, bad=10,
+                ),
+                Panel(
                     "Workers lost by host",
                     "Workers that died or did not answer, in the last hour, by the address of their host. A host that keeps losing "
                     "them is avoided while there are others; look at it before it is trusted again.",
