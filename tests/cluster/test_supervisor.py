@@ -24,10 +24,10 @@ class _Dead:
     """A call of a worker that is gone."""
 
     def remote(self, *_: object) -> Any:
-        async def call() -> None:
-            raise OSError("the worker is gone")
-
-        return call()
+        result = asyncio.get_running_loop().create_future()
+        result.set_exception(OSError("the worker is gone"))
+        result.exception()  # whether anybody asks or not
+        return result
 
 
 @dataclasses.dataclass
