@@ -173,6 +173,8 @@ class Replica:
         """Runs one epoch to its end. Raises RayError or OSError when it fails."""
         endpoints = await placement.endpoints()
         self.hosts = [HostView(endpoint, Progress("starting", 0.0)) for endpoint in endpoints]
+        for endpoint in endpoints:
+            metrics.HOST_LOSSES.labels(endpoint.address).inc(0)
         self._enter(cluster_pb2.REPLICA_STATE_STARTING)
         assignments = self._assignments(endpoints)
         await _first(self._watch_progress(placement), self._form(placement, assignments))

@@ -375,8 +375,9 @@ def test_every_metric_moves(service: Service, client: Client) -> None:
     ids=["follower dies", "leader dies", "follower hangs"],
 )
 def test_a_host_may_fail_in_mid_stream_and_the_client_never_knows(
-    service: Service, client: Client, rank: int, fault: signal.Signals
+    service: Service, client: Client, folder: pathlib.Path, rank: int, fault: signal.Signals
 ) -> None:
+    compiled = set((folder / "xla").rglob("*"))
     options: dict[str, Any] = {"max_tokens": 450, "ignore_eos": True, "temperature": 1.0, "seed": 3, "top_logprobs": 3}
     whole = client.complete(PROMPT, **options)
     stop = whole.text[600:606]  # of several tokens, somewhere after the break
@@ -409,6 +410,7 @@ def test_a_host_may_fail_in_mid_stream_and_the_client_never_knows(
     now = service.status().replicas[0]
     assert now.epoch > replica.epoch
     assert now.last_failure
+    assert set((folder / "xla").rglob("*")) == compiled, "nothing was compiled anew"
 
 
 def test_two_replicas_of_one_host_share_the_work(tmp_path: pathlib.Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
 from grok.engine.v1 import engine_pb2
-from tests.fake_mesh import leading
-from workers.engine.plan import EngineShape
+from tests.fake_mesh import FakeRuntime, leading
+from workers.engine.plan import EngineShape, StepTokens
 from workers.link import Link, connect
 
 
@@ -45,6 +48,24 @@ def _until(link: Link, count: int) -> tuple[dict[str, int], dict[str, str]]:
             refused[refusal.request_id] = refusal.reason
             ended += 1
     return tokens, refused
+
+
+def test_nobody_hears_of_a_mesh_that_has_computed_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = threading.Event()
+    read = FakeRuntime.read
+
+    def slow(self: FakeRuntime, pending: Any) -> StepTokens:
+        assert computed.wait(10)
+        return read(self, pending)
+
+    monkeypatch.setattr(FakeRuntime, "read", slow)
+    with _leading(slots=1) as link:
+        for _ in range(3):
+            output = engine_pb2.LeaderOutput.FromString(link.receive() or b"")
+            assert not output.HasField("load"), "it lives, and that is all"
+        computed.set()
+        while not output.HasField("load"):
+            output = engine_pb2.LeaderOutput.FromString(link.receive() or b"")
 
 
 def test_who_waits_for_a_slot_gets_it_without_anybody_else_asking() -> None:
