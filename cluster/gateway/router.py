@@ -243,7 +243,7 @@ class Router:
         ahead = (
             Ahead(session.request, session.drawn)
             for session in link.sessions.values()
-            if session.request.priority >= priority
+            if session.drawn or session.request.priority >= priority  # who draws keeps its slot
         )
         return self.forecast.wait(ahead, Capacity(link.load.slots, link.load.positions))
 
