@@ -33,11 +33,13 @@ def _run(target: Target, address: str, faults: Mapping[str, tuple[int, Strike]],
         cases = make_cases(client, 24, SEED)
     load = Load(address, cases, CLIENTS, SEED)
     outcomes = []
-    for i, (name, phase) in enumerate(itertools.islice(itertools.chain.from_iterable(rows), count)):
-        outcomes.append(inject(target, faults, load, name, phase, rng))
-        print(f"{i + 1}: {outcomes[-1]}, {load.history.completed} streams", flush=True)
+    try:
+        for i, (name, phase) in enumerate(itertools.islice(itertools.chain.from_iterable(rows), count)):
+            outcomes.append(inject(target, faults, load, name, phase, rng))
+            print(f"{i + 1}: {outcomes[-1]}, {load.history.completed} streams", flush=True)
+    finally:
+        print(table(outcomes))
     history = load.stop()
-    print(table(outcomes))
     print(f"{history.completed} streams, longest pause {history.longest_pause:.1f} s, {len(history.failed)} errors")
     assert not history.wrong, history.wrong
     assert not history.failed, history.failed

@@ -126,6 +126,8 @@ class Hosts:
         _run("ip", "netns", "add", space)
         _run("ip", "-n", space, "link", "add", "eth0", "type", "veth", "peer", "name", f"port{index}", "netns", switch)
         _run("ip", "-n", switch, "link", "set", f"port{index}", "master", "br0", "up")
+        # The same after a restart: others remember it.
+        _run("ip", "-n", space, "link", "set", "eth0", "address", f"02:00:00:00:00:{index:02x}")
         _run("ip", "-n", space, "addr", "add", f"{self._addresses[name]}/24", "dev", "eth0")
         for link in ("lo", "eth0"):
             _run("ip", "-n", space, "link", "set", link, "up")
