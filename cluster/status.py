@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -80,7 +81,9 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
     ) -> cluster_pb2.RestartResponse:
         """Gives a replica new worker processes."""
         try:
-            return cluster_pb2.RestartResponse(epoch=await self._named(request.replica).restart())
+            # Shielded: what has begun must end, or the replica would drain for ever.
+            epoch = await asyncio.shield(self._named(request.replica).restart())
+            return cluster_pb2.RestartResponse(epoch=epoch)
         except NotReadyError as error:
             raise _not_ready(error) from error
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import pathlib
 import signal
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ class Host:
     def __init__(self) -> None:
         self._worker: Worker | None = None
         self._preparation: Preparation | None = None
+        self._preparing = threading.Lock()
         self._address = ray.util.get_node_ip_address()
         server, _ = prometheus_client.start_http_server(0, self._address, registry=metrics.REGISTRY)
         self._metrics_port = server.server_port
@@ -57,8 +59,9 @@ class Host:
         for name in _ACCELERATORS:
             os.environ.pop(name, None)
         os.environ.update(environment)
-        self._preparation = Preparation(model, mesh, engine)
-        self._preparation.trace()
+        with self._preparing:
+            self._preparation = Preparation(model, mesh, engine)
+            self._preparation.trace()
 
     def replace(self, pid: int) -> None:
         """Ends the process `pid` of this host, which is the worker whose place this one takes, and waits until it is gone."""
@@ -75,7 +78,8 @@ class Host:
     def form(self, assignment: Assignment) -> None:
         """See `Worker.form`."""
         logs.configure(replica=assignment.replica, epoch=assignment.epoch, rank=assignment.rank)
-        self._worker = Worker(assignment, self._preparation)
+        with self._preparing:  # its time may come before it is done
+            self._worker = Worker(assignment, self._preparation)
         self._worker.form()
 
     def warm_up(self) -> None:

@@ -87,8 +87,8 @@ class Scheduler:
     request is also overtaken while a prompt that begins like its own is being computed, whose pages it will share.
 
     A sequence gets pages as it grows. When none are left, the one that was admitted last, of the lowest priority, is preempted:
-    it waits again, before all others, and is resumed later. The one that was admitted first never is, and all pages together
-    hold any request, so every request ends.
+    it waits again, before all others, and is resumed later. The oldest of the highest priority never is, and all pages together
+    hold any request, so that one ends, and then the next.
 
     Each plan computes at most `prompt_budget` prompt positions while others decode, so that a long prompt delays them by that
     much at most.
