@@ -16,6 +16,8 @@ import yaml
 from cluster.gateway.errors import GatewayError
 from cluster.gateway.reloading import Reloading
 
+#: Of a request, up or down.
+MAX_PRIORITY = 10
 #: What a key may do: complete prompts and look on, or also take traces of the hosts.
 SCOPES = ("generate", "admin")
 
@@ -36,16 +38,18 @@ class Caller:
       scopes: of SCOPES.
       max_requests: completions that the key may have in the gateway at once; None for no limit of its own.
       tokens_per_minute: prompt and drawn tokens that it may use, with a minute's worth at a time; None for no limit.
+      max_priority: the highest that it may ask for: who comes first to slots is nobody else's choice.
     """
 
     name: str
     scopes: tuple[str, ...] = ("generate",)
     max_requests: int | None = None
     tokens_per_minute: int | None = None
+    max_priority: int = 0
 
 
 #: Callers where no keys are asked for.
-ANONYMOUS = Caller("anonymous", SCOPES)
+ANONYMOUS = Caller("anonymous", SCOPES, max_priority=MAX_PRIORITY)
 
 
 def new_key(name: str) -> tuple[str, str]:
@@ -113,11 +117,17 @@ def _caller(where: str, name: str, fields: dict[str, Any]) -> Caller:
     for limit, value in limits.items():
         if value is not None and (type(value) is not int or value < 1):
             raise KeysError(f"{where}: {limit}={value} must be a whole number of at least 1")
+    priority = fields.pop("max_priority", 0)
+    if type(priority) is not int or abs(priority) > MAX_PRIORITY:
+        raise KeysError(
+            f"{where}: max_priority={priority} must be a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}"
+        )
     if fields:
         raise KeysError(
-            f"{where}: {next(iter(fields))} is unknown; use sha256, scopes, max_requests, tokens_per_minute"
+            f"{where}: {next(iter(fields))} is unknown; "
+            "use sha256, scopes, max_requests, tokens_per_minute, max_priority"
         )
-    return Caller(name, tuple(scopes), **limits)
+    return Caller(name, tuple(scopes), **limits, max_priority=priority)
 
 
 def _digest(key: str) -> str:

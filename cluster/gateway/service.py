@@ -139,6 +139,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         caller, left = CURRENT.get().caller, context.time_remaining()
         # Before the work that an answer would take: many are turned away when there is no time for it.
         self._admission.check(caller)
+        if completion.priority > caller.max_priority:
+            problem = f"is {completion.priority}; this key may ask for at most {caller.max_priority}"
+            raise invalid([Violation("completion.priority", problem)])
         wait = self._router.wait(completion.priority)
         self._admission.patience(wait, left)
         request = to_request(completion, self._limits, self._tokenizer, CURRENT.get().request_id)

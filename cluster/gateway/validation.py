@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable
 
 from cluster.gateway.errors import Violation, invalid
+from cluster.gateway.keys import MAX_PRIORITY
 from grok.serving.v1 import generation_pb2
 from workers.engine.plan import ALTERNATIVES, Sampling
 from workers.engine.request import Request
@@ -26,7 +27,6 @@ MAX_BIAS = 100.0
 MAX_REPETITION_PENALTY = 10.0
 MAX_PENALTY = 2.0
 MAX_COMPLETIONS = 16
-MAX_PRIORITY = 10
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,11 +59,11 @@ def test_a_key_may_have_scopes_and_limits(tmp_path: pathlib.Path) -> None:
     digest = line.split()[1]
     path = tmp_path / "keys.yaml"
     path.write_text(
-        f"alice: {{sha256: {digest}, scopes: [generate, admin], max_requests: 4, tokens_per_minute: 6000}}\n"
+        f"alice: {{sha256: {digest}, scopes: [generate, admin], max_requests: 4, tokens_per_minute: 6000, max_priority: 3}}\n"
     )
     keys = Keys.load(path)
     assert keys is not None
-    caller = Caller("alice", ("generate", "admin"), max_requests=4, tokens_per_minute=6000)
+    caller = Caller("alice", ("generate", "admin"), max_requests=4, tokens_per_minute=6000, max_priority=3)
     assert keys.caller((("authorization", f"Bearer {key}"),)) == caller
 
 
@@ -73,6 +73,7 @@ def test_a_key_may_have_scopes_and_limits(tmp_path: pathlib.Path) -> None:
         ("scopes: [root]", "scopes must be a list of generate and admin"),
         ("scopes: generate", "scopes must be a list of generate and admin"),
         ("max_requests: 0", "max_requests=0 must be a whole number of at least 1"),
+        ("max_priority: 11", "max_priority=11 must be a whole number from -10 to 10"),
         ("tokens_per_minute: 1.5", "tokens_per_minute=1.5 must be a whole number of at least 1"),
         ("max_request: 3", "max_request is unknown; use sha256, scopes, max_requests, tokens_per_minute"),
     ],

@@ -164,6 +164,14 @@ def test_usage_is_counted_by_key_and_strangers_are_refused(stage: Stage) -> None
         assert error.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
+def test_a_key_goes_before_no_others_unless_it_may(stage: Stage) -> None:
+    with Client(stage.service.address, api_key=stage.keys["bob"]) as client, pytest.raises(grpc.RpcError) as raised:
+        client.complete(PROMPT, max_tokens=1, priority=1)
+    error: Any = raised.value
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "this key may ask for at most 0" in error.details()
+
+
 def test_a_trace_goes_through_queue_prefill_and_decode(stage: Stage) -> None:
     trace_id, parent_id = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
     metadata = (

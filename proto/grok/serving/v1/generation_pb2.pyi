@@ -252,7 +252,9 @@ class Completion(_message.Message):
     next one, and so on. 0 is 1.
     """
     priority: _builtins.int
-    """From -10 to 10. Requests of a higher priority get a place before those that wait with a lower one."""
+    """From -10 to 10, or to what the API key may ask for. Requests of a higher priority get a place before those that wait with a
+    lower one.
+    """
     @_builtins.property
     def tokens(self) -> Global___TokenIds:
         """As tokens."""
