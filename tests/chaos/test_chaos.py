@@ -51,11 +51,11 @@ def test_lost_processes_change_nothing_that_a_client_sees(tmp_path: pathlib.Path
         pytest.skip("hosts with network and processes of their own suffer these faults too")
     mesh = {"hosts": 2, "devices_per_host": 1, "data": 1, "model": 2}
     with running(tmp_path, mesh=mesh) as service:
-        _run(service, service.address, process_faults(service), 4)
+        _run(service, service.address, process_faults(service), 3)
 
 
 def test_lost_hosts_change_nothing_that_a_client_sees(tmp_path: pathlib.Path) -> None:
     if not namespaces.possible():
         pytest.skip("needs root to make namespaces")
     with namespaces.cluster(tmp_path) as cluster:
-        _run(cluster, cluster.address, {**process_faults(cluster), **host_faults(cluster)}, FAULTS or 6)
+        _run(cluster, cluster.address, {**process_faults(cluster), **host_faults(cluster)}, FAULTS or 4)
