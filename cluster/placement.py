@@ -8,7 +8,12 @@ from typing import Any, TypeVar
 
 import ray
 import ray.exceptions
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterSection
@@ -135,6 +140,11 @@ class Placement:
             renewed.remove()
             raise
         return renewed
+
+    def nodes(self) -> list[str]:
+        """The ids of the Ray nodes, in rank order. Asks Ray."""
+        table: dict[int, str] = placement_group_table(self.group)["bundles_to_node_id"]
+        return [table[rank] for rank in range(self._mesh.hosts)]
 
     async def silent(self) -> list[int]:
         """The ranks of the workers that don't answer."""

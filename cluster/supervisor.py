@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import math
 import secrets
 from collections.abc import Awaitable, Callable
 
@@ -62,9 +61,9 @@ class Replica:
         self.last_failure = ""
         self._suspects = suspects
         self._placement: Placement | None = None
-        self._ready_at = math.inf
         self._serving = asyncio.Event()
         self._restart = asyncio.Event()
+        self._restarting = False
         self._config = config
         self._router = router
         self._on_progress = on_progress
@@ -86,19 +85,27 @@ class Replica:
         Raises:
           NotReadyError: the replica does not serve, or fails meanwhile.
         """
-        if self.state != cluster_pb2.REPLICA_STATE_READY or self._restart.is_set():
+        if self.state != cluster_pb2.REPLICA_STATE_READY or self._restarting:
             raise NotReadyError(f"replica {self.index} does not serve")
+        self._restarting = True
+        try:
+            return await self._replace()
+        finally:
+            self._restarting = False
+
+    async def _replace(self) -> int:
         before, loop = self.epoch, asyncio.get_running_loop()
         self._router.drain(self.index, returns=True)
         deadline = loop.time() + self._config.gateway.drain_seconds
         while self._router.busy(self.index) and loop.time() < deadline:
             await asyncio.sleep(POLL_SECONDS)
-        self._restart.set()
-        while self.epoch <= before + 1:
-            if self.epoch > before and self.state == cluster_pb2.REPLICA_STATE_READY:
-                return self.epoch
-            await asyncio.sleep(POLL_SECONDS)
-        raise NotReadyError(f"replica {self.index} failed while it was built again: {self.last_failure}")
+        if (self.epoch, self.state) == (before, cluster_pb2.REPLICA_STATE_READY):
+            self._restart.set()
+            while self.epoch <= before + 1 and self.state != cluster_pb2.REPLICA_STATE_DRAINING:
+                if self.epoch > before and self.state == cluster_pb2.REPLICA_STATE_READY:
+                    return self.epoch
+                await asyncio.sleep(POLL_SECONDS)
+        raise NotReadyError(f"replica {self.index} failed, or was to end, meanwhile: {self.last_failure}")
 
     async def run(self) -> None:
         """Keeps the replica alive until cancelled, or until it is lost while it drains."""
@@ -118,7 +125,7 @@ class Replica:
     async def _live(self) -> str | None:
         """Runs an epoch to its end; returns why it failed, None if it was told to end."""
         self._restart.clear()
-        self._ready_at, self._serving = math.inf, asyncio.Event()
+        self._serving = asyncio.Event()
         try:
             await self._epoch(await self._place())
         except (ray.exceptions.RayError, OSError) as error:
@@ -133,7 +140,7 @@ class Replica:
         self.epoch += 1
         metrics.EPOCH.labels(str(self.index)).set(self.epoch)
         metrics.REBUILDS.labels(str(self.index)).inc(0)
-        metrics.FAILURES.labels(str(self.index)).set(self.failures)
+        self._count_failures(self.failures)
         nodes = {view.endpoint.node for view in self.hosts}
         self.hosts = []
         self._enter(cluster_pb2.REPLICA_STATE_PLACING)
@@ -151,23 +158,30 @@ class Replica:
 
     async def _fail(self) -> None:
         """Notes a failure and whose it was, and waits as long as its being one of a row demands."""
-        now = asyncio.get_running_loop().time()
-        healthy = now - self._ready_at > HEALTHY_SECONDS
-        self.failures = 1 if healthy else self.failures + 1
+        self._count_failures(self.failures + 1)
         given_up = self.failures >= GIVE_UP_FAILURES
         self._enter(cluster_pb2.REPLICA_STATE_GIVEN_UP if given_up else cluster_pb2.REPLICA_STATE_FAILED)
         _LOG.error("replica %d: epoch %d ended: %s", self.index, self.epoch, self.last_failure, extra=self.log_fields)
         metrics.REBUILDS.labels(str(self.index)).inc()
-        metrics.FAILURES.labels(str(self.index)).set(self.failures)
-        silent = await self._placement.silent() if self._placement is not None else []
-        for view in [self.hosts[rank] for rank in silent if rank < len(self.hosts)]:
-            self._suspects.lost(view.endpoint.node, now)
-            metrics.HOST_LOSSES.labels(view.endpoint.address).inc()
+        if self._placement is not None:
+            await self._blame(self._placement)
         if given_up:
             self._router.forget(self.index)
         await asyncio.sleep(
             GIVEN_UP_SECONDS if given_up else BACKOFF_SECONDS[min(self.failures, len(BACKOFF_SECONDS)) - 1]
         )
+
+    async def _blame(self, placement: Placement) -> None:
+        """Notes the hosts whose workers do not answer."""
+        silent, now = await placement.silent(), asyncio.get_running_loop().time()
+        for rank in silent:
+            if rank < len(self.hosts):
+                self._suspects.lost(self.hosts[rank].endpoint.node, now)
+                metrics.HOST_LOSSES.labels(self.hosts[rank].endpoint.address).inc()
+        if silent and not self.hosts:  # they never said who they are
+            nodes = await asyncio.to_thread(placement.nodes)
+            for rank in silent:
+                self._suspects.lost(nodes[rank], now)
 
     async def _epoch(self, placement: Placement) -> None:
         """Runs one epoch to its end. Raises RayError or OSError when it fails."""
@@ -239,9 +253,18 @@ class Replica:
         return {"replica": self.index, "epoch": self.epoch}
 
     def _ready(self) -> None:
-        self._ready_at = asyncio.get_running_loop().time()
         self._serving.set()
         self._enter(cluster_pb2.REPLICA_STATE_READY)
+        asyncio.get_running_loop().call_later(HEALTHY_SECONDS, self._recover, self.epoch)
+
+    def _recover(self, epoch: int) -> None:
+        """Forgets failures when an epoch has served long enough."""
+        if (self.epoch, self.state) == (epoch, cluster_pb2.REPLICA_STATE_READY):
+            self._count_failures(0)
+
+    def _count_failures(self, failures: int) -> None:
+        self.failures = failures
+        metrics.FAILURES.labels(str(self.index)).set(failures)
 
     def _enter(self, state: cluster_pb2.ReplicaState.ValueType) -> None:
         self.state = state

@@ -54,12 +54,12 @@ class Host:
 
     def prepare(self, model: ModelSpec, mesh: MeshSpec, engine: EngineSpec, environment: dict[str, str]) -> None:
         """Stands by: does all that can be done before a place is free. `environment` is that of the worker that has it."""
-        from workers.preparation import Preparation
-
-        for name in _ACCELERATORS:
-            os.environ.pop(name, None)
-        os.environ.update(environment)
         with self._preparing:
+            for name in _ACCELERATORS:
+                os.environ.pop(name, None)
+            os.environ.update(environment)
+            from workers.preparation import Preparation
+
             self._preparation = Preparation(model, mesh, engine)
             self._preparation.trace()
 

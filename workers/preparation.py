@@ -41,7 +41,7 @@ class Preparation:
 
     def adopt(self, kernels: Kernels) -> None:
         """Uses these kernels, if they are others than this host would choose."""
-        if kernels is not self.kernels:
+        if kernels.name != self.kernels.name:
             self.kernels = kernels
             self._draw()
 

@@ -86,7 +86,10 @@ class Admission:
             self._bucket(caller, caller.tokens_per_minute).take(tokens, self._clock())
 
     def _bucket(self, caller: Caller, per_minute: int) -> _Bucket:
-        return self._buckets.setdefault(caller.name, _Bucket(per_minute, self._clock()))
+        bucket = self._buckets.get(caller.name)
+        if bucket is None or bucket.per_minute != per_minute:  # the file of keys may have changed
+            bucket = self._buckets[caller.name] = _Bucket(per_minute, self._clock())
+        return bucket
 
     def _change(self, caller: Caller, by: int) -> None:
         self.in_flight += by
@@ -102,6 +105,7 @@ class _Bucket:
     """
 
     def __init__(self, per_minute: int, now: float) -> None:
+        self.per_minute = per_minute
         self._rate = per_minute / 60
         self._most = self._level = float(per_minute)
         self._filled = now

@@ -93,7 +93,7 @@ class Keys:
 def _read(path: pathlib.Path) -> dict[str, Caller]:
     try:
         entries = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise KeysError(f"{path}: {error}") from error
     if not isinstance(entries, dict) or not entries:
         raise KeysError(f"{path}: must hold lines of `name: SHA-256 of the key`; grokmesh key makes them")
@@ -111,7 +111,7 @@ def _read(path: pathlib.Path) -> dict[str, Caller]:
 
 def _caller(where: str, name: str, fields: dict[str, Any]) -> Caller:
     scopes = fields.pop("scopes", ["generate"])
-    if not isinstance(scopes, list) or not scopes or not set(scopes) <= set(SCOPES):
+    if not isinstance(scopes, list) or not scopes or not all(scope in SCOPES for scope in scopes):
         raise KeysError(f"{where}: scopes must be a list of {' and '.join(SCOPES)}")
     limits = {limit: fields.pop(limit, None) for limit in ("max_requests", "tokens_per_minute")}
     for limit, value in limits.items():

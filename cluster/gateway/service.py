@@ -194,6 +194,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             call.details["completion"] = self._tokenizer.decode([token.id for token in session.tokens])
         if session.first_token is None:
             return
+        if session.timing is not None and session.arrivals is not None and not session.moved:
+            # As tokens came, not as the client took them.
+            seconds = session.arrivals[1] - session.arrivals[0] + session.timing.prefill
+            drawn = session.drawn - len(session.request.resumed)
+            self._router.forecast.learn(session.request, drawn, seconds, whole=session.finish is not None)
         to_first = session.first_token - call.began
         self._latency.add(to_first)
         metrics.TIME_TO_FIRST_TOKEN.labels(*labels).observe(to_first)
@@ -202,7 +207,6 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         call.details["time_to_first_token"] = round(to_first, 4)
         if session.timing is not None:
             slot = session.first_token - session.timing.prefill
-            self._router.forecast.learn(session.request, count, ended - slot, whole=session.finish is not None)
             traces.child(self._tracer, call.span, "queue", slot - session.timing.queue, slot)
             traces.child(self._tracer, call.span, "prefill", slot, session.first_token)
             traces.child(self._tracer, call.span, "decode", session.first_token, ended)

@@ -37,6 +37,9 @@ class Session:
         self.replica, self.epoch = 0, 0
         #: Replicas that were lost with it since its last token.
         self.losses = 0
+        #: Whether it was ever resumed, and when its first and last tokens came, from leaders.
+        self.moved = False
+        self.arrivals: tuple[float, float] | None = None
         self._kept = 0
         self._received: list[int] = []
         self._stop = StopMatcher(stops)
@@ -54,6 +57,7 @@ class Session:
 
     def lose(self) -> None:
         """Notes that its replica is lost."""
+        self.moved = True
         self.losses = self.losses + 1 if len(self._received) == self._kept else 1
         self._kept = len(self._received)
 
@@ -65,6 +69,8 @@ class Session:
         """Hands over what a leader sent for this session, or the error that ends it."""
         if isinstance(event, TokenEvent):
             self._received.append(event.token.id)
+            now = time.monotonic()
+            self.arrivals = (self.arrivals[0] if self.arrivals else now, now)
         self._arrived.put_nowait(event)
 
     async def next_deltas(self) -> list[Delta]:

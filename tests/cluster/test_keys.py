@@ -73,6 +73,7 @@ def test_a_key_may_have_scopes_and_limits(tmp_path: pathlib.Path) -> None:
         ("scopes: [root]", "scopes must be a list of generate and admin"),
         ("scopes: generate", "scopes must be a list of generate and admin"),
         ("max_requests: 0", "max_requests=0 must be a whole number of at least 1"),
+        ("scopes: [[admin]]", "scopes must be a list of generate and admin"),
         ("max_priority: 11", "max_priority=11 must be a whole number from -10 to 10"),
         ("tokens_per_minute: 1.5", "tokens_per_minute=1.5 must be a whole number of at least 1"),
         ("max_request: 3", "max_request is unknown; use sha256, scopes, max_requests, tokens_per_minute"),

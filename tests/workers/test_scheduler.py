@@ -199,10 +199,17 @@ class ExactSchedulerMachine(SchedulerMachine):
         self.scheduler.prompt_budget = budget
 
 
+class FarSchedulerMachine(ExactSchedulerMachine):
+    """More steps a plan than a draft has tokens."""
+
+    steps = 5
+
+
 TestScheduler = SchedulerMachine.TestCase
+TestFarScheduler = FarSchedulerMachine.TestCase
 TestExactScheduler = ExactSchedulerMachine.TestCase
-TestScheduler.settings = TestExactScheduler.settings = settings(
-    max_examples=OPERATIONS // 120, stateful_step_count=60, deadline=None
+TestScheduler.settings = TestExactScheduler.settings = TestFarScheduler.settings = settings(
+    max_examples=OPERATIONS // 180, stateful_step_count=60, deadline=None
 )
 
 

@@ -113,6 +113,8 @@ class Scheduler:
         self._running: dict[str, _Sequence] = {}
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         self._next_number = 1
+        # Whether so few run that guesses are computed. Fixed while a plan is made, as who waits for tokens is given no pages.
+        self._few = True
         self._anything = b"\xff" * (4 * -(-vocab_size // 32))
         self.prompt_budget = shape.chunk
         self.counts = Counts()
@@ -180,7 +182,8 @@ class Scheduler:
 
     def plan(self) -> Plan | None:
         """The next step, or None when there is nothing to compute before tokens come back."""
-        growths = tuple(self._grow())
+        self._few = len(self._running) <= MAX_DRAFT_ROWS // (1 + MAX_DRAFT)
+        growths = self._grow()
         admissions = self._admit()
         others_decode = any(sequence.prompt_done for sequence in self._running.values())
         calls = list(self._prefill(self.prompt_budget if others_decode else self._shape.chunk))
@@ -270,8 +273,9 @@ class Scheduler:
             places[request.owner] += 1
         return tuple(admissions)
 
-    def _grow(self) -> Iterator[Growth]:
+    def _grow(self) -> tuple[Growth, ...]:
         """Gives each sequence that may decode next the pages that it will write to, the oldest first."""
+        grown: list[tuple[_Sequence, Growth]] = []
         for sequence in list(self._running.values()):
             while not sequence.done and sequence.prompt_done and sequence.left > 0 and not self._awaited(sequence):
                 request, pool = sequence.request, self._pools[self._shape.group_of(sequence.slot)]
@@ -281,9 +285,10 @@ class Scheduler:
                 if missing <= 0:
                     break
                 if missing <= pool.free:
-                    yield Growth(sequence.slot, owned, pool.grow(request.id, missing))
+                    grown.append((sequence, Growth(sequence.slot, owned, pool.grow(request.id, missing))))
                     break
                 self._preempt(self._shape.group_of(sequence.slot))
+        return tuple(growth for sequence, growth in grown if not sequence.done)
 
     def _preempt(self, group: int) -> None:
         """Takes slot and pages away from the sequence of a group that can best wait."""
@@ -401,23 +406,18 @@ class Scheduler:
             if sequence.drawn != len(sequence.tokens) or not sequence.tokens:
                 continue
             drafter = sequence.drafter
-            guesses = (
-                drafter.guesses(sequence.left - 1) if self._few() and drafter is not None and drafter.worth else ()
-            )
+            guesses = drafter.guesses(sequence.left - 1) if self._few and drafter is not None and drafter.worth else ()
             if not guesses and not sequence.moved:
                 continue
             sequence.drafting, sequence.moved = True, bool(guesses)
             position = len(sequence.request.prompt) + sequence.drawn - 1
             yield sequence, Draft(sequence.slot, position, (sequence.tokens[-1], *guesses))
 
-    def _few(self) -> bool:
-        return len(self._running) <= MAX_DRAFT_ROWS // (1 + MAX_DRAFT)
-
     def _needs_tokens(self, sequence: _Sequence) -> bool:
         """Whether a plan for a sequence needs all of its tokens."""
         drafter = sequence.drafter
         return (
-            sequence.constraint is not None or sequence.moved or (self._few() and drafter is not None and drafter.worth)
+            sequence.constraint is not None or sequence.moved or (self._few and drafter is not None and drafter.worth)
         )
 
     def _awaited(self, sequence: _Sequence) -> bool:
@@ -457,7 +457,7 @@ class Scheduler:
             return
         if sequence.drafter is not None:
             sequence.drafter.add(token)
-        elif self._few():
+        elif self._few:
             sequence.drafter = Drafter((*request.prompt, *sequence.tokens))
 
     def _release(self, sequence: _Sequence) -> None:
