@@ -81,6 +81,7 @@ bench: install ## the engine as shares of this machine's limits, plans to follow
 	$(BIN)/python -m tests.bench.decode_step --checkpoint build/bench/model --devices 2
 
 overload: install ## ten times the load that the service can carry, idle connections, clients that do not read; memory over a million tokens
+	$(BIN)/python -m tests.bench.overload --step 0.02
 	$(BIN)/python -m tests.bench.overload
 	$(BIN)/python -m tests.bench.soak
 

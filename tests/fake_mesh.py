@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -18,10 +19,11 @@ from workers.runtime.profiler import Profiler
 
 
 class FakeRuntime:
-    """Draws token 5 for everything, at once."""
+    """Draws token 5 for everything, at once or as often as steps take `seconds`."""
 
-    def __init__(self, shape: EngineShape) -> None:
+    def __init__(self, shape: EngineShape, seconds: float = 0.0) -> None:
         self.shape = shape
+        self._seconds = seconds
         self.config = GrokConfig(num_layers=2)
 
     def execute(self, plan: Plan) -> Any:
@@ -30,6 +32,7 @@ class FakeRuntime:
 
     def read(self, pending: Any) -> StepTokens:
         """Its tokens."""
+        time.sleep(self._seconds)
         plan: Plan = pending.plan
         token = Token(5, -1.0, ())
         last = [chunk for chunks in plan.prefills for chunk in chunks if chunk.last]
@@ -50,10 +53,10 @@ def _no_grammars() -> Grammars:
 
 
 @contextlib.contextmanager
-def leading(shape: EngineShape, vocab_size: int, max_waiting: int) -> Iterator[str]:
-    """The address of a leader of epoch 1, whose secret is b"s", that serves while the block runs."""
+def leading(shape: EngineShape, vocab_size: int, max_waiting: int, seconds: float = 0.0) -> Iterator[str]:
+    """The address of a leader of epoch 1, whose secret is b"s", that serves while the block runs; steps take `seconds`."""
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
-    runtime: Any = FakeRuntime(shape)
+    runtime: Any = FakeRuntime(shape, seconds)
     server = LeaderServer(address, epoch=1, secret=b"s")
     scheduler = Scheduler(shape, vocab_size, max_waiting)
     leader = Leader(runtime, scheduler, server, 1, lambda: 0, Profiler(), _no_grammars, prefill_slowdown=2.0)

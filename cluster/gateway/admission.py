@@ -13,7 +13,7 @@ from cluster.gateway.keys import ANONYMOUS, Caller
 from cluster.telemetry import metrics
 
 #: A deadline must leave so many times the time that is forecast.
-MARGIN = 1.3
+MARGIN = 1.5
 
 
 class Admission:

@@ -136,7 +136,8 @@ class _Outcome:
         metrics.REQUESTS.labels(call.method, code).inc()
         if code == "RESOURCE_EXHAUSTED":
             metrics.REJECTION_SECONDS.observe(seconds)
-        level = logging.INFO if call.method in _WORK else logging.DEBUG
+        # Of a flood that is turned away metrics tell.
+        level = logging.INFO if call.method in _WORK and code != "RESOURCE_EXHAUSTED" else logging.DEBUG
         fields = {**call.log_fields(), "method": call.method, "code": code, "seconds": round(seconds, 4)}
         _LOG.log(level, "%s %s in %.3f s", call.method, code, seconds, extra=fields)
         span = call.span

@@ -25,6 +25,8 @@ _LENGTH = struct.Struct(">I")
 CONNECT_SECONDS = 30.0
 #: Seconds until a session is sent again that a replica could not take, as it had too many.
 REFUSED_SECONDS = 0.5
+#: Seconds that a forecast wait counts, unless a session is started.
+WAIT_SECONDS = 0.02
 #: Replicas that a session may lose in a row without a token. Else one that breaks them would break all, for ever.
 MOST_LOSSES = 5
 
@@ -163,6 +165,7 @@ class Router:
         self._lost: set[int] = set()
         self._waiting: dict[str, tuple[Session, asyncio.TimerHandle]] = {}
         self._on_change = on_change
+        self._waits: dict[int, tuple[float, float]] = {}
         #: What requests take, as it turns out.
         self.forecast = Forecast()
 
@@ -235,7 +238,16 @@ class Router:
                 self._send(session)
 
     def wait(self, priority: int) -> float:
-        """Seconds that a request of a priority would likely wait for a slot."""
+        """Seconds that a request of a priority would likely wait for a slot. Not worked out anew for each of those that are
+        turned away one after the other."""
+        now = asyncio.get_running_loop().time()
+        seconds, until = self._waits.get(priority, (0.0, 0.0))
+        if now > until:
+            seconds = self._wait_now(priority)
+            self._waits[priority] = seconds, now + WAIT_SECONDS
+        return seconds
+
+    def _wait_now(self, priority: int) -> float:
         links = [link for link in self._links.values() if not link.draining]
         if not links:
             return 0.0
@@ -249,6 +261,7 @@ class Router:
 
     def start(self, session: Session) -> None:
         """Sends a session to the least busy replica. Raises GatewayError (UNAVAILABLE) when there is none to wait for."""
+        self._waits.clear()
         if not self._place(session):
             metrics.REJECTIONS.labels("no_replica").inc()
             raise unavailable("no replica is ready", retry_seconds=2.0)

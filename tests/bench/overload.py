@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import os
 import pathlib
 import random
 import resource
@@ -21,7 +22,10 @@ import grpc.aio
 
 from cluster.client import completion_request
 from grok.serving.v1 import generation_pb2, generation_pb2_grpc
-from tests.cluster.service import Service, read_metrics, running
+from tests.bench.memory import resident
+from tests.bench.soak import serving
+from tests.bench.stream import cpu_seconds
+from tests.cluster.service import running
 
 TOKENS = 64
 CLIENTS = 32
@@ -39,13 +43,15 @@ class Counts:
     rejected: int = 0
     late: int = 0
     failed: int = 0
+    rejections: list[float] = dataclasses.field(default_factory=list)
 
-    def add(self, code: grpc.StatusCode | None) -> None:
-        """Counts one by its status code, None for OK."""
+    def add(self, code: grpc.StatusCode | None, seconds: float) -> None:
+        """Counts one by its status code, None for OK, and the time that it took."""
         if code is None:
             self.completed += 1
         elif code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             self.rejected += 1
+            self.rejections.append(seconds)
         elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
             self.late += 1
         else:
@@ -62,12 +68,13 @@ class Client:
     async def one(self, seed: int, counts: Counts, timeout: float | None = None) -> None:
         """One completion, read to its end."""
         completion = completion_request("And it came to pass", max_tokens=TOKENS, seed=seed, ignore_eos=True)
+        began = time.monotonic()
         try:
             async for _ in self._stub.Generate(generation_pb2.GenerateRequest(completion=completion), timeout=timeout):
                 pass
-            counts.add(None)
+            counts.add(None, 0.0)
         except grpc.aio.AioRpcError as error:
-            counts.add(error.code())
+            counts.add(error.code(), time.monotonic() - began)
 
     async def long(self, read: bool) -> None:
         """A long completion, of which only the first part is read or all of it."""
@@ -76,7 +83,7 @@ class Client:
         await call.read()
         try:
             if read:
-                async for _ in call:
+                while await call.read() is not grpc.aio.EOF:
                     pass
             else:
                 await asyncio.Event().wait()
@@ -133,39 +140,27 @@ async def idle_connections(address: str, count: int) -> AsyncIterator[None]:
             writer.close()
 
 
-def resident(pid: int) -> float:
-    """MiB of memory that a process has."""
-    for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) / 1024
-    raise ProcessLookupError(pid)
-
-
-def rejected_within(metrics: dict[str, float], seconds: str) -> float:
-    """The share of rejections that took no longer."""
-    name = "grokmesh_gateway_rejection_seconds"
-    return metrics[f'{name}_bucket{{le="{seconds}"}}'] / max(metrics[f"{name}_count"], 1.0)
-
-
-async def measure(service: Service, seconds: float) -> None:
-    """Prints the table."""
-    address, gateway = service.address, service.process.pid
+async def measure(address: str, gateway: int, seconds: float) -> None:
+    """Prints the table of a service whose gateway is the process `gateway`."""
     await closed_loop(address, seconds / 3)  # warms up and teaches the forecast
     peak = await closed_loop(address, seconds)
     print(f"peak                     {peak:7.1f} completions/s of {TOKENS} tokens, {CLIENTS} clients in turn")
     before = resident(gateway)
     await open_loop(address, 10 * peak, seconds / 3)
     first = resident(gateway)
+    cpu = [cpu_seconds(pid) for pid in (gateway, os.getpid())]
     counts, took = await open_loop(address, 10 * peak, seconds)
+    shares = [(cpu_seconds(pid) - before) / took for pid, before in zip((gateway, os.getpid()), cpu, strict=True)]
     after = resident(gateway)
     good = counts.completed / took
     late = counts.late / max(counts.completed + counts.late, 1)
-    within = rejected_within(read_metrics(service.status().metrics_url), "0.02")
     print(f"offered                  {10 * peak:7.1f} /s with a deadline of {DEADLINE:g} s")
     print(f"goodput                  {good:7.1f} /s, {good / peak:.0%} of peak")
+    print(f"cores                    {shares[0]:.2f} gateway, {shares[1]:.2f} this load, of {os.cpu_count()}")
     print(f"late of admitted         {late:7.2%} ({counts.late} of {counts.completed + counts.late})")
+    slow = sorted(counts.rejections)[int(0.99 * len(counts.rejections))]
     print(
-        f"rejected                 {counts.rejected:7d}, {within:.2%} of them within 20 ms; other errors {counts.failed}"
+        f"rejected                 {counts.rejected:7d}, p99 {slow * 1e3:.1f} ms as the client sees it; {counts.failed} errors"
     )
     print(f"memory of the gateway    {before:7.0f} MiB before, {first:.0f} after a third, {after:.0f} at the end")
     async with idle_connections(address, IDLE):
@@ -190,12 +185,19 @@ def main() -> None:
     """Measures on a service of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=30.0, help="of each measurement")
+    parser.add_argument(
+        "--step", type=float, help="of a mesh that computes nothing, in seconds; else the demo on this CPU"
+    )
     arguments = parser.parse_args()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 8192), hard), hard))
+    if arguments.step is not None:
+        with serving(arguments.step) as (address, pid):
+            asyncio.run(measure(address, pid, arguments.seconds))
+        return
     mesh = {"hosts": 1, "devices_per_host": 1, "data": 1, "model": 1}
     with tempfile.TemporaryDirectory() as folder, running(pathlib.Path(folder), mesh=mesh) as service:
-        asyncio.run(measure(service, arguments.seconds))
+        asyncio.run(measure(service.address, service.process.pid, arguments.seconds))
 
 
 if __name__ == "__main__":

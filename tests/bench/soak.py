@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import multiprocessing
 import random
 import time
 import unittest.mock
+from collections.abc import Iterator
 from typing import Any
 
 from opentelemetry import trace
@@ -21,7 +23,7 @@ from cluster.gateway.latency import RecentLatency
 from cluster.gateway.router import LeaderAddress, Router
 from cluster.gateway.server import Gateway
 from cluster.gateway.validation import Limits
-from tests.bench.overload import resident
+from tests.bench.memory import resident
 from tests.conftest import DEMO
 from tests.fake_mesh import leading
 from workers.engine.plan import EngineShape
@@ -34,7 +36,7 @@ SHAPE = EngineShape(slots=16, groups=1, pages=257, page_size=16, chunk=64, conte
 CLIENTS = 24
 
 
-async def _serve(address: str) -> None:
+async def _serve(address: str, seconds: float) -> None:
     model, tokenizer = GrokConfig.load(DEMO / "config.json"), Tokenizer(DEMO / "tokenizer.model")
     limits = Limits(model, SHAPE.context, Grammars(tokenizer, model.vocab_size, model.eos_token))
     config = Config(ModelSection("demo", DEMO), gateway=GatewaySection(address))
@@ -42,12 +44,25 @@ async def _serve(address: str) -> None:
     status: Any = unittest.mock.Mock()  # nobody asks for it
     gateway = Gateway(config, None, limits, tokenizer, router, RecentLatency(), status, trace.NoOpTracer())
     await gateway.start()
-    with leading(SHAPE, model.vocab_size, 512) as leader:
+    with leading(SHAPE, model.vocab_size, 512, seconds) as leader:
         await router.serve(LeaderAddress(0, 1, leader, b"s"), lambda: None)
 
 
-def _run(address: str) -> None:
-    asyncio.run(_serve(address))
+def _run(address: str, seconds: float) -> None:
+    asyncio.run(_serve(address, seconds))
+
+
+@contextlib.contextmanager
+def serving(seconds: float = 0.0) -> Iterator[tuple[str, int]]:
+    """Address and process of gateway and leader on a mesh that computes nothing in steps of `seconds`, for the block."""
+    address = f"127.0.0.1:{free_port('127.0.0.1')}"
+    process = multiprocessing.get_context("spawn").Process(target=_run, args=(address, seconds), daemon=True)
+    process.start()
+    assert process.pid is not None
+    try:
+        yield address, process.pid
+    finally:
+        process.kill()
 
 
 async def _generate(address: str, tokens: int, pid: int) -> list[tuple[int, float]]:
@@ -81,13 +96,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=1_000_000, help="to draw (default: %(default)s)")
     arguments = parser.parse_args()
-    address = f"127.0.0.1:{free_port('127.0.0.1')}"
-    process = multiprocessing.get_context("spawn").Process(target=_run, args=(address,), daemon=True)
-    process.start()
-    assert process.pid is not None
     began = time.monotonic()
-    samples = asyncio.run(_generate(address, arguments.tokens, process.pid))
-    process.kill()
+    with serving() as (address, pid):
+        samples = asyncio.run(_generate(address, arguments.tokens, pid))
     for drawn, memory in samples:
         print(f"{drawn:>9} tokens  {memory:7.1f} MiB")
     (first, low), (last, high) = samples[len(samples) // 3], samples[-1]

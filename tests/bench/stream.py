@@ -24,7 +24,8 @@ STREAMS, TOKENS = 16, 200
 _SERVICE, _METHOD = "bench.Stream", "Run"
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process has taken."""
     fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -79,9 +80,9 @@ def main() -> None:
         asyncio.run(_read_gateway(service.address))
         rounds = []
         for _ in range(3):
-            before = _cpu_seconds(service.process.pid)
+            before = cpu_seconds(service.process.pid)
             count = asyncio.run(_read_gateway(service.address))
-            rounds.append((_cpu_seconds(service.process.pid) - before) / count)
+            rounds.append((cpu_seconds(service.process.pid) - before) / count)
     port = free_port("127.0.0.1")
     process = multiprocessing.get_context("spawn").Process(target=_serve_bare, args=(port,), daemon=True)
     process.start()
@@ -89,9 +90,9 @@ def main() -> None:
     asyncio.run(_read_bare(port))
     bare = []
     for _ in range(3):
-        before = _cpu_seconds(process.pid)
+        before = cpu_seconds(process.pid)
         asyncio.run(_read_bare(port))
-        bare.append((_cpu_seconds(process.pid) - before) / (STREAMS * TOKENS))
+        bare.append((cpu_seconds(process.pid) - before) / (STREAMS * TOKENS))
     process.kill()
     ratio = min(rounds) / min(bare)
     print(f"gateway {min(rounds) * 1e6:.0f} us a message, bare grpc.aio {min(bare) * 1e6:.0f} us: {ratio:.2f} x")
