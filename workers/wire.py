@@ -148,8 +148,10 @@ def event_to_proto(event: TokenEvent) -> engine_pb2.TokenEvent:
 
 
 def event_from_proto(message: engine_pb2.TokenEvent) -> TokenEvent:
-    """From a message."""
+    """From a message. Raises ValueError if it is none that a leader sends."""
     token = message.token
+    if message.finish not in _FINISH_BACK:
+        raise ValueError(f"finish {message.finish} is unknown")
     top = tuple(zip(token.top_ids, token.top_logprobs, strict=True))
     timing = None
     if message.HasField("timing"):
