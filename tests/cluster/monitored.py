@@ -94,11 +94,10 @@ def monitored(folder: pathlib.Path) -> Iterator[Stage]:
     collector.start()
     keys = {}
     lines = []
-    for name in ("alice", "bob"):
+    # Eve's requests are turned away, but for the first.
+    for name, limits in (("alice", ", scopes: [generate, admin]"), ("bob", ""), ("eve", ", tokens_per_minute: 1")):
         keys[name], line = new_key(name)
-        if name == "alice":
-            line = f"alice: {{sha256: {line.split()[1]}, scopes: [generate, admin]}}"
-        lines.append(line)
+        lines.append(f"{name}: {{sha256: '{line.split()[1]}'{limits}}}")
     (folder / "keys.yaml").write_text("\n".join(lines))
     address, metrics = (f"127.0.0.1:{free_port('127.0.0.1')}" for _ in range(2))
     with contextlib.ExitStack() as stack:
@@ -148,7 +147,7 @@ def _prometheus(folder: pathlib.Path, targets: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _load(address: str, keys: dict[str, str]) -> Iterator[None]:
-    """Requests of both keys, and now and then one that is wrong, until the block ends."""
+    """Requests of all keys, and now and then one that is wrong, until the block ends."""
     stop = threading.Event()
 
     def work(name: str, seed: int) -> None:
@@ -160,6 +159,7 @@ def _load(address: str, keys: dict[str, str]) -> Iterator[None]:
                     list(client.generate(rng.choice(PROMPTS), max_tokens=rng.randint(2, 30)))
                 with contextlib.suppress(grpc.RpcError):
                     client.complete("", max_tokens=1)
+                time.sleep(0.1)
                 with contextlib.suppress(grpc.RpcError):
                     stranger.complete("who am I?", max_tokens=1)
 

@@ -156,7 +156,7 @@ def test_no_token_is_dropped_by_an_expert(stage: Stage) -> None:
 
 def test_usage_is_counted_by_key_and_strangers_are_refused(stage: Stage) -> None:
     used = stage.query('grokmesh_gateway_tokens_total{kind="completion"} > 0')
-    assert {series["metric"]["key"] for series in used} == {"alice", "bob"}
+    assert {series["metric"]["key"] for series in used} == {"alice", "bob", "eve"}
     for api_key in (None, "gm-wrong", ""):
         with Client(stage.service.address, api_key=api_key) as client, pytest.raises(grpc.RpcError) as raised:
             client.complete(PROMPT, max_tokens=1)
