@@ -79,8 +79,8 @@ class Placement:
         within AVOID_SECONDS."""
         group = None
         if avoided:
-            spares = await asyncio.to_thread(_spares, mesh, cluster, avoided)
-            group = await _reserve(group_options(mesh, cluster, avoided), AVOID_SECONDS) if spares else None
+            others = await asyncio.to_thread(spares_beside, mesh, cluster, avoided)
+            group = await _reserve(group_options(mesh, cluster, avoided), AVOID_SECONDS) if others else None
         group = group or await _reserve(group_options(mesh, cluster), None)
         assert group is not None
         resources = bundle(mesh, cluster.cpus_per_host)
@@ -199,7 +199,7 @@ async def _reserve(options: dict[str, Any], seconds: float | None) -> PlacementG
     return group
 
 
-def _spares(mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[str]) -> bool:
+def spares_beside(mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[str]) -> bool:
     """Whether a replica could lie on other nodes than those, were they free."""
     wanted = bundle(mesh, cluster.cpus_per_host)
     fit = [

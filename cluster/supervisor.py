@@ -12,7 +12,7 @@ import ray.exceptions
 
 from cluster.config import Config
 from cluster.gateway.router import LeaderAddress, Router
-from cluster.placement import SILENT_SECONDS, Placement, answer
+from cluster.placement import SILENT_SECONDS, Placement, answer, spares_beside
 from cluster.suspects import Suspects
 from cluster.telemetry import metrics
 from grok.serving.v1 import cluster_pb2
@@ -145,14 +145,16 @@ class Replica:
         self.hosts = []
         self._enter(cluster_pb2.REPLICA_STATE_PLACING)
         now = asyncio.get_running_loop().time()
+        config, failing = self._config, self._suspects.failing(now)
         if self._placement is not None:
-            if not nodes.isdisjoint(self._suspects.failing(now)):
+            if not nodes.isdisjoint(failing) and await asyncio.to_thread(
+                spares_beside, config.mesh_spec, config.cluster, failing
+            ):
                 self._placement.remove()
                 self._placement = None
             else:
                 self._placement = await self._placement.renew()
         if self._placement is None:
-            config = self._config
             self._placement = await Placement.create(config.mesh_spec, config.cluster, self._suspects.avoided(now))
         return self._placement
 

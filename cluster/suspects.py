@@ -7,7 +7,7 @@ import collections
 #: Seconds that a host is avoided after it lost a worker; twice as many after each further one that it loses meanwhile or within
 #: MEMORY_SECONDS, but never more than these.
 AVOIDED_SECONDS, MEMORY_SECONDS = 30.0, 600.0
-#: A host that loses so many workers within MEMORY_SECONDS is left even if it has a standby.
+#: A host that loses so many workers within MEMORY_SECONDS is left, if there are others, even if somebody stands by there.
 TOO_MANY = 3
 
 
