@@ -167,13 +167,9 @@ class Placement:
 async def answer(result: Awaitable[Answer], seconds: float, who: str) -> Answer:
     """What `who` answers. Raises TimeoutError after `seconds`, and whatever the call does."""
     try:
-        return await asyncio.wait_for(_awaited(result), seconds)
+        return await asyncio.wait_for(result, seconds)
     except TimeoutError:
         raise TimeoutError(f"{who} has not answered for {seconds:g} s") from None
-
-
-async def _awaited(result: Awaitable[Answer]) -> Answer:
-    return await result
 
 
 def _host(group: PlacementGroup, rank: int, **resources: Any) -> Any:

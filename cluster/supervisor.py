@@ -176,14 +176,14 @@ class Replica:
     async def _blame(self, placement: Placement) -> None:
         """Notes the hosts whose workers do not answer."""
         silent, now = await placement.silent(), asyncio.get_running_loop().time()
-        for rank in silent:
-            if rank < len(self.hosts):
-                self._suspects.lost(self.hosts[rank].endpoint.node, now)
-                metrics.HOST_LOSSES.labels(self.hosts[rank].endpoint.address).inc()
         if silent and not self.hosts:  # they never said who they are
             nodes = await asyncio.to_thread(placement.nodes)
             for rank in silent:
                 self._suspects.lost(nodes[rank], now)
+            return
+        for endpoint in [self.hosts[rank].endpoint for rank in silent]:
+            self._suspects.lost(endpoint.node, now)
+            metrics.HOST_LOSSES.labels(endpoint.address).inc()
 
     async def _epoch(self, placement: Placement) -> None:
         """Runs one epoch to its end. Raises RayError or OSError when it fails."""
@@ -198,10 +198,10 @@ class Replica:
         leader = LeaderAddress(self.index, self.epoch, assignments[0].leader, assignments[0].secret)
         # The first that ends decides: a mesh without one host is none.
         await _first(
-            *(_awaited(host.serve.remote()) for host in placement.hosts),
+            *(host.serve.remote() for host in placement.hosts),
             self._router.serve(leader, self._ready),
             self._stand_by(placement),
-            _awaited(self._restart.wait()),
+            self._restart.wait(),
         )
 
     async def _form(self, placement: Placement, assignments: list[Assignment]) -> None:
@@ -273,7 +273,7 @@ class Replica:
         self._on_progress(self)
 
 
-async def _first(*parts: Awaitable[None]) -> None:
+async def _first(*parts: Awaitable[object]) -> None:
     """Returns or raises as the first that ends does; the others are cancelled. Of several that end at once, the one with an
     error tells more."""
     tasks = [asyncio.ensure_future(part) for part in parts]
@@ -285,10 +285,6 @@ async def _first(*parts: Awaitable[None]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _awaited(result: Awaitable[object]) -> None:
-    await result
 
 
 def _summary(error: BaseException) -> str:

@@ -35,7 +35,6 @@ class Preparation:
         self._engine = engine
         self.checkpoint = open_checkpoint(pathlib.Path(model.checkpoint))
         self.dtype = _DTYPES[model.activations]
-        self.kv_dtype = _DTYPES[model.kv_cache or model.activations]
         self.kernels = choose_kernels(model, mesh, self.checkpoint)
         self._draw()
 
@@ -53,9 +52,10 @@ class Preparation:
     def _draw(self) -> None:
         model, mesh, config, kernels = self._model, self._mesh, self.checkpoint.config, self.kernels
         partition = Partition.create(config, abstract_mesh(mesh.data, mesh.model), mesh.rules, kernels)
-        self.shape = engine_shape(self._engine, config.sequence_len, partition.batch_groups, kernels.exact_rows)
+        shape = engine_shape(self._engine, config.sequence_len, partition.batch_groups, kernels.exact_rows)
         shapes = parameter_shapes(self.checkpoint, partition, weights=model.weights, dtype=self.dtype)
-        self.blueprint = Blueprint(config, self.shape, partition, shapes, self.dtype, self.kv_dtype)
+        kv_dtype = _DTYPES[model.kv_cache or model.activations]
+        self.blueprint = Blueprint(config, shape, partition, shapes, self.dtype, kv_dtype)
 
 
 def engine_shape(engine: EngineSpec, model_context: int, groups: int, exact_rows: bool) -> EngineShape:

@@ -248,10 +248,9 @@ class Router:
         return seconds
 
     def _wait_now(self, priority: int) -> float:
-        links = [link for link in self._links.values() if not link.draining]
-        if not links:
+        link = self._least_busy()
+        if link is None:
             return 0.0
-        link = min(links, key=_business)
         ahead = (
             Ahead(session.request, session.drawn)
             for session in link.sessions.values()
@@ -289,10 +288,15 @@ class Router:
         if not self._place(session):
             session.deliver(unavailable("the replica was lost, and there is no other"))
 
-    def _place(self, session: Session) -> bool:
+    def _least_busy(self) -> ReplicaLink | None:
+        """The replica that would get the next session; None if none takes any."""
         links = [link for link in self._links.values() if not link.draining]
-        if links:
-            min(links, key=_business).submit(session)
+        return min(links, key=lambda link: (len(link.sessions), link.leader.replica), default=None)
+
+    def _place(self, session: Session) -> bool:
+        link = self._least_busy()
+        if link is not None:
+            link.submit(session)
             return True
         if self._lost:
             self._wait(session, self._patience, self._give_up)
@@ -327,7 +331,3 @@ class Router:
     def _changed(self) -> None:
         metrics.REPLICAS_READY.set(self.ready)
         self._on_change(self.ready)
-
-
-def _business(link: ReplicaLink) -> tuple[int, int]:
-    return len(link.sessions), link.leader.replica

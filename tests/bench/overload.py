@@ -22,9 +22,8 @@ import grpc.aio
 
 from cluster.client import completion_request
 from grok.serving.v1 import generation_pb2, generation_pb2_grpc
-from tests.bench.memory import resident
+from tests.bench.processes import cpu_seconds, resident
 from tests.bench.soak import serving
-from tests.bench.stream import cpu_seconds
 from tests.cluster.service import running
 
 TOKENS = 64

@@ -23,7 +23,7 @@ from cluster.gateway.latency import RecentLatency
 from cluster.gateway.router import LeaderAddress, Router
 from cluster.gateway.server import Gateway
 from cluster.gateway.validation import Limits
-from tests.bench.memory import resident
+from tests.bench.processes import resident
 from tests.conftest import DEMO
 from tests.fake_mesh import leading
 from workers.engine.plan import EngineShape

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-import os
 import pathlib
 import tempfile
 from collections.abc import AsyncIterator
@@ -17,17 +16,12 @@ import grpc.aio
 
 from cluster.client import AsyncClient
 from grok.serving.v1 import generation_pb2
+from tests.bench.processes import cpu_seconds
 from tests.cluster.service import running
 from workers.link import free_port
 
 STREAMS, TOKENS = 16, 200
 _SERVICE, _METHOD = "bench.Stream", "Run"
-
-
-def cpu_seconds(pid: int) -> float:
-    """Processor time that a process has taken."""
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _serve_bare(port: int) -> None:

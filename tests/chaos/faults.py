@@ -93,9 +93,9 @@ def host_faults(cluster: Cluster) -> Mapping[str, tuple[int, Strike]]:
 
         return mend
 
-    strikes = {"Ray node ends": end_ray, "off": turn_off, "cut off": cut}
+    strikes = {"Ray node ends": end_ray, "host off": turn_off, "host cut off": cut}
     return {
-        f"{role}'s {'host ' if what != 'Ray node ends' else ''}{what}": (rank, strike)
+        f"{role}'s {what}": (rank, strike)
         for rank, role in enumerate(("leader", "follower"))
         for what, strike in strikes.items()
     }

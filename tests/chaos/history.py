@@ -42,6 +42,13 @@ class History:
     failed: list[str] = dataclasses.field(default_factory=list)
     longest_pause: float = 0.0
 
+    def check(self, least: int) -> None:
+        """Tells what clients saw; it must be right, without an error, and more than `least` streams."""
+        print(f"{self.completed} streams, {len(self.failed)} errors, longest pause {self.longest_pause:.1f} s")
+        assert not self.wrong, self.wrong
+        assert not self.failed, self.failed
+        assert self.completed > least
+
 
 def make_cases(client: Client, count: int, seed: int) -> list[Case]:
     """Requests of all kinds, answered once while nothing goes wrong."""

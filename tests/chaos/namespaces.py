@@ -42,7 +42,7 @@ _SIZES = (
 
 
 class Cluster:
-    """Ray on all hosts, `grokmesh serve` on the head."""
+    """Ray on all hosts, `grokmesh serve` on the front one."""
 
     def __init__(self, hosts: Hosts, folder: pathlib.Path) -> None:
         self.hosts = hosts
@@ -75,7 +75,7 @@ class Cluster:
             FRONT, "env", *ENVIRONMENT, "grokmesh", "serve", "--config", str(self._config), "--detach", "--timeout", "0"
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        wait_until(self._ready, 120, lambda: self.status() if self.answers() else "the gateway is silent")
+        wait_until(self._ready, 120)
 
     def lets_in(self, *environment: str) -> bool:
         """Whether Ray lets somebody in who has this environment."""
@@ -102,13 +102,6 @@ class Cluster:
         with Client(self.address) as client:
             return client.status(timeout=5)
 
-    def answers(self) -> bool:
-        """Whether there is a gateway."""
-        with contextlib.suppress(grpc.RpcError):
-            self.status()
-            return True
-        return False
-
     def heal(self) -> None:
         """Starts Ray again where it has ended by itself, as it does on a host that is too busy to answer the head."""
         for name in WORKERS:
@@ -124,7 +117,9 @@ class Cluster:
         self.hosts.execute(self.name_of(host.address), "kill", f"-{number}", str(host.pid))
 
     def _ready(self) -> bool:
-        return self.answers() and self.status().replicas[0].state == cluster_pb2.REPLICA_STATE_READY
+        with contextlib.suppress(grpc.RpcError):  # until there is a gateway
+            return self.status().replicas[0].state == cluster_pb2.REPLICA_STATE_READY
+        return False
 
     def _ray(self, name: str, *arguments: str, environment: tuple[str, ...] = ()) -> None:
         options = (*arguments, f"--node-ip-address={ADDRESSES[name]}", *_SIZES)

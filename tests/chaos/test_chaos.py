@@ -38,12 +38,8 @@ def _run(target: Target, address: str, faults: Mapping[str, tuple[int, Strike]],
             outcomes.append(inject(target, faults, load, name, phase, rng))
             print(f"{i + 1}: {outcomes[-1]}, {load.history.completed} streams", flush=True)
     finally:
-        print(table(outcomes))
-    history = load.stop()
-    print(f"{history.completed} streams, longest pause {history.longest_pause:.1f} s, {len(history.failed)} errors")
-    assert not history.wrong, history.wrong
-    assert not history.failed, history.failed
-    assert history.completed > count
+        print(table(outcomes), load.history, sep="\n")
+    load.stop().check(count)
 
 
 def test_lost_processes_change_nothing_that_a_client_sees(tmp_path: pathlib.Path) -> None:

@@ -122,13 +122,14 @@ class Scheduler:
     @property
     def load(self) -> Load:
         """How busy the engine is now."""
+        pages = (self._shape.pages - 1) * self._shape.groups
         return Load(
             running=len(self._running),
             waiting=len(self._waiting),
             pages_used=sum(pool.used for pool in self._pools),
-            pages_total=(self._shape.pages - 1) * self._shape.groups,
+            pages_total=pages,
             pages_cached=sum(pool.cached for pool in self._pools),
-            positions=(self._shape.pages - 1) * self._shape.groups * self._shape.page_size,
+            positions=pages * self._shape.page_size,
         )
 
     def submit(self, request: Request, constraint: Constraint | None = None) -> None:
@@ -278,7 +279,8 @@ class Scheduler:
         grown: list[tuple[_Sequence, Growth]] = []
         for sequence in list(self._running.values()):
             while not sequence.done and sequence.prompt_done and sequence.left > 0 and not self._awaited(sequence):
-                request, pool = sequence.request, self._pools[self._shape.group_of(sequence.slot)]
+                request, group = sequence.request, self._shape.group_of(sequence.slot)
+                pool = self._pools[group]
                 ahead = min(sequence.left, max(self._steps, 1 + MAX_DRAFT))
                 owned = pool.owned(request.id)
                 missing = self._shape.pages_for(len(request.prompt) + sequence.drawn - 1 + ahead) - owned
@@ -287,7 +289,7 @@ class Scheduler:
                 if missing <= pool.free:
                     grown.append((sequence, Growth(sequence.slot, owned, pool.grow(request.id, missing))))
                     break
-                self._preempt(self._shape.group_of(sequence.slot))
+                self._preempt(group)
         return tuple(growth for sequence, growth in grown if not sequence.done)
 
     def _preempt(self, group: int) -> None:

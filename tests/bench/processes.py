@@ -1,7 +1,8 @@
-"""What a process has of the machine."""
+"""What a process takes of the machine."""
 
 from __future__ import annotations
 
+import os
 import pathlib
 
 
@@ -11,3 +12,9 @@ def resident(pid: int) -> float:
         if line.startswith("VmRSS"):
             return int(line.split()[1]) / 1024
     raise ProcessLookupError(pid)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process has taken."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
