@@ -36,6 +36,8 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 #: Environment variable in which the `grokmesh` command looks for an API key.
 API_KEY_VARIABLE = "GROKMESH_API_KEY"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
+#: What gRPC says of calls whose channel was closed meanwhile.
+_CLOSED = "Channel closed"
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -415,7 +417,10 @@ def _part(response: generation_pb2.GenerateResponse | generation_pb2.GenerateOnc
 
 def _pause(error: Any, attempt: int) -> float | None:
     """Seconds to wait before another attempt after an RpcError; None if there is to be none."""
-    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+    # A gateway that has just stopped cancels calls that reach it before the client hears of it. Who closes a channel here
+    # asks no more.
+    gone = error.code() is grpc.StatusCode.CANCELLED and _CLOSED not in (error.details() or "")
+    if error.code() is not grpc.StatusCode.UNAVAILABLE and not gone:
         return None
     backoff: float = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1.0)
     return max(backoff, _asked_for(error))

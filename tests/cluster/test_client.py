@@ -86,6 +86,25 @@ def test_unavailable_is_tried_again_not_before_the_server_wants(call: Callable[[
 
 
 @pytest.mark.parametrize("call", [_text, _count])
+def test_a_call_that_a_stopping_server_cancels_is_tried_again(call: Callable[[Client], object]) -> None:
+    servicer = _server([GatewayError(grpc.StatusCode.CANCELLED, "STOPPED", "CANCELLED"), None])
+    with _serving(servicer) as client:
+        assert call(client) in ("abcd", 3)
+    assert servicer.calls == 2
+
+
+def test_a_stream_whose_channel_is_closed_is_not_tried_again() -> None:
+    servicer = _server([])
+    with _serving(servicer) as client:
+        parts = client.generate("x")
+        next(parts)
+        client.close()
+        with contextlib.suppress(grpc.RpcError):
+            list(parts)  # what had come is told; then it ends
+    assert servicer.calls == 1
+
+
+@pytest.mark.parametrize("call", [_text, _count])
 def test_it_gives_up_after_its_attempts(call: Callable[[Client], object]) -> None:
     servicer = _server([unavailable("never", retry_seconds=0.0)] * 9)
     with _serving(servicer) as client, pytest.raises(grpc.RpcError):
