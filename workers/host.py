@@ -21,6 +21,8 @@ from workers.worker import Worker
 if TYPE_CHECKING:
     from workers.preparation import Preparation
 
+#: How often a worker looks whether Ray's node is still there. Ray itself looks every second.
+_ORPHAN_SECONDS = 0.1
 #: How Ray tells a process which of its host's accelerators are its own.
 _ACCELERATORS = ("CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS", "TPU_CHIPS_PER_HOST_BOUNDS", "TPU_HOST_BOUNDS")
 
@@ -34,6 +36,7 @@ class Host:
         self._preparation: Preparation | None = None
         self._preparing = threading.Lock()
         self._address = ray.util.get_node_ip_address()
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name="orphan").start()
         server, _ = prometheus_client.start_http_server(0, self._address, registry=metrics.REGISTRY)
         self._metrics_port = server.server_port
 
@@ -100,6 +103,13 @@ class Host:
     def progress(self) -> Progress:
         """What the worker is doing."""
         return self._worker.progress if self._worker else Progress("starting", 0.0)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent, Ray's node, has ended: nobody can reach or replace it any more."""
+    while os.getppid() == parent:
+        time.sleep(_ORPHAN_SECONDS)
+    os._exit(1)
 
 
 def _state(pid: int) -> str:
