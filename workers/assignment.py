@@ -11,9 +11,9 @@ class ModelSpec:
 
     Attributes:
       checkpoint: directory, as the host sees it.
-      weights: `int8`, `bfloat16` or `float32`: how weights are kept on the devices.
+      weights: how weights are kept on the devices; see `cluster.config.ModelSection`.
       activations: `float32` or `bfloat16`.
-      kv_cache: `float32` or `bfloat16`; None for that of the activations.
+      kv_cache: `float32`, `bfloat16` or `int8`; None for that of the activations.
     """
 
     checkpoint: str
@@ -31,7 +31,7 @@ class MeshSpec:
       hosts: processes.
       devices_per_host: CPU devices to make in each process; other platforms show what they have.
       data, model: sizes of the mesh's axes.
-      rules: a key of `workers.model.partition.RULES`.
+      rules: a key of `workers.model.layout.RULES`.
     """
 
     platform: str

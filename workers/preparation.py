@@ -18,7 +18,8 @@ from workers.model.partition import Partition
 from workers.runtime.blueprint import Blueprint
 from workers.runtime.mesh import abstract_mesh
 
-_DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+#: By the names of the configuration.
+DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
 
 
 class Preparation:
@@ -34,7 +35,7 @@ class Preparation:
         self._mesh = mesh
         self._engine = engine
         self.checkpoint = open_checkpoint(pathlib.Path(model.checkpoint))
-        self.dtype = _DTYPES[model.activations]
+        self.dtype = DTYPES[model.activations]
         self.kernels = choose_kernels(model, mesh, self.checkpoint)
         self._draw()
 
@@ -54,7 +55,7 @@ class Preparation:
         partition = Partition.create(config, abstract_mesh(mesh.data, mesh.model), mesh.rules, kernels)
         shape = engine_shape(self._engine, config.sequence_len, partition.batch_groups, kernels.exact_rows)
         shapes = parameter_shapes(self.checkpoint, partition, weights=model.weights, dtype=self.dtype)
-        kv_dtype = _DTYPES[model.kv_cache or model.activations]
+        kv_dtype = DTYPES[model.kv_cache or model.activations]
         self.blueprint = Blueprint(config, shape, partition, shapes, self.dtype, kv_dtype)
 
 

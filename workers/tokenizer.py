@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable, Sequence
 
 import sentencepiece
+
+from workers.checkpoint.storage import Location
 
 #: What SentencePiece decodes an incomplete UTF-8 sequence to.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -22,12 +23,12 @@ class TokenizerError(ValueError):
 class Tokenizer:
     """A SentencePiece model, as Grok-1 has one. Grok-1 puts no token before a prompt."""
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, path: Location) -> None:
         if not path.is_file():
             raise TokenizerError(f"{path}: no such file; a checkpoint to be served needs its SentencePiece model")
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor.Load(str(path))
+            self._processor.LoadFromSerializedProto(path.read_bytes())
         except (OSError, RuntimeError) as error:
             raise TokenizerError(f"{path}: no SentencePiece model: {error}") from error
         #: Number of tokens.

@@ -11,14 +11,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workers.kernels import portable
 from workers.kernels.grouped_matmul import grouped_matmul
 from workers.kernels.paged_attention import paged_attention
+from workers.kernels.pages import Pages
 from workers.model.attention import causal_attention
 from workers.model.quantized import QuantizedWeight, Weight, dequantize
 
 GROUPS, DEPTH, WIDTH, ROWS = 4, 32, 48, 40
 _multiply = jax.jit(grouped_matmul)
-_attend = jax.jit(paged_attention, static_argnames="scale")
+
+
+@jax.jit
+def _attend(
+    queries: jax.Array, key_pages: Pages, value_pages: Pages, table: jax.Array, positions: jax.Array
+) -> jax.Array:
+    read = portable.read_pages(key_pages, value_pages)
+    return paged_attention(queries, read, KV_HEADS, PAGE, table, positions, SCALE)
 
 
 def _weight(quantized: bool) -> Weight:
@@ -60,7 +69,7 @@ def test_a_row_gives_the_same_bits_wherever_and_beside_whomever_it_stands() -> N
     assert len(seen) == 1
 
 
-PAGE, HEADS, KV_HEADS, SIZE, PAGES = 4, 4, 2, 8, 200
+PAGE, HEADS, KV_HEADS, SIZE, PAGES, SCALE = 4, 4, 2, 8, 200, 0.7
 
 
 def _paged(
@@ -81,7 +90,7 @@ def _paged(
             value_pages[page, :, position % PAGE] = kv[1, position]
     count = queries.shape[1]
     positions = np.array([range(length - count, length) for length in lengths], np.int32)
-    return np.asarray(_attend(queries, key_pages, value_pages, table, positions, scale=0.7))
+    return np.asarray(_attend(queries, key_pages, value_pages, table, positions))
 
 
 def test_paged_attention_is_causal_attention() -> None:
@@ -93,7 +102,7 @@ def test_paged_attention_is_causal_attention() -> None:
     for row, (n, kv) in enumerate(zip(lengths, sequences, strict=True)):
         full = np.zeros((1, n, HEADS, SIZE), np.float32)
         full[0, -5:] = queries[row]
-        want = causal_attention(jnp.asarray(full), jnp.asarray(kv[:1]), jnp.asarray(kv[1:]), 0.7)
+        want = causal_attention(jnp.asarray(full), jnp.asarray(kv[:1]), jnp.asarray(kv[1:]), SCALE)
         np.testing.assert_allclose(got[row], np.asarray(want)[0, -5:], rtol=2e-5, atol=2e-5)
 
 
@@ -112,5 +121,5 @@ def test_attention_gives_the_same_bits_beside_a_longer_sequence_and_on_other_pag
 def test_padding_attends_to_nothing() -> None:
     keys, values = jnp.ones((3, KV_HEADS, SIZE, PAGE)), jnp.ones((3, KV_HEADS, PAGE, SIZE))
     positions = jnp.full((1, 2), -1, jnp.int32)
-    got = _attend(jnp.ones((1, 2, HEADS, SIZE)), keys, values, jnp.zeros((1, 4), jnp.int32), positions, scale=1.0)
+    got = _attend(jnp.ones((1, 2, HEADS, SIZE)), keys, values, jnp.zeros((1, 4), jnp.int32), positions)
     np.testing.assert_array_equal(np.asarray(got), 0)

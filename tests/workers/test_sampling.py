@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from workers.kernels.cpu.kernels import native_kernels
@@ -130,6 +130,8 @@ def test_more_than_the_candidates_can_be_asked_for(sampler: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@example(3, 1.0, CANDIDATES + 16, 0.0, 3.0)
+@example(3, 0.99, 0, 0.0, 3.0)
 @given(st.integers(0, 10_000), st.floats(0.05, 1.0), st.integers(0, VOCAB), st.floats(0.0, 0.5), st.floats(0.1, 3.0))
 def test_both_samplers_draw_the_same(seed: int, top_p: float, top_k: int, min_p: float, temperature: float) -> None:
     """They round differently, so that in a great many draws one may fall on the other side of a border."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import concurrent.futures
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from workers.checkpoint.checkpoint import Checkpoint
+from workers.checkpoint.errors import CheckpointError
+from workers.checkpoint.reading import Bounds, read_slice
 from workers.checkpoint.tensor_file import ArraySpan, TensorFile
 from workers.model.packed import PackedTable, PackedWeight, pack, pack_table, packed_shape
 from workers.model.parameters import Axes, ParameterInfo
@@ -23,18 +26,31 @@ Index = tuple[slice, ...]
 Array = np.ndarray[Any, np.dtype[Any]]
 
 #: How weights are kept on the devices: as stored, or widened while they load. Unrounded ones are for native kernels only.
-WEIGHT_DTYPES = {"int8": None, "int8-unrounded": None, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
+WEIGHT_DTYPES = {"int4": None, "int8": None, "int8-unrounded": None, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+#: Rows of a group with scales of its own, of weights in 4 bits.
+INT4_ROWS = 128
+#: Tensors that are loaded at a time: while one is read, another is packed.
+THREADS = 3
 
 EMBEDDING = "language_model/in_out_embed/embeddings"
 
 
-@dataclasses.dataclass
 class LoadProgress:
-    """Counts what this host has read. `read` are bytes of payload, each counted once however many devices hold it."""
+    """Counts what this host reads. Bytes of payload, each counted once however many devices hold it."""
 
-    total: int
-    read: int = 0
-    tensors: int = 0
+    def __init__(self, total: int) -> None:
+        #: Bytes that this host reads in all.
+        self.total = total
+        self.read = 0
+        self.tensors = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int = 0, tensors: int = 0) -> None:
+        """Notes what was read."""
+        with self._lock:
+            self.read += count
+            self.tensors += tensors
 
 
 def load_parameters(
@@ -47,7 +63,7 @@ def load_parameters(
 ) -> tuple[Params, LoadProgress]:
     """Loads all parameters onto the partition's mesh; every host of the mesh calls this alike.
 
-    One tensor is mapped at a time, and of it only this host's slices are copied.
+    THREADS tensors at a time are read, of each only this host's slices, turned into what the devices keep, and placed.
 
     Args:
       checkpoint: what to load.
@@ -59,29 +75,77 @@ def load_parameters(
 
     Returns:
       The parameters as Haiku's nested dictionary, and the final counts.
+
+    Raises:
+      CheckpointError: a file can't be read.
     """
-    progress = LoadProgress(total=checkpoint.nbytes)
+    progress = LoadProgress(local_bytes(checkpoint, partition))
     params: Params = {}
-    packed = partition.kernels.packed
-    for info, file in checkpoint.tensors:
-        module, name = info.path.rsplit("/", 1)
-        widen = WEIGHT_DTYPES[weights]
-        reader = _Reader(file, progress)
-        value: Weight | Table
-        if info.path == EMBEDDING:
-            value = reader.packed_table(info, partition) if packed else reader.array(info, partition, dtype)
-        elif file.scales is None:
-            value = reader.array(info, partition, widen if info.quantized else None)
-        elif packed:
-            value = reader.packed(info, file.scales, partition, rounded=weights == "int8")
-        elif widen is None:
-            value = reader.quantized(info, file.scales, partition)
-        else:
-            value = reader.dequantized(info, file.scales, partition, widen)
-        params.setdefault(module, {})[name] = value
-        progress.tensors += 1
-        report(progress)
+
+    def load(tensor: tuple[ParameterInfo, TensorFile]) -> Weight | Table:
+        info, file = tensor
+        try:
+            return _load(info, _Reader(file, progress), file.scales, partition, weights, dtype)
+        except OSError as error:
+            raise CheckpointError(file.path, f"can't be read: {error}", tensor=info.path) from error
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS, "load") as pool:
+        loading = [pool.submit(load, tensor) for tensor in checkpoint.tensors]
+        try:
+            for (info, _), value in zip(checkpoint.tensors, loading, strict=True):
+                module, name = info.path.rsplit("/", 1)
+                params.setdefault(module, {})[name] = value.result()
+                progress.add(tensors=1)
+                report(progress)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return params, progress
+
+
+def _load(
+    info: ParameterInfo, reader: _Reader, scales: ArraySpan | None, partition: Partition, weights: str, dtype: Any
+) -> Weight | Table:
+    packed, widen = partition.kernels.packed, WEIGHT_DTYPES[weights]
+    if info.path == EMBEDDING:
+        return reader.packed_table(info, partition) if packed else reader.array(info, partition, dtype)
+    if scales is None:
+        return reader.array(info, partition, widen if info.quantized else None)
+    if packed:
+        return reader.packed(info, scales, partition, rounded=weights == "int8")
+    if weights == "int4":
+        return reader.int4(info, scales, partition)
+    if widen is None:
+        return reader.quantized(info, scales, partition)
+    return reader.dequantized(info, scales, partition, widen)
+
+
+def local_bytes(checkpoint: Checkpoint, partition: Partition) -> int:
+    """Bytes of payload that this host reads: each part that any of its devices holds, once."""
+    total = 0
+    for info, file in checkpoint.tensors:
+        devices = partition.sharding(info.axes).addressable_devices_indices_map(file.values.shape)
+        parts = {str(index): index for index in devices.values() if index is not None}
+        for index in parts.values():
+            total += _bytes(file.values, _bounds(file.values, index))
+            if file.scales is not None:
+                total += _bytes(file.scales, _bounds(file.scales, _scale_index(file.values, file.scales, index)))
+    return total
+
+
+def _bounds(span: ArraySpan, index: Index) -> Bounds:
+    return tuple(s.indices(n)[:2] for s, n in zip(index, span.shape, strict=True))
+
+
+def _bytes(span: ArraySpan, bounds: Bounds) -> int:
+    return math.prod(b - a for a, b in bounds) * span.dtype.itemsize
+
+
+def _scale_index(values: ArraySpan, scales: ArraySpan, index: Index) -> Index:
+    """Which scales belong to a part of the values."""
+    group_rows = values.shape[-2] // scales.shape[-2]
+    first, stop, _ = index[-2].indices(values.shape[-2])
+    return (*index[:-2], slice(first // group_rows, -(-stop // group_rows)), index[-1])
 
 
 def parameter_shapes(
@@ -113,11 +177,14 @@ def _shape(info: ParameterInfo, file: TensorFile, partition: Partition, weights:
     if not partition.kernels.packed and widen is not None:
         return array(span.shape, widen, info.axes)
     *_, rows, columns = info.axes
-    kept = partition.scale_groups(file.scales.shape[-2], rows)
+    int4 = weights == "int4"
+    groups = int4_groups(info, partition) if int4 else file.scales.shape[-2]
+    kept = partition.scale_groups(groups, rows)
     scale_shape = (*file.scales.shape[:-2], kept, file.scales.shape[-1])
-    scales = array(scale_shape, file.scales.dtype, partition.scale_axes(kept, info.axes))
+    scales = array(scale_shape, jnp.bfloat16 if int4 else file.scales.dtype, partition.scale_axes(kept, info.axes))
     if not partition.kernels.packed:
-        return QuantizedWeight(array(span.shape, span.dtype, info.axes), scales)  # type: ignore[arg-type]
+        values = array(span.shape, jnp.int4 if int4 else span.dtype, info.axes)
+        return QuantizedWeight(values, scales)  # type: ignore[arg-type]
     row_ways, column_ways = (partition.ways(partition.axes(axis)) for axis in (rows, columns))
     local = span.shape[-2] // row_ways, span.shape[-1] // column_ways
     blocks, strips, size = packed_shape(*local, max(1, kept // row_ways))
@@ -132,7 +199,7 @@ class _Reader:
     def __init__(self, file: TensorFile, progress: LoadProgress) -> None:
         self._file = file
         self._progress = progress
-        self._read: dict[tuple[int, tuple[tuple[int, int], ...]], Array] = {}
+        self._read: dict[tuple[int, Bounds], Array] = {}
 
     def array(self, info: ParameterInfo, partition: Partition, dtype: Any) -> jax.Array:
         span = self._file.values
@@ -199,19 +266,42 @@ class _Reader:
         return self._place(shape, partition, partition.scale_axes(kept, info.axes), scale_shard)
 
     def dequantized(self, info: ParameterInfo, scales: ArraySpan, partition: Partition, dtype: Any) -> jax.Array:
-        values = self._file.values
-        group_rows = values.shape[-2] // scales.shape[-2]
-
         def shard(index: Index) -> Array:
-            first, stop, _ = index[-2].indices(values.shape[-2])
-            source = slice(first // group_rows, -(-stop // group_rows))
-            rows = np.arange(first, stop) // group_rows - source.start
-            factors = self._slice(scales, (*index[:-2], source, index[-1]))[..., rows, :]
-            # Rounded to bfloat16, whatever the type: see `workers.model.quantized.dequantize`.
-            products = self._slice(values, index).astype(np.float32) * factors.astype(np.float32)
-            return products.astype(jnp.bfloat16).astype(dtype)
+            return self._products(scales, index).astype(jnp.bfloat16).astype(dtype)
 
-        return self._place(values.shape, partition, info.axes, shard)
+        return self._place(self._file.values.shape, partition, info.axes, shard)
+
+    def int4(self, info: ParameterInfo, scales: ArraySpan, partition: Partition) -> QuantizedWeight:
+        values = self._file.values
+        groups = int4_groups(info, partition)
+        kept = partition.scale_groups(groups, info.axes[-2])
+        made: dict[Bounds, tuple[Array, Array]] = {}
+
+        def part(index: Index) -> tuple[Array, Array]:
+            bounds = _bounds(values, index)
+            if bounds not in made:
+                made[bounds] = quantize_int4(self._products(scales, index), values.shape[-2] // groups)
+            return made[bounds]
+
+        def scale_part(index: Index) -> Array:
+            first, stop, _ = index[-2].indices(kept)
+            rows = values.shape[-2] // kept
+            return part((*index[:-2], slice(first * rows, stop * rows), index[-1]))[1]
+
+        placed = self._place(values.shape, partition, info.axes, lambda index: part(index)[0])
+        shape = (*scales.shape[:-2], kept, scales.shape[-1])
+        return QuantizedWeight(placed, self._place(shape, partition, partition.scale_axes(kept, info.axes), scale_part))
+
+    def _products(self, scales: ArraySpan, index: Index) -> Array:
+        """The values at `index` as xAI's code has them, in float32: rounded to bfloat16, whatever they are kept in; see
+        `workers.model.quantized.dequantize`."""
+        values = self._file.values
+        source = _scale_index(values, scales, index)
+        first, stop, _ = index[-2].indices(values.shape[-2])
+        rows = np.arange(first, stop) // (values.shape[-2] // scales.shape[-2]) - source[-2].start
+        factors = self._slice(scales, source)[..., rows, :].astype(np.float32)
+        products = self._slice(values, index).astype(np.float32) * factors
+        return products.astype(jnp.bfloat16).astype(np.float32)
 
     def _place(
         self, shape: tuple[int, ...], partition: Partition, axes: Axes, shard: Callable[[Index], Array]
@@ -226,9 +316,26 @@ class _Reader:
 
     def _slice(self, span: ArraySpan, index: Index) -> Array:
         """A copy of the slice `index` of an array in the file."""
-        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, span.shape, strict=True))
-        key = (span.offset, bounds)
+        key = (span.offset, _bounds(span, index))
         if key not in self._read:
-            self._read[key] = np.array(self._file.map(span)[index])
-            self._progress.read += math.prod(b - a for a, b in bounds) * span.dtype.itemsize
+            self._read[key] = read_slice(self._file.path, span, key[1], self._progress.add)
         return self._read[key]
+
+
+def int4_groups(info: ParameterInfo, partition: Partition) -> int:
+    """Groups of rows with scales of their own, of a weight in 4 bits: INT4_ROWS rows each, or as many as divide a device's."""
+    rows = info.shape[-2]
+    return rows // math.gcd(INT4_ROWS, rows // partition.ways(partition.axes(info.axes[-2])))
+
+
+def quantize_int4(values: Array, group_rows: int) -> tuple[Array, Array]:
+    """float32 [..., K, N] -> int4 of the same shape, and bfloat16 scales [..., K / group_rows, N].
+
+    The largest magnitude of a group becomes 7, with the scale as bfloat16 has it.
+    """
+    *lead, rows, columns = values.shape
+    grouped = values.reshape(*lead, rows // group_rows, group_rows, columns)
+    scales = (np.abs(grouped).max(axis=-2, keepdims=True) / 7.0).astype(jnp.bfloat16)
+    wide = scales.astype(np.float32)
+    quantized = np.clip(np.rint(grouped / np.where(wide > 0, wide, 1.0)), -7, 7)
+    return quantized.astype(jnp.int4).reshape(values.shape), scales[..., 0, :]

@@ -1,15 +1,13 @@
 """One tensor file of `ckpt-0`: a pickle of which only the header is interpreted, symbolically, and nothing is executed.
 
 The file is walked opcode by opcode. Names of classes and functions stay strings; the few that a tensor file contains are
-given the meaning they have there, and all others are refused. The bytes of an array are skipped and mapped on demand.
+given the meaning they have there, and all others are refused. The bytes of an array are skipped.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import mmap
-import pathlib
 import struct
 from typing import Any, NoReturn
 
@@ -17,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from workers.checkpoint.errors import CheckpointError
+from workers.checkpoint.storage import Location, ObjectPath, Window
 
 _RECONSTRUCT = frozenset({("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")})
 _NDARRAY = ("numpy", "ndarray")
@@ -53,12 +52,14 @@ class ArraySpan:
 class TensorFile:
     """A tensor file's header: a bare array (`scales` is None), or int8 values with their scales."""
 
-    path: pathlib.Path
+    path: Location
     values: ArraySpan
     scales: ArraySpan | None
 
     def map(self, span: ArraySpan) -> np.ndarray[Any, np.dtype[Any]]:
-        """The array `span` of this file, mapped read-only: bytes are read when they are touched."""
+        """The whole array `span` of this file; on a disk mapped read-only: bytes are read when they are touched."""
+        if isinstance(self.path, ObjectPath):
+            return np.frombuffer(self.path.read(span.offset, span.nbytes), span.dtype).reshape(span.shape)
         return np.memmap(self.path, dtype=span.dtype, mode="r", offset=span.offset, shape=span.shape)
 
 
@@ -94,7 +95,7 @@ class _Mark:
     pass
 
 
-def read_header(path: pathlib.Path, tensor: str | None = None) -> TensorFile:
+def read_header(path: Location, tensor: str | None = None) -> TensorFile:
     """Reads the header of a tensor file; `tensor` names it in errors.
 
     Raises:
@@ -102,12 +103,10 @@ def read_header(path: pathlib.Path, tensor: str | None = None) -> TensorFile:
         QuantizedWeight8bit.
     """
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            if size == 0:
-                raise CheckpointError(path, "the file is empty", tensor=tensor, offset=0)
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Walk(path, tensor, data).run()
+        data = Window(path)
+        if not len(data):
+            raise CheckpointError(path, "the file is empty", tensor=tensor, offset=0)
+        return _Walk(path, tensor, data).run()
     except OSError as error:
         raise CheckpointError(path, f"can't be read: {error.strerror}", tensor=tensor) from error
 
@@ -115,7 +114,7 @@ def read_header(path: pathlib.Path, tensor: str | None = None) -> TensorFile:
 class _Walk:
     """A pickle machine whose objects are descriptions."""
 
-    def __init__(self, path: pathlib.Path, tensor: str | None, data: mmap.mmap) -> None:
+    def __init__(self, path: Location, tensor: str | None, data: Window) -> None:
         self._path = path
         self._tensor = tensor
         self._data = data

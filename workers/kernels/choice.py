@@ -12,26 +12,32 @@ from workers.assignment import MeshSpec, ModelSpec
 from workers.checkpoint.checkpoint import Checkpoint
 from workers.kernels.cpu.kernels import INSTRUCTION_SETS, NativeKernelsError, native_kernels, use_instruction_set
 from workers.kernels.kernels import PORTABLE, Kernels
+from workers.kernels.tpu import TPU
 
 _LOG = logging.getLogger(__name__)
 
 
 def choose_kernels(model: ModelSpec, mesh: MeshSpec, checkpoint: Checkpoint) -> Kernels:
-    """The native kernels on CPU hosts where they fit the model and were built; plain JAX elsewhere.
+    """Those of the platform: Pallas on TPUs, native ones on CPU hosts where they fit the model and were built; else plain JAX.
 
-    They fit 8-bit weights with bfloat16 scales and float32 activations, not split along the embedding.
+    Native ones fit 8-bit weights with bfloat16 scales, float32 activations and pages of floats, not split along the embedding.
 
     Raises:
       ValueError: `weights` ask for the native kernels, which are not to be had.
     """
+    if mesh.platform == "tpu" and model.weights != "int8-unrounded":
+        return TPU
     quantized = [file for info, file in checkpoint.tensors if info.quantized]
     packable = all(file.scales is not None and file.scales.dtype.name == "bfloat16" for file in quantized)
     float32 = model.activations == "float32"
-    fits = mesh.platform == "cpu" and packable and float32 and mesh.rules != "xai" and model.weights.startswith("int8")
+    plain = float32 and mesh.rules != "xai" and model.kv_cache != "int8"
+    fits = mesh.platform == "cpu" and packable and plain and model.weights.startswith("int8")
     try:
         if fits:
             return native_kernels()
-        problem = "they take CPU hosts, bfloat16 scales, float32 activations and mesh.rules other than xai"
+        problem = (
+            "they take CPU hosts, bfloat16 scales, float32 activations, a KV cache of floats and mesh.rules but xai"
+        )
     except NativeKernelsError as error:
         problem = str(error)
         _LOG.warning("%s; computing with plain JAX, which is many times slower", error)
@@ -45,7 +51,7 @@ def agree(kernels: Kernels) -> Kernels:
 
     What every host computes for itself, routes and norms, must come out the same on all.
     """
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or kernels is TPU:
         return kernels
     levels = (PORTABLE.name, *INSTRUCTION_SETS)
     everybody = multihost_utils.process_allgather(np.int32(levels.index(kernels.name)))

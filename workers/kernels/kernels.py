@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from workers.kernels import portable
+from workers.kernels.pages import Pages
 from workers.kernels.sampling import Sampled, SamplingRows, SamplingState, sample
 from workers.model.quantized import Weight
 
@@ -36,6 +37,7 @@ class Kernels:
       sample: (logits [B, V], state, rows) -> Sampled: see `sampling.sample`. The choice of kernels decides rounding, not
         distribution.
       exact_rows: whether a row's bits are the same in programs of other shapes, so that prompts may be cut anywhere.
+      heads_first: whether both kinds of pages are [K, P, page, C]; else keys are [P, K, C, page], values [P, K, page, C].
       packed: whether weights are `PackedWeight`s and the table is a `PackedTable`.
     """
 
@@ -46,10 +48,11 @@ class Kernels:
     experts: Callable[..., jax.Array]
     lookup: Callable[[Any, jax.Array], jax.Array]
     logits: Callable[[jax.Array, jax.Array, Any], jax.Array]
-    attend: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    attend: Callable[..., tuple[jax.Array, Pages, Pages]]
     sample: Callable[[jax.Array, SamplingState, SamplingRows], Sampled]
     exact_rows: bool
     packed: bool
+    heads_first: bool = False
 
 
 PORTABLE = Kernels(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,10 +18,15 @@ SMALLEST = 1e-37
 BLOCK_POSITIONS = 128
 
 
+#: (pages [B, n]) -> keys [B, K, C, n * page], values [B, K, n * page, C], in any float type.
+ReadPages = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+
 def paged_attention(
     query: jax.Array,
-    key_pages: jax.Array,
-    value_pages: jax.Array,
+    read: ReadPages,
+    kv_heads: int,
+    page: int,
     page_table: jax.Array,
     positions: jax.Array,
     scale: float,
@@ -31,9 +38,9 @@ def paged_attention(
     position adds exact zeros to it, so that a row's result does not depend on the other rows.
 
     Args:
-      query: [B, T, H, C].
-      key_pages: [P, K, C, page].
-      value_pages: [P, K, page, C]; H is a multiple of K, and query head h reads head h // (H // K).
+      query: [B, T, H, C]; H is a multiple of K, and query head h reads head h // (H // K).
+      read: gives what some pages hold.
+      kv_heads, page: K, and the positions of a page.
       page_table: [B, N] int32, the page of each stretch of `page` positions of a row.
       positions: [B, T] int32, -1 for padding, whose result is zero.
       scale: factor of the logits.
@@ -42,7 +49,6 @@ def paged_attention(
       [B, T, H, C] float32.
     """
     batch, length, q_heads, size = query.shape
-    _, kv_heads, page, _ = value_pages.shape
     per_block = max(1, BLOCK_POSITIONS // page)
     span = per_block * page
     table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % per_block)))
@@ -50,14 +56,12 @@ def paged_attention(
 
     def attend(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         weighted, total = sums
-        pages = lax.dynamic_slice_in_dim(table, i * per_block, per_block, axis=1)  # [B, per_block]
-        keys = key_pages[pages].transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, size, span).astype(jnp.float32)
-        values = value_pages[pages].transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, span, size).astype(jnp.float32)
-        logits = jnp.einsum("btkgc,bkcs->bkgts", grouped, keys) * scale
+        keys, values = read(lax.dynamic_slice_in_dim(table, i * per_block, per_block, axis=1))
+        logits = jnp.einsum("btkgc,bkcs->bkgts", grouped, keys.astype(jnp.float32)) * scale
         logits = LOGIT_CAP * jnp.tanh(logits / LOGIT_CAP)
         visible = i * span + jnp.arange(span) <= positions[:, :, None]  # [B, T, span]
         weights = jnp.where(visible[:, None, None], jnp.exp(logits - LOGIT_CAP), 0.0)
-        return weighted + jnp.einsum("bkgts,bksc->bkgtc", weights, values), total + weights.sum(-1)
+        return weighted + jnp.einsum("bkgts,bksc->bkgtc", weights, values.astype(jnp.float32)), total + weights.sum(-1)
 
     shape = (batch, kv_heads, q_heads // kv_heads, length)
     blocks = (jnp.max(positions) + span) // span

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from workers.kernels import pages
 from workers.kernels.grouped_matmul import grouped_matmul
-from workers.kernels.paged_attention import paged_attention
+from workers.kernels.paged_attention import ReadPages, paged_attention
+from workers.kernels.pages import Pages
 from workers.kernels.rotary import rotate
 from workers.model.quantized import Weight, dequantize
 
@@ -92,12 +94,12 @@ def attend(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    key_pages: jax.Array,
-    value_pages: jax.Array,
+    key_pages: Pages,
+    value_pages: Pages,
     table: jax.Array,
     positions: jax.Array,
     scale: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Pages, Pages]:
     """Rotates queries and keys, writes keys and values to their pages, attends to all pages.
 
     Padding (position -1) is written to page 0, which no sequence owns.
@@ -105,7 +107,7 @@ def attend(
     Args:
       query: [B, T, H, C], not rotated yet.
       key, value: [B, T, K, C].
-      key_pages: [P, K, C, page], so that the positions of a head's keys lie side by side.
+      key_pages: [P, K, C, page], so that the positions of a head's keys lie side by side. Both may be QuantizedPages.
       value_pages: [P, K, page, C].
       table: [B, N], the page of each stretch of positions.
       positions: [B, T], -1 for padding.
@@ -114,12 +116,24 @@ def attend(
     Returns:
       [B, T, H, C] float32, and the updated pages.
     """
-    page_size = value_pages.shape[2]
+    size = pages.page_size(value_pages)
     place = jnp.maximum(positions, 0)
-    page = jnp.take_along_axis(table, place // page_size, axis=1)  # [B, T]
+    page = jnp.take_along_axis(table, place // size, axis=1)  # [B, T]
     page = jnp.where(positions >= 0, page, 0)
-    key = rotate(key, positions).astype(key_pages.dtype)
-    key_pages = key_pages.at[page, :, :, place % page_size].set(key)
-    value_pages = value_pages.at[page, :, place % page_size].set(value.astype(value_pages.dtype))
-    mixed = paged_attention(rotate(query, positions), key_pages, value_pages, table, positions, scale)
+    every = slice(None)
+    key_pages = pages.write(key_pages, (page, every, every, place % size), rotate(key, positions))
+    value_pages = pages.write(value_pages, (page, every, place % size), value)
+    read = read_pages(key_pages, value_pages)
+    mixed = paged_attention(rotate(query, positions), read, key.shape[2], size, table, positions, scale)
     return mixed, key_pages, value_pages
+
+
+def read_pages(key_pages: Pages, value_pages: Pages) -> ReadPages:
+    """How `paged_attention` reads pages [P, K, C, page] and [P, K, page, C]."""
+
+    def read(some: jax.Array) -> tuple[jax.Array, jax.Array]:
+        keys = pages.read(key_pages, (some,), 3).transpose(0, 2, 3, 1, 4)  # [B, K, C, n, page]
+        values = pages.read(value_pages, (some,), 4).transpose(0, 2, 1, 3, 4)  # [B, K, n, page, C]
+        return keys.reshape(*keys.shape[:3], -1), values.reshape(*values.shape[:2], -1, values.shape[4])
+
+    return read

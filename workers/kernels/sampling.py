@@ -10,7 +10,7 @@ from jax import lax
 
 from workers.engine.plan import ALTERNATIVES
 
-#: The most likely tokens among which filtered draws are looked for before all are sorted.
+#: The most likely tokens among which filtered draws are looked for before all are searched.
 CANDIDATES = 64
 
 #: What of the state a row's draw depends on: bits of `SamplingRows.flags`.
@@ -101,8 +101,8 @@ def sample(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> Sampl
     """Draws one token a row from softmax(adjusted logits / temperature), filtered by top_k, then top_p, then min_p.
 
     The draw inverts the distribution function at one uniform number: over the tokens in their order where nothing is
-    filtered, over those that are kept from the most likely on where something is. Logits are adjusted by penalties, bias
-    and mask, in this order.
+    filtered, over those that are kept from the most likely on where something is and the CANDIDATES hold them all. Logits
+    are adjusted by penalties, bias and mask, in this order.
 
     Args:
       logits: [B, V] float32.
@@ -157,13 +157,43 @@ def _draw_filtered(weights: jax.Array, total: jax.Array, uniform: jax.Array, row
     token, complete = _draw_sorted(few, few_ids, total, uniform, rows, weights.shape[-1])
     complete = complete | ~rows.active
 
-    def among_all() -> jax.Array:
-        ids = jnp.argsort(-weights, axis=-1, stable=True)
-        ordered = jnp.take_along_axis(weights, ids, axis=-1)
-        return _draw_sorted(ordered, ids, total, uniform, rows, weights.shape[-1])[0]
-
     # A row's token must not depend on the others: the first answer stands where it is complete.
-    return jnp.where(complete, token, lax.cond(jnp.all(complete), lambda: token, among_all))
+    everything = lax.cond(jnp.all(complete), lambda: token, lambda: _draw_among_all(weights, total, uniform, rows))
+    return jnp.where(complete, token, everything)
+
+
+def _draw_among_all(weights: jax.Array, total: jax.Array, uniform: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Tokens [B] drawn in the order of the vocabulary from all that are kept, which are found without sorting."""
+    limit = jnp.where(rows.top_k > 0, rows.top_k, weights.shape[-1])
+    kept = _largest(weights, jnp.ones_like(weights), limit.astype(jnp.float32))
+    among = jnp.where(rows.top_k > 0, jnp.sum(jnp.where(kept, weights, 0.0), axis=-1), total)
+    kept = kept & _largest(weights, jnp.where(kept, weights, 0.0), rows.top_p * among)
+    most = jnp.arange(weights.shape[-1]) == jnp.argmax(weights, axis=-1)[:, None]
+    kept = (kept & (weights >= rows.min_p[:, None]) & (weights > 0)) | most
+    sums = jnp.cumsum(jnp.where(kept, weights, 0.0), axis=-1)
+    return jnp.argmax(sums > uniform[:, None] * sums[:, -1:], axis=-1).astype(jnp.int32)
+
+
+def _largest(weights: jax.Array, amounts: jax.Array, wanted: jax.Array) -> jax.Array:
+    """Which of the weights [B, V] >= 0, from the largest on and of equal ones the first, are taken until their `amounts` [B, V]
+    have reached `wanted` [B].
+
+    The least weight that is taken is found bit by bit: floats that are not negative are in the order of their bits.
+    """
+    bits = lax.bitcast_convert_type(weights, jnp.int32)
+
+    def refine(i: jax.Array, least: jax.Array) -> jax.Array:
+        tried = least | (1 << (30 - i))
+        reached = jnp.sum(jnp.where(bits >= tried[:, None], amounts, 0), axis=-1) >= wanted
+        return jnp.where(reached, tried, least)
+
+    least = lax.fori_loop(0, 31, refine, jnp.zeros(weights.shape[0], jnp.int32))[:, None]
+    before = jnp.sum(jnp.where(bits > least, amounts, 0), axis=-1, keepdims=True)
+    equal = jnp.where(bits == least, amounts, 0)
+    taken: jax.Array = (bits > least) | (
+        (bits == least) & (before + jnp.cumsum(equal, axis=-1) - equal < wanted[:, None])
+    )
+    return taken
 
 
 def _draw_sorted(

@@ -6,9 +6,19 @@ import dataclasses
 import itertools
 import json
 import math
-import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
+
+
+class Readable(Protocol):
+    """A file, wherever it is."""
+
+    def read_text(self) -> str:
+        """All of it."""
+
+    @property
+    def parent(self) -> object:
+        """Where it is."""
 
 
 class ConfigError(ValueError):
@@ -107,7 +117,7 @@ class GrokConfig:
         return cls(**known)
 
     @classmethod
-    def load(cls, path: pathlib.Path) -> GrokConfig:
+    def load(cls, path: Readable) -> GrokConfig:
         """Reads `path`, a `config.json`. Raises ConfigError when it is no JSON object or does not describe a model."""
         try:
             values = json.loads(path.read_text())

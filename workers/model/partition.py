@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,54 +14,20 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from workers.kernels.kernels import PORTABLE, Kernels
 from workers.model.config import GrokConfig
+from workers.model.layout import RULES, Layout, MeshAxes, units
 from workers.model.packed import PackedTable, PackedWeight
 from workers.model.parameters import Axes
 from workers.model.quantized import QuantizedWeight, Table, Weight
 
-MeshAxes = tuple[str, ...]
-
-#: Logical axis -> mesh axes, a table a name. An axis that a table does not name is not split.
-#:   tensor: every weight over all devices by heads or by expert width; each device sees every sequence. Two sums of
-#:     activations a layer are all that crosses hosts. The KV heads must divide over all devices.
-#:   batch: sequences (and their KV pages) over `data`, heads over `model`, expert width over both: for meshes with more
-#:     devices than KV heads.
-#:   xai: the rules that xAI published, where weights are split over `data` along the embedding too.
-RULES: Mapping[str, Mapping[str, MeshAxes]] = {
-    "tensor": {
-        "q_heads": ("data", "model"),
-        "kv_heads": ("data", "model"),
-        "ffn": ("data", "model"),
-        "vocab": ("data", "model"),
-    },
-    "batch": {
-        "batch": ("data",),
-        "q_heads": ("model",),
-        "kv_heads": ("model",),
-        "ffn": ("data", "model"),
-        "vocab": ("data", "model"),
-    },
-    "xai": {
-        "batch": ("data",),
-        "embed": ("data",),
-        "router_embed": ("data",),
-        "q_heads": ("model",),
-        "kv_heads": ("model",),
-        "ffn": ("model",),
-        "table_embed": ("data", "model"),
-    },
-}
-
 
 @dataclasses.dataclass(frozen=True)
-class Partition:
+class Partition(Layout):
     """A mesh of axes `data` and `model`, the rules by which a model lies on it, and the kernels that compute its parts.
 
     The mesh may be abstract, which is enough for tracing. Without a mesh nothing is split.
     """
 
     mesh: Mesh | AbstractMesh | None
-    units: Mapping[str, int]
-    rules: Mapping[str, MeshAxes]
     kernels: Kernels = PORTABLE
 
     @classmethod
@@ -78,35 +43,7 @@ class Partition:
         A logical axis that its mesh axes do not divide evenly is not split (whole heads stay together); for the heads
         this decides for queries and keys alike, since a query head must lie beside its key head.
         """
-        units = {
-            "q_heads": config.num_kv_heads,
-            "kv_heads": config.num_kv_heads,
-            "ffn": config.ffn_size,
-            "vocab": config.vocab_size,
-            "embed": config.emb_size,
-            "router_embed": config.emb_size,
-            "table_embed": config.emb_size,
-            "expert": config.num_experts,
-        }
-        return cls(mesh, units, RULES[rules], kernels)
-
-    def axes(self, name: str | None) -> MeshAxes:
-        """The mesh axes that the logical axis `name` is split over: none where they don't divide it, or are of one device."""
-        if self.mesh is None or name is None:
-            return ()
-        axes = self.rules.get(name, ())
-        unit = self.units.get(name)
-        ways = self.ways(axes)
-        return axes if ways > 1 and (unit is None or unit % ways == 0) else ()
-
-    def ways(self, axes: MeshAxes) -> int:
-        """The number of parts that splitting over `axes` makes."""
-        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in axes)
-
-    @property
-    def batch_groups(self) -> int:
-        """The number of parts that the rows of a batch are split into."""
-        return self.ways(self.axes("batch"))
+        return cls(dict(mesh.shape) if mesh else {}, units(config), RULES[rules], mesh, kernels)
 
     def spec(self, axes: Axes) -> Any:
         """The partition of an array whose dimensions are the logical `axes`."""
@@ -141,18 +78,6 @@ class Partition:
         parts = lax.all_gather(x, axes)  # [devices, ...]
         total: jax.Array = functools.reduce(jnp.add, parts[1:], parts[0])
         return total
-
-    def scale_groups(self, groups: int, row_axis: str | None) -> int:
-        """The number of scale groups to keep of a weight with `groups`, so that each part of its rows has whole ones.
-
-        One group stays one, as its scales factor out of any sum over rows. Otherwise it is the least common multiple
-        of `groups` and the number of parts: groups are divided by repeating their scales.
-        """
-        return 1 if groups == 1 else math.lcm(groups, self.ways(self.axes(row_axis)))
-
-    def scale_axes(self, groups: int, axes: Axes) -> Axes:
-        """The logical axes of the scales of a weight with `groups` groups (after `scale_groups`) and logical `axes`."""
-        return (*axes[:-2], None if groups == 1 else axes[-2], axes[-1])
 
     def weight_spec(self, weight: Weight, axes: Axes) -> Any:
         """The tree of specs that matches a weight."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh
 
 from workers.checkpoint.loader import Params
 from workers.engine.plan import EngineShape
 from workers.kernels.sampling import SamplingState
 from workers.model.config import GrokConfig
 from workers.model.partition import Partition
-from workers.runtime.cache import PAGE_AXES, page_shapes
+from workers.runtime.cache import page_shapes
 from workers.runtime.programs import Programs, State
 from workers.runtime.slots import SlotTable
 
@@ -45,7 +43,6 @@ class Blueprint:
         self.shape = shape
         self.dtype = dtype
         assert partition.mesh is not None
-        partition = dataclasses.replace(partition, mesh=_abstract(partition.mesh))
         whole = partition.sharding(())
 
         def array(*dims: int, dtype: Any) -> Any:
@@ -56,11 +53,7 @@ class Blueprint:
             counts=array(shape.slots, config.vocab_size, dtype=jnp.int32),
             mask=array(shape.slots, -(-config.vocab_size // 32), dtype=jnp.int32),
         )
-        keys, values = (
-            jax.ShapeDtypeStruct(dims, kv_dtype or dtype, sharding=partition.sharding(PAGE_AXES))
-            for dims in page_shapes(config, shape)
-        )
-        pages: Any = tuple((keys, values) for _ in range(config.num_layers))
+        pages = (page_shapes(config, shape, partition, kv_dtype or dtype),) * config.num_layers
         #: Shapes of the state that the programs keep.
         self.state = State(pages, array(shape.slots, dtype=jnp.int32), sampling)
         programs, slots = Programs(config, shape, partition, dtype), SlotTable(shape)
@@ -93,7 +86,3 @@ class Blueprint:
             function, *arguments = self._calls[name]
             traced = self._traced[name] = function.trace(*arguments)
         return traced
-
-
-def _abstract(mesh: Any) -> Any:
-    return mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh

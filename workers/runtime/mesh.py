@@ -7,12 +7,12 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 AXES = ("data", "model")
-_TYPES = (AxisType.Auto, AxisType.Auto)
+TYPES = (AxisType.Auto, AxisType.Auto)
 
 
 def abstract_mesh(data: int, model: int) -> AbstractMesh:
     """A mesh `data` x `model` of no devices in particular."""
-    return AbstractMesh((data, model), AXES, axis_types=_TYPES)
+    return AbstractMesh((data, model), AXES, axis_types=TYPES)
 
 
 def make_mesh(data: int, model: int) -> Mesh:
@@ -24,4 +24,4 @@ def make_mesh(data: int, model: int) -> Mesh:
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if len(devices) != data * model:
         raise ValueError(f"a mesh of {data} x {model} needs {data * model} devices; {len(devices)} are there")
-    return Mesh(np.array(devices).reshape(data, model), AXES, axis_types=_TYPES)
+    return Mesh(np.array(devices).reshape(data, model), AXES, axis_types=TYPES)

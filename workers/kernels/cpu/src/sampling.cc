@@ -69,8 +69,8 @@ int32_t draw(const float* x, int64_t size, const Draw& d, std::vector<float>& we
   // Among the largest kCandidates if they are sure to hold all that is kept, else among all.
   const int64_t most_kept = d.top_k ? d.top_k : size;
   for (int64_t candidates = kCandidates;; candidates = size) {
-    const Largest largest(weights.data(), size, candidates);
-    const auto& ids = largest.ids;
+    Largest largest(weights.data(), size, candidates);
+    auto& ids = largest.ids;
     const bool all = static_cast<int64_t>(ids.size()) == size;
     const int64_t limit = std::min<int64_t>(most_kept, ids.size());
     double among = total;
@@ -86,6 +86,8 @@ int32_t draw(const float* x, int64_t size, const Draw& d, std::vector<float>& we
     if (kept == static_cast<int64_t>(ids.size()) && kept < most_kept && !all) continue;
     const double target = d.uniform * before;
     double sum = 0.0;
+    // Among more than the candidates in the order of the vocabulary, as on platforms where sorting is dear.
+    if (candidates > kCandidates) std::sort(ids.begin(), ids.begin() + kept);
     for (int64_t i = 0; i < kept; i++) {
       sum += weights[ids[i]];
       if (sum > target) return ids[i];

@@ -1,0 +1,1 @@
+"""Will it fit, how fast, on which mesh: arithmetic, and the compiler as its witness."""

@@ -1,0 +1,136 @@
+"""Bytes that a model, its cache and its programs take on each device."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from workers.model.config import GrokConfig
+from workers.model.layout import Layout
+from workers.model.parameters import ParameterInfo, parameter_table
+
+#: Bytes of a value, as the world counts them: without the scales of fewer bits.
+VALUE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int8-unrounded": 1.0, "int4": 0.5}
+SCALE_BYTES = 2
+#: Groups of rows with scales of their own: in the release, and the rows of one in int4.
+RELEASE_GROUPS, INT4_ROWS = 8, 128
+#: Of programs on each device beside what they are told below: their code, and what the compiler keeps for itself.
+PROGRAM_BYTES = 80 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """How a model is kept: names as in `cluster.config.ModelSection`."""
+
+    weights: str = "int8"
+    activations: str = "bfloat16"
+    kv_cache: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on each device, by what they are for.
+
+    Attributes:
+      experts, attention, table, rest: of the parameters, scales with what they belong to; `rest` are norms and routers.
+      kv_pages: of the cache.
+      sampling: biases, counts and masks of all slots.
+      programs: what computing takes for a while.
+    """
+
+    experts: float
+    attention: float
+    table: float
+    rest: float
+    kv_pages: float
+    sampling: float
+    programs: float
+
+    @property
+    def weights(self) -> float:
+        """All parameters."""
+        return self.experts + self.attention + self.table + self.rest
+
+    @property
+    def total(self) -> float:
+        """Everything."""
+        return self.weights + self.kv_pages + self.sampling + self.programs
+
+
+def part_of(info: ParameterInfo) -> str:
+    """Which part of a model's memory a parameter is: a name of `Memory`."""
+    if "/moe/" in info.path:
+        return "experts"
+    if "/multi_head_attention/" in info.path:
+        return "attention"
+    return "table" if info.path.endswith("embeddings") else "rest"
+
+
+def whole_bytes(config: GrokConfig, weights: str) -> float:
+    """Bytes of all parameters at so many bytes a value: what is meant by `314 GB in 8 bits`."""
+    return sum(info.size for info in parameter_table(config)) * VALUE_BYTES[weights]
+
+
+def parameter_bytes(info: ParameterInfo, layout: Layout, precision: Precision, platform: str) -> float:
+    """Bytes that one device holds of a parameter."""
+    local = math.prod(layout.local(info.shape, info.axes))
+    if info.path.endswith("embeddings"):
+        # The CPU kernels keep the table in 16 bits.
+        return local * (
+            2 if platform == "cpu" and precision.weights.startswith("int8") else VALUE_BYTES[precision.activations]
+        )
+    if not info.quantized:
+        return local * 4
+    values = local * VALUE_BYTES[precision.weights]
+    if precision.weights == "int4" and platform == "cpu":
+        values = local  # XLA on CPUs keeps each in a byte
+    if precision.weights in ("float32", "bfloat16"):
+        return values
+    *lead, rows, columns = info.shape
+    ways = layout.ways(layout.axes(info.axes[-2]))
+    groups = RELEASE_GROUPS if info.grouped else 1
+    if precision.weights == "int4":
+        groups = rows // math.gcd(INT4_ROWS, rows // ways)
+    kept = layout.scale_groups(groups, info.axes[-2])
+    scales = layout.local((*lead, kept, columns), layout.scale_axes(kept, info.axes))
+    return values + math.prod(scales) * SCALE_BYTES
+
+
+def kv_bytes_per_token(config: GrokConfig, kv_cache: str) -> float:
+    """Bytes of the keys and values of one position, over all layers and heads."""
+    per_head = config.key_size * VALUE_BYTES[kv_cache] + (4 if kv_cache == "int8" else 0)
+    return 2 * config.num_layers * config.num_kv_heads * per_head
+
+
+def memory(
+    config: GrokConfig,
+    layout: Layout,
+    precision: Precision,
+    platform: str,
+    *,
+    slots: int,
+    pages: int,
+    page_size: int,
+    chunk: int,
+) -> Memory:
+    """What each device needs for a model laid out so, with `slots` sequences and `pages` KV pages in each batch group."""
+    parts = dict.fromkeys(("experts", "attention", "table", "rest"), 0.0)
+    for info in parameter_table(config):
+        parts[part_of(info)] += parameter_bytes(info, layout, precision, platform)
+    heads = layout.ways(layout.axes("kv_heads"))
+    cache = kv_bytes_per_token(config, precision.kv_cache) / heads * pages * page_size
+    sampling = slots * (config.vocab_size * 8 + -(-config.vocab_size // 32) * 4)
+    return Memory(**parts, kv_pages=cache, sampling=sampling, programs=program_bytes(config, layout, slots, chunk))
+
+
+def program_bytes(config: GrokConfig, layout: Layout, slots: int, chunk: int) -> float:
+    """What the larger of the two programs, decoding and prefill, takes while it runs.
+
+    The logits of all slots, whole and in float32, a few times; a chunk's rows of both products of each chosen expert, and of
+    what goes in and out.
+    """
+    logits = 2 * slots * config.vocab_size * 4
+    rows = chunk * layout.batch_groups * config.num_selected_experts
+    width = config.ffn_size / layout.ways(layout.axes("ffn"))
+    prefill = rows * (2 * 4 * width + 3 * 4 * config.emb_size)
+    return PROGRAM_BYTES + max(logits, prefill)

@@ -1,0 +1,123 @@
+"""How long steps take, from bytes, operations and sums over devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from workers.capacity.hardware import Device, Hardware
+from workers.capacity.memory import Precision, kv_bytes_per_token, parameter_bytes, part_of
+from workers.model.config import GrokConfig
+from workers.model.layout import Layout
+from workers.model.parameters import parameter_table
+
+#: Shares of what the makers promise that real programs reach: at best, and when all goes badly.
+_BANDWIDTH = {"tpu": (0.9, 0.6), "gpu": (0.9, 0.6), "cpu": (0.95, 0.7)}
+_FLOPS = {"tpu": (0.7, 0.35), "gpu": (0.7, 0.35), "cpu": (0.95, 0.75)}
+#: Seconds of each layer's own that do not shrink with its size: the start of its operations, and of the step.
+_LAYER_SECONDS = {"tpu": 15e-6, "gpu": 60e-6, "cpu": 40e-6}
+_STEP_SECONDS = 0.3e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Seconds, if all goes well and if it does not."""
+
+    best: float
+    worst: float
+
+    @property
+    def middle(self) -> float:
+        """The geometric mean: what to expect."""
+        return math.sqrt(self.best * self.worst)
+
+
+def expected_experts(config: GrokConfig, rows: int) -> float:
+    """How many different experts of a layer `rows` tokens choose, if each chooses evenly: E (1 - (1 - S/E)^rows)."""
+    share = config.num_selected_experts / config.num_experts
+    return config.num_experts * (1.0 - (1.0 - share) ** rows)
+
+
+def active_parameters(config: GrokConfig) -> int:
+    """Parameters in matrices that one token is multiplied with, but for the table's."""
+    chosen = config.num_selected_experts / config.num_experts
+    shares = {"experts": chosen, "attention": 1.0, "table": 0.0, "rest": 1.0}
+    return round(sum(info.size * shares[part_of(info)] for info in parameter_table(config)))
+
+
+def decode_bytes(
+    config: GrokConfig, layout: Layout, precision: Precision, platform: str, batch: int, positions: int
+) -> float:
+    """Bytes that a device reads in one step of `batch` sequences that are `positions` long: of weights, experts only the
+    expected share, and of keys and values."""
+    total = 0.0
+    share = expected_experts(config, batch) / config.num_experts
+    for info in parameter_table(config):
+        size = parameter_bytes(info, layout, precision, platform)
+        total += size * (share if part_of(info) == "experts" else 1.0)
+    local = -(-batch // layout.batch_groups)
+    cache = kv_bytes_per_token(config, precision.kv_cache) / layout.ways(layout.axes("kv_heads"))
+    return total + cache * local * positions
+
+
+def sum_seconds(hardware: Hardware, ways: int, size: float) -> float:
+    """Seconds of a sum over `ways` devices, of `size` bytes on each: a ring over each host's devices, then one over hosts."""
+    device = hardware.device
+    if ways == 1:
+        return 0.0
+    inner = min(ways, max(1, hardware.devices // hardware.hosts)) if device.platform != "tpu" else ways
+    outer = -(-ways // inner)
+    seconds = 0.0
+    if inner > 1:
+        seconds += device.link_seconds + 2 * size * (inner - 1) / inner / device.link
+    if outer > 1:
+        seconds += device.network_seconds + 2 * size * (outer - 1) / outer / inner / device.network
+    return seconds
+
+
+def decode_seconds(
+    config: GrokConfig, layout: Layout, precision: Precision, hardware: Hardware, batch: int, positions: int
+) -> Range:
+    """One step of `batch` sequences that are `positions` long."""
+    device, ways = hardware.device, hardware.devices
+    read = decode_bytes(config, layout, precision, device.platform, batch, positions)
+    operations = 2 * batch * (active_parameters(config) + config.vocab_size * config.emb_size) / ways
+    rows = batch * config.emb_size * 4
+    sums = sum_seconds(hardware, layout.ways(layout.axes("q_heads")), rows / layout.batch_groups)
+    sums += sum_seconds(hardware, layout.ways(layout.axes("ffn")), rows)
+    fixed = _STEP_SECONDS + config.num_layers * _LAYER_SECONDS[device.platform]
+    memory, compute = _limits(device, read, operations)
+    if device.platform == "cpu":  # its cores cannot do one while they wait for the other
+        return Range(memory.best + compute.best, memory.worst + compute.worst + config.num_layers * sums + fixed)
+    worst = max(memory.worst, compute.worst) + config.num_layers * sums + fixed
+    return Range(max(memory.best, compute.best), worst)
+
+
+def prefill_seconds(config: GrokConfig, layout: Layout, hardware: Hardware, tokens: int, chunk: int) -> Range:
+    """A prompt of `tokens` positions, in chunks, on an idle replica: the time to its first token.
+
+    Two operations for each parameter that a position meets, and four times heads times size for each earlier position.
+    """
+    device = hardware.device
+    groups = layout.batch_groups  # a prompt's attention is computed by one group, its experts by all
+    attention = 2 * tokens * tokens * config.num_q_heads * config.key_size * config.num_layers
+    operations = (2 * tokens * active_parameters(config) + attention * groups) / hardware.devices
+    _, compute = _limits(device, 0.0, operations)
+    calls = -(-tokens // chunk)
+    sums = (
+        2
+        * config.num_layers
+        * calls
+        * sum_seconds(hardware, layout.ways(layout.axes("ffn")), chunk * groups * config.emb_size * 4)
+    )
+    fixed = calls * (_STEP_SECONDS + config.num_layers * _LAYER_SECONDS[device.platform])
+    return Range(compute.best, compute.worst + sums + fixed)
+
+
+def _limits(device: Device, read: float, operations: float) -> tuple[Range, Range]:
+    fast, slow = _BANDWIDTH[device.platform]
+    most, least = _FLOPS[device.platform]
+    return (
+        Range(read / device.bandwidth / fast, read / device.bandwidth / slow),
+        Range(operations / device.flops / most, operations / device.flops / least),
+    )
