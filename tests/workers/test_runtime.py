@@ -21,7 +21,7 @@ from workers.engine.plan import Admission, Chunk, EngineShape, Plan, Sampling, T
 from workers.engine.request import Request
 from workers.engine.scheduler import Counts, Scheduler
 from workers.kernels.cpu.kernels import native_kernels
-from workers.kernels.kernels import PORTABLE, Kernels
+from workers.kernels.kernels import PORTABLE, STACKED, Kernels
 from workers.model.config import GrokConfig
 from workers.model.parameters import parameter_table
 from workers.model.partition import Partition
@@ -55,8 +55,14 @@ def make_runtime(data: int, model: int, rules: str, kernels: Kernels) -> Runtime
 
 @pytest.fixture(
     scope="module",
-    params=[(2, 2, "tensor", PORTABLE), (2, 1, "batch", PORTABLE), (2, 2, "tensor", NATIVE), (2, 1, "batch", NATIVE)],
-    ids=["tensor", "batch", "tensor-native", "batch-native"],
+    params=[
+        (2, 2, "tensor", PORTABLE),
+        (2, 1, "batch", PORTABLE),
+        (2, 2, "tensor", NATIVE),
+        (2, 1, "batch", NATIVE),
+        (2, 1, "batch", STACKED),
+    ],
+    ids=["tensor", "batch", "tensor-native", "batch-native", "batch-stacked"],
 )
 def runtime(request: pytest.FixtureRequest) -> Runtime:
     """Engines whose rows lie on all devices, and whose rows are split over two groups."""

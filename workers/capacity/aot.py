@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import resource
 import sys
 import time
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 from workers.capacity import hlo
 from workers.capacity.hardware import Hardware, gpu_hosts, tpu_slice
 from workers.capacity.memory import Precision
+from workers.capacity.witness import NO_COMPILER, Engine, NoCompilerError, Witness
 from workers.model.config import GrokConfig
 
 #: The H100 SXM as XLA's compiler wants to know it.
@@ -36,62 +35,25 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Witness:
-    """What the compiler says of one program on one device; bytes.
-
-    Attributes:
-      program, slots: which, of how many sequences.
-      fits: whether it could be compiled for the memory that there is.
-      problem: why not.
-      arguments: parameters and state.
-      temporaries: beside them.
-      peak: most at any time.
-      collectives: by kind, the traffic of a run.
-      weight_copies: buffers as large as a weight, which no step should make.
-      seconds: that it took to compile.
-      versions: of jax and the compiler.
-    """
-
-    program: str
-    slots: int
-    fits: bool
-    problem: str = ""
-    arguments: int = 0
-    temporaries: int = 0
-    peak: int = 0
-    collectives: dict[str, hlo.Traffic] = dataclasses.field(default_factory=dict)
-    weight_copies: dict[str, int] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0
-    versions: str = ""
-
-
 def compile_program(
     config: GrokConfig,
     hardware: Hardware,
     mesh: tuple[int, int, str],
     precision: Precision,
     program: str,
-    *,
-    slots: int,
-    pages: int,
-    page_size: int,
-    chunk: int,
-    context: int,
+    engine: Engine,
 ) -> Witness:
     """Compiles `decode` or `prefill` for a TPU slice or for NVIDIA GPUs. The process must not have imported JAX.
 
     Raises:
-      ImportError, RuntimeError: the platform's compiler is not installed.
+      NoCompilerError: the platform's compiler is not installed.
     """
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     import jax
 
     from workers.checkpoint.loader import parameter_shapes
     from workers.checkpoint.release import release_headers
     from workers.engine.plan import EngineShape
-    from workers.kernels.kernels import PORTABLE
+    from workers.kernels.kernels import STACKED
     from workers.kernels.tpu import TPU
     from workers.model.partition import Partition
     from workers.preparation import DTYPES
@@ -99,9 +61,17 @@ def compile_program(
     from workers.runtime.cache import page_axes, page_shapes
 
     data, model, rules = mesh
-    kernels = TPU if hardware.device.platform == "tpu" else PORTABLE
+    kernels = TPU if hardware.device.platform == "tpu" else STACKED
     partition = Partition.create(config, _mesh(hardware, data, model), rules, kernels)
-    shape = EngineShape(slots, partition.batch_groups, pages, page_size, chunk, context, kernels.exact_rows)
+    shape = EngineShape(
+        engine.slots,
+        partition.batch_groups,
+        engine.pages,
+        engine.page_size,
+        engine.chunk,
+        engine.context,
+        kernels.exact_rows,
+    )
     dtype, kv_dtype = DTYPES[precision.activations], DTYPES[precision.kv_cache]
     params = parameter_shapes(release_headers(config), partition, weights=precision.weights, dtype=dtype)
     blueprint = Blueprint(config, shape, partition, params, dtype, kv_dtype)
@@ -113,25 +83,25 @@ def compile_program(
         problem = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" not in problem:
             raise
-        return Witness(program, slots, False, problem)
+        return Witness(program, False, problem)
     seconds = time.monotonic() - began
     analysis: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
     local = config.emb_size * config.ffn_size // partition.ways(partition.axes("ffn"))
     pages_axes = page_axes(partition)
-    updated = {
-        partition.local(array.shape, pages_axes)
-        for array in jax.tree.leaves(page_shapes(config, shape, partition, kv_dtype))
-    }
-    # Heads whose weight is one dimension less, in the forms that XLA gives them.
-    updated |= {tuple(size for size in dims if size != 1) for dims in updated}
+    layers = 0 if not kernels.stacked else config.num_layers
+    updated = set()
+    for array in jax.tree.leaves(page_shapes(config, shape, partition, kv_dtype)):
+        dims = partition.local(array.shape, pages_axes)
+        # As one row of pages, as kernels see them, and without what is 1.
+        flat = (*(size for size in dims[:2] if size != layers), dims[2] * layers, *dims[3:])
+        updated |= {tuple(size for size in form if size != 1) for form in (dims, flat, (dims[0] * dims[1], *dims[2:]))}
     temporaries = int(analysis.temp_size_in_bytes)
     peak = getattr(analysis, "peak_memory_in_bytes", 0) or (
         analysis.argument_size_in_bytes + temporaries + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     )
     return Witness(
         program,
-        slots,
         peak <= hardware.device.memory,
         "" if peak <= hardware.device.memory else "more than a device has",
         int(analysis.argument_size_in_bytes),
@@ -145,20 +115,28 @@ def compile_program(
 
 
 def _mesh(hardware: Hardware, data: int, model: int) -> Any:
+    import importlib.util
+
+    import numpy as np
     from jax.experimental import mesh_utils, topologies
     from jax.sharding import Mesh
 
     from workers.runtime.mesh import AXES, TYPES
 
+    package = "libtpu" if hardware.device.platform == "tpu" else "jax_plugins.xla_cuda13"
+    try:
+        found = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise NoCompilerError(f"{package} is not installed: `make aot` brings what compiles for TPUs and GPUs")
     if hardware.device.platform == "tpu":
         options = {"chip_config_name": "megacore"} if hardware.device.name == "v4" else {}
         described = topologies.get_topology_desc(platform="tpu", topology_name=str(hardware), **options)
         devices = mesh_utils.create_device_mesh((data, model), described.devices, allow_split_physical_axes=True)
     else:
         if hardware.device.name != "H100":
-            raise RuntimeError(f"the compiler is told of H100 only, not of {hardware.device.name}")
-        import numpy as np
-
+            raise NoCompilerError(f"the compiler is told of H100 only, not of {hardware.device.name}")
         per_host = hardware.devices // hardware.hosts
         described = topologies.get_topology_desc(
             platform="cuda", target_config=_H100, topology=f"1x{hardware.hosts}x{per_host}"
@@ -180,18 +158,24 @@ def main() -> int:
     parser.parse_args()
     asked: dict[str, Any] = json.load(sys.stdin)
     hardware = tpu_slice(asked["topology"]) if asked.get("topology") else gpu_hosts(asked["gpus"], asked["hosts"])
-    witness = compile_program(
+    try:
+        witness = _compile(asked, hardware)
+    except NoCompilerError as error:
+        print(error, file=sys.stderr)
+        return NO_COMPILER
+    print(json.dumps(dataclasses.asdict(witness)))
+    return 0
+
+
+def _compile(asked: dict[str, Any], hardware: Hardware) -> Witness:
+    return compile_program(
         GrokConfig(**asked["model"]),
         hardware,
         tuple(asked["mesh"]),
         Precision(**asked["precision"]),
         asked["program"],
-        **asked["engine"],
+        Engine(**asked["engine"]),
     )
-    shown = dataclasses.asdict(witness)
-    shown["host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps(shown))
-    return 0
 
 
 if __name__ == "__main__":

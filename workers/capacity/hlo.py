@@ -14,7 +14,9 @@ _BYTES = {
 }  # fmt: skip
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.+?) ([a-z][\w\-]*)\(")
-_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
+#: Of a layout: that the array is in a TPU's own vector memory.
+_ON_CHIP = "S(1)"
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 #: Operations that make no buffer of their own.
 _VIEWS = ("parameter", "get-tuple-element", "bitcast", "tuple", "while", "conditional", "constant", "scatter", "call")
@@ -54,12 +56,13 @@ def large_buffers(text: str, elements: int, updated: set[tuple[int, ...]]) -> di
     """
     found: collections.Counter[str] = collections.Counter()
     for kind, operation in _instructions(text):
-        if operation in _VIEWS or operation.endswith("-done"):
+        if operation in _VIEWS or operation.endswith(("-done", "-start")):
             continue
         for match in _ARRAY.finditer(kind):
             shape = tuple(int(size) for size in match[2].split(",") if size)
-            if match[1] in _BYTES and math.prod(shape) >= elements and shape not in updated:
-                found[f"{operation} {match[0]}"] += 1
+            known = match[1] in _BYTES and tuple(size for size in shape if size != 1) not in updated
+            if known and math.prod(shape) >= elements and _ON_CHIP not in (match[3] or ""):
+                found[f"{operation} {match[1]}[{match[2]}]"] += 1
     return dict(found)
 
 

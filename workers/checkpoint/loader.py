@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import math
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from workers.checkpoint.checkpoint import Checkpoint
 from workers.checkpoint.errors import CheckpointError
 from workers.checkpoint.reading import Bounds, read_slice
 from workers.checkpoint.tensor_file import ArraySpan, TensorFile
+from workers.model.config import GrokConfig
+from workers.model.grok import STACKED_LAYERS
 from workers.model.packed import PackedTable, PackedWeight, pack, pack_table, packed_shape
 from workers.model.parameters import Axes, ParameterInfo
 from workers.model.partition import Partition
@@ -32,6 +38,8 @@ WEIGHT_DTYPES = {"int4": None, "int8": None, "int8-unrounded": None, "bfloat16":
 INT4_ROWS = 128
 #: Tensors that are loaded at a time: while one is read, another is packed.
 THREADS = 3
+
+_LAYER = re.compile(r"decoder_layer_(\d+)/")
 
 EMBEDDING = "language_model/in_out_embed/embeddings"
 
@@ -93,14 +101,46 @@ def load_parameters(
         loading = [pool.submit(load, tensor) for tensor in checkpoint.tensors]
         try:
             for (info, _), value in zip(checkpoint.tensors, loading, strict=True):
-                module, name = info.path.rsplit("/", 1)
-                params.setdefault(module, {})[name] = value.result()
+                _put(params, info, value.result(), checkpoint.config, partition)
                 progress.add(tensors=1)
                 report(progress)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     return params, progress
+
+
+def _put(params: Params, info: ParameterInfo, value: Any, config: GrokConfig, partition: Partition) -> None:
+    """Notes a parameter, or its shape, under its name; where layers lie stacked, in its place among those of all layers."""
+    layer = _LAYER.search(info.path)
+    path = info.path
+    if partition.kernels.stacked and layer:
+        path = _LAYER.sub(f"{STACKED_LAYERS}/", path)
+    module, name = path.rsplit("/", 1)
+    known = params.setdefault(module, {})
+    if path != info.path and layer:
+        if name not in known:
+            known[name] = jax.tree.map(lambda leaf: _stack(leaf, config.num_layers), value)
+        if isinstance(jax.tree.leaves(value)[0], jax.Array):
+            known[name] = _insert(known[name], value, int(layer[1]))
+    else:
+        known[name] = value
+
+
+def _stack(leaf: Any, layers: int) -> Any:
+    """Room for an array of all layers, or its shape."""
+    spec = PartitionSpec(None, *leaf.sharding.spec)
+    sharding = NamedSharding(leaf.sharding.mesh, spec)
+    shape = (layers, *leaf.shape)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+    return jnp.zeros(shape, leaf.dtype, device=sharding)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(stacked: Any, value: Any, layer: int) -> Any:
+    """`stacked` [L, ...] with `value` [...] as that of a layer."""
+    return jax.tree.map(lambda all_, one: lax.dynamic_update_index_in_dim(all_, one, layer, 0), stacked, value)
 
 
 def _load(
@@ -154,8 +194,7 @@ def parameter_shapes(
     """The shapes, types and places of what `load_parameters` will return, for compiling before anything is loaded."""
     shapes: Params = {}
     for info, file in checkpoint.tensors:
-        module, name = info.path.rsplit("/", 1)
-        shapes.setdefault(module, {})[name] = _shape(info, file, partition, weights, dtype)
+        _put(shapes, info, _shape(info, file, partition, weights, dtype), checkpoint.config, partition)
     return shapes
 
 

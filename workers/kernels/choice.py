@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from workers.assignment import MeshSpec, ModelSpec
 from workers.checkpoint.checkpoint import Checkpoint
 from workers.kernels.cpu.kernels import INSTRUCTION_SETS, NativeKernelsError, native_kernels, use_instruction_set
-from workers.kernels.kernels import PORTABLE, Kernels
+from workers.kernels.kernels import PORTABLE, STACKED, Kernels
 from workers.kernels.tpu import TPU
 
 _LOG = logging.getLogger(__name__)
@@ -25,8 +25,8 @@ def choose_kernels(model: ModelSpec, mesh: MeshSpec, checkpoint: Checkpoint) -> 
     Raises:
       ValueError: `weights` ask for the native kernels, which are not to be had.
     """
-    if mesh.platform == "tpu" and model.weights != "int8-unrounded":
-        return TPU
+    if mesh.platform != "cpu" and model.weights != "int8-unrounded":
+        return TPU if mesh.platform == "tpu" else STACKED
     quantized = [file for info, file in checkpoint.tensors if info.quantized]
     packable = all(file.scales is not None and file.scales.dtype.name == "bfloat16" for file in quantized)
     float32 = model.activations == "float32"
@@ -51,7 +51,7 @@ def agree(kernels: Kernels) -> Kernels:
 
     What every host computes for itself, routes and norms, must come out the same on all.
     """
-    if jax.process_count() == 1 or kernels is TPU:
+    if jax.process_count() == 1 or kernels.stacked:
         return kernels
     levels = (PORTABLE.name, *INSTRUCTION_SETS)
     everybody = multihost_utils.process_allgather(np.int32(levels.index(kernels.name)))

@@ -37,6 +37,8 @@ class Kernels:
       sample: (logits [B, V], state, rows) -> Sampled: see `sampling.sample`. The choice of kernels decides rounding, not
         distribution.
       exact_rows: whether a row's bits are the same in programs of other shapes, so that prompts may be cut anywhere.
+      stacked: whether what layers have, parameters and pages, lies stacked, [L, ...], and one loop computes all layers: that
+        compiles many times faster. Weights then come as `LayerWeight`s.
       heads_first: whether both kinds of pages are [K, P, page, C]; else keys are [P, K, C, page], values [P, K, page, C].
       packed: whether weights are `PackedWeight`s and the table is a `PackedTable`.
     """
@@ -52,6 +54,7 @@ class Kernels:
     sample: Callable[[jax.Array, SamplingState, SamplingRows], Sampled]
     exact_rows: bool
     packed: bool
+    stacked: bool = False
     heads_first: bool = False
 
 
@@ -68,3 +71,5 @@ PORTABLE = Kernels(
     exact_rows=False,
     packed=False,
 )
+#: For accelerators without kernels of their own.
+STACKED = dataclasses.replace(PORTABLE, name="xla-stacked", stacked=True)

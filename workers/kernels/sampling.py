@@ -121,16 +121,18 @@ def sample(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> Sampl
         uniform = uniforms(rows)
         filtered = (rows.top_p < 1) | (rows.top_k > 0) | (rows.min_p > 0)
         sums = jnp.cumsum(weights, axis=-1)
-        plain = jax.vmap(lambda sums, target: jnp.searchsorted(sums, target, side="right"))(sums, uniform * sums[:, -1])
+        total = jnp.max(sums, axis=-1)  # the last; TPUs would turn the whole round to take it
+        plain = jnp.sum(sums <= (uniform * total)[:, None], axis=-1)
         plain = jnp.minimum(plain, logits.shape[-1] - 1).astype(jnp.int32)
         kept = lax.cond(
-            jnp.any(filtered & rows.active), lambda: _draw_filtered(weights, sums[:, -1], uniform, rows), lambda: plain
+            jnp.any(filtered & rows.active), lambda: _draw_filtered(weights, total, uniform, rows), lambda: plain
         )
         return jnp.where(filtered, kept, plain)
 
     drawn = lax.cond(jnp.any((rows.temperature > 0) & rows.active), draw, lambda: greedy)
     token = jnp.where(rows.temperature > 0, drawn, greedy)
-    logprob = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+    # A sum of one: TPUs look things up in a layout that is many times larger.
+    logprob = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == token[:, None], logprobs, 0.0), axis=-1)
     return Sampled(token, logprob, top_ids.astype(jnp.int32), top_logprobs)
 
 
@@ -146,8 +148,8 @@ def _adjust(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.
     penalty = rows.presence[:, None] + rows.frequency[:, None] * drawn
     adjusted = jnp.where(drawn > 0, adjusted - penalty, adjusted)
     adjusted = jnp.where(flagged(BIASED), adjusted + state.bias[rows.slot], adjusted)
-    token = jnp.arange(logits.shape[-1])
-    allowed = (state.mask[rows.slot][:, token // 32] >> (token % 32)) & 1
+    allowed = (state.mask[rows.slot][:, :, None] >> jnp.arange(32)) & 1  # [B, V / 32, 32]
+    allowed = allowed.reshape(logits.shape[0], -1)[:, : logits.shape[-1]]
     return jnp.where(flagged(MASKED) & (allowed == 0), -jnp.inf, adjusted)
 
 
@@ -171,7 +173,7 @@ def _draw_among_all(weights: jax.Array, total: jax.Array, uniform: jax.Array, ro
     most = jnp.arange(weights.shape[-1]) == jnp.argmax(weights, axis=-1)[:, None]
     kept = (kept & (weights >= rows.min_p[:, None]) & (weights > 0)) | most
     sums = jnp.cumsum(jnp.where(kept, weights, 0.0), axis=-1)
-    return jnp.argmax(sums > uniform[:, None] * sums[:, -1:], axis=-1).astype(jnp.int32)
+    return jnp.argmax(sums > (uniform * jnp.max(sums, axis=-1))[:, None], axis=-1).astype(jnp.int32)
 
 
 def _largest(weights: jax.Array, amounts: jax.Array, wanted: jax.Array) -> jax.Array:

@@ -14,5 +14,6 @@ TPU = dataclasses.replace(
     project=tpu_matmul.project,
     experts=functools.partial(portable.experts, multiply=tpu_matmul.grouped_matmul),
     attend=tpu_attention.attend,
+    stacked=True,
     heads_first=True,
 )

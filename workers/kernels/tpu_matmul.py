@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from workers.model.quantized import QuantizedWeight, Weight, dequantize
+from workers.model.quantized import LayerWeight, QuantizedWeight, Weight, dequantize, folded
 
 #: Rows of a weight's tile at most, and its columns: what is widened of it at a time must fit beside the next tile.
 _DEPTH, _COLUMNS = 2048, (512, 256, 128)
@@ -32,11 +32,13 @@ def grouped_matmul(x: jax.Array, weight: Weight, group_sizes: jax.Array, *, inte
     Returns:
       [M, N] float32.
     """
-    if not isinstance(weight, QuantizedWeight):
+    if not isinstance(weight.stacked if isinstance(weight, LayerWeight) else weight, QuantizedWeight):
         product: jax.Array = lax.ragged_dot(
             x, dequantize(weight, x.dtype), group_sizes, preferred_element_type=jnp.float32
         )
         return product
+    weight, first = folded(weight)
+    assert isinstance(weight, QuantizedWeight)
     rows, groups = x.shape[0], group_sizes.shape[0]
     block = min(max(_FEWEST, pl.next_power_of_2(-(-2 * rows // groups))), _MOST)
     count = -(-rows // block) + groups - 1  # blocks at most: each group may leave one half empty
@@ -50,7 +52,7 @@ def grouped_matmul(x: jax.Array, weight: Weight, group_sizes: jax.Array, *, inte
     start = first_row[owner] + (jnp.arange(count) - first_block[owner]) * block
     source = (start[:, None] + jnp.arange(block)).reshape(-1)
     padded = jnp.take(x, source, axis=0, mode="clip")  # [blocks * block, K]
-    out = _multiply(padded, weight, owner, active.astype(jnp.int32), block, interpret)
+    out = _multiply(padded, weight, first + owner, active.astype(jnp.int32), block, interpret)
     row = jnp.arange(rows)
     group = jnp.minimum(jnp.searchsorted(last_row, row, side="right"), groups - 1)
     return jnp.take(out, first_block[group] * block + row - first_row[group], axis=0, mode="clip")
@@ -132,7 +134,15 @@ def project(
     del valid
     rows = jnp.full(1, x.shape[0], jnp.int32)
     multiply = functools.partial(grouped_matmul, interpret=interpret)
-    return tuple(multiply(x, jax.tree.map(lambda leaf: leaf[None], weight), rows) for weight in weights)
+    return tuple(multiply(x, _as_group(weight), rows) for weight in weights)
+
+
+def _as_group(weight: Weight) -> Weight:
+    """[K, N] as [1, K, N]."""
+    if isinstance(weight, LayerWeight):
+        return LayerWeight(jax.tree.map(lambda leaf: leaf[:, None], weight.stacked), weight.layer)
+    one: Weight = jax.tree.map(lambda leaf: leaf[None], weight)
+    return one
 
 
 def _divisor(depth: int, group_rows: int) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from workers.kernels.kernels import PORTABLE, Kernels
 from workers.kernels.rotary import rotate
@@ -17,7 +19,10 @@ from workers.model.config import GrokConfig
 from workers.model.linear import RMSNorm
 from workers.model.moe import Experts, Router
 from workers.model.partition import Partition
-from workers.model.quantized import Table
+from workers.model.quantized import LayerWeight, Table
+
+#: The name of the layers whose parameters lie stacked.
+STACKED_LAYERS = "decoder_layers"
 
 
 @jax.tree_util.register_dataclass
@@ -51,8 +56,9 @@ class Output:
 class DecoderLayer(hk.Module):
     """x += norm(attention(norm(x))); x += norm(experts(norm(x))): four norms a layer."""
 
-    def __init__(self, config: GrokConfig, partition: Partition, layer: int) -> None:
-        super().__init__(name=f"decoder_layer_{layer}")
+    def __init__(self, config: GrokConfig, partition: Partition, layer: int, name: str) -> None:
+        """`layer` is what `attend` is told."""
+        super().__init__(name=name)
         self._config = config
         self._partition = partition
         self._layer = layer
@@ -91,12 +97,40 @@ class Transformer(hk.Module):
         self, x: jax.Array, positions: jax.Array, attend: Attend, dtype: jnp.dtype | type
     ) -> tuple[jax.Array, Routed]:
         """[B, T, D], [B, T] -> [B, T, D] and what the routers decided."""
+        if self._partition.kernels.stacked:
+            return self._rolled(x, positions, attend, dtype)
         routed = []
         for i in range(self._config.num_layers):
-            layer = DecoderLayer(self._config, self._partition, i)
+            layer = DecoderLayer(self._config, self._partition, i, f"decoder_layer_{i}")
             x, decided = layer(x, positions, attend, dtype)
             routed.append(decided)
         return x, jax.tree.map(lambda *layers: jnp.stack(layers), *routed)
+
+    @hk.transparent
+    def _rolled(
+        self, x: jax.Array, positions: jax.Array, attend: Any, dtype: jnp.dtype | type
+    ) -> tuple[jax.Array, Routed]:
+        """The same as one loop over stacked parameters. `attend` has the stacked pages as an attribute."""
+        module = DecoderLayer(self._config, self._partition, 0, STACKED_LAYERS)
+
+        def compute(carry: tuple[jax.Array, Any], layer: jax.Array) -> tuple[tuple[jax.Array, Any], Routed]:
+            def take(next_getter: Callable[[Any], Any], value: Any, context: hk.GetterContext) -> Any:
+                own = LayerWeight(value, layer)
+                read_in_place = len(context.original_shape) > 1 and not context.full_name.endswith("router/w")
+                return next_getter(own if read_in_place else own.taken())
+
+            x, attend.pages = carry
+            with hk.custom_getter(take):
+                x, routed = module(x, positions, functools.partial(_at, attend, layer), dtype)
+            return (x, attend.pages), routed
+
+        (x, attend.pages), routed = lax.scan(compute, (x, attend.pages), jnp.arange(self._config.num_layers))
+        return x, routed
+
+
+def _at(attend: Any, layer: jax.Array, _: object, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    mixed: jax.Array = attend(layer, query, key, value)
+    return mixed
 
 
 class Embedding(hk.Module):

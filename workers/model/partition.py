@@ -17,7 +17,7 @@ from workers.model.config import GrokConfig
 from workers.model.layout import RULES, Layout, MeshAxes, units
 from workers.model.packed import PackedTable, PackedWeight
 from workers.model.parameters import Axes
-from workers.model.quantized import QuantizedWeight, Table, Weight
+from workers.model.quantized import LayerWeight, QuantizedWeight, Table, Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +81,8 @@ class Partition(Layout):
 
     def weight_spec(self, weight: Weight, axes: Axes) -> Any:
         """The tree of specs that matches a weight."""
+        if isinstance(weight, LayerWeight):
+            return LayerWeight(self.weight_spec(weight.stacked, (None, *axes)), PartitionSpec())  # type: ignore[arg-type]
         if isinstance(weight, PackedWeight):
             scales = self.scale_axes(weight.scales.shape[-2], axes)
             return dataclasses.replace(weight, values=self.spec((*axes, None)), scales=self.spec(scales))

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from workers.model.packed import PackedTable, PackedWeight
 
@@ -33,8 +34,43 @@ class QuantizedWeight:
         return self.weight.dtype
 
 
-Weight = jax.Array | QuantizedWeight | PackedWeight
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerWeight:
+    """One layer's weight among those of all layers, `stacked` [L, ...], from where kernels read it. `layer` [] int32."""
+
+    stacked: jax.Array | QuantizedWeight
+    layer: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the layer's values."""
+        return self.stacked.shape[1:]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """That of the values as stored."""
+        return self.stacked.dtype
+
+    def taken(self) -> jax.Array | QuantizedWeight:
+        """The layer's weight as one of its own."""
+        found: jax.Array | QuantizedWeight = jax.tree.map(
+            lambda leaf: lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False), self.stacked
+        )
+        return found
+
+
+Weight = jax.Array | QuantizedWeight | PackedWeight | LayerWeight
 Table = jax.Array | PackedTable
+
+
+def folded(weight: Weight) -> tuple[jax.Array | QuantizedWeight | PackedWeight, jax.Array | int]:
+    """A weight [G, K, N] as one of groups of all layers, [L * G, K, N], and the first that is its own."""
+    if not isinstance(weight, LayerWeight):
+        return weight, 0
+    every: jax.Array | QuantizedWeight
+    every = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), weight.stacked)
+    return every, weight.layer * weight.shape[0]
 
 
 def dequantize(weight: Weight, dtype: jnp.dtype | type = jnp.float32) -> jax.Array:
@@ -45,6 +81,8 @@ def dequantize(weight: Weight, dtype: jnp.dtype | type = jnp.float32) -> jax.Arr
     """
     if isinstance(weight, PackedWeight):
         raise TypeError("a packed weight is for the native kernels")
+    if isinstance(weight, LayerWeight):
+        weight = weight.taken()
     if not isinstance(weight, QuantizedWeight):
         return weight.astype(dtype)
     *lead, rows, columns = weight.shape

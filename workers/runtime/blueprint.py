@@ -53,7 +53,7 @@ class Blueprint:
             counts=array(shape.slots, config.vocab_size, dtype=jnp.int32),
             mask=array(shape.slots, -(-config.vocab_size // 32), dtype=jnp.int32),
         )
-        pages = (page_shapes(config, shape, partition, kv_dtype or dtype),) * config.num_layers
+        pages = page_shapes(config, shape, partition, kv_dtype or dtype)
         #: Shapes of the state that the programs keep.
         self.state = State(pages, array(shape.slots, dtype=jnp.int32), sampling)
         programs, slots = Programs(config, shape, partition, dtype), SlotTable(shape)

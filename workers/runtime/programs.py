@@ -163,19 +163,27 @@ class Programs:
         """Packed samples [B, ...]; each device samples a part of the rows where they divide over the devices."""
         mesh = self._partition.mesh
         assert mesh is not None
-        split = PartitionSpec(mesh.axis_names if logits.shape[0] % mesh.size == 0 else None)
+        partition, divides = self._partition, logits.shape[0] % mesh.size == 0
+        split = PartitionSpec(mesh.axis_names if divides else None)
+        # Each device has some columns of all rows and wants all columns of some: exchanged at once, nobody ever has it all.
+        exchanged = divides and partition.axes("vocab") == mesh.axis_names
 
         def local(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
-            return _pack(self._partition.kernels.sample(logits, state, rows))
+            if exchanged:
+                logits = lax.all_to_all(logits, mesh.axis_names, split_axis=0, concat_axis=1, tiled=True)
+            return _pack(partition.kernels.sample(logits, state, rows))
 
-        sampled = self._partition.on_parts(local, (split, PartitionSpec(), split), split)(logits, state, rows)
+        lying = PartitionSpec(None, mesh.axis_names) if exchanged else split
+        sampled = partition.on_parts(local, (lying, PartitionSpec(), split), split)(logits, state, rows)
         return self._replicate(sampled)
 
     def _next(self, state: State, pages: Pages, tokens: jax.Array, rows: SamplingRows, drawn: jax.Array) -> State:
         """The state after a call. Drawn tokens count where penalties will ask for them."""
         counted = jnp.where(rows.active & (rows.flags & PENALIZED != 0), rows.slot, self._shape.slots)
-        counts = state.sampling.counts.at[counted, drawn].add(1, mode="drop")
-        sampling = dataclasses.replace(state.sampling, counts=self._replicate(counts))
+        # On every device for itself, or the compiler adds up tables of counts over devices.
+        whole = PartitionSpec()
+        count = self._partition.on_parts(_add, (whole, whole, whole), whole)
+        sampling = dataclasses.replace(state.sampling, counts=count(state.sampling.counts, counted, drawn))
         return State(pages, self._replicate(tokens), sampling)
 
     def _count(self, output: Output, packed: jax.Array, length: int) -> jax.Array:
@@ -187,6 +195,10 @@ class Programs:
     def _replicate(self, x: jax.Array) -> jax.Array:
         whole: jax.Array = lax.with_sharding_constraint(x, self._whole)
         return whole
+
+
+def _add(counts: jax.Array, slots: jax.Array, tokens: jax.Array) -> jax.Array:
+    return counts.at[slots, tokens].add(1, mode="drop")
 
 
 def _pack(sampled: Sampled) -> jax.Array:
