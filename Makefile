@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo serve stop check lint types proto test test-rayup determinism operations chaos restarts fuzz audit bench overload bench-peers load golden docs dashboards pictures clean
+.PHONY: help install demo serve stop check lint types proto test test-rayup determinism operations chaos restarts fuzz audit aot bench-loader bench overload bench-peers load golden docs dashboards pictures clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -73,6 +73,18 @@ build/audit/.installed:
 	$(PYTHON) -m venv build/audit
 	build/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
 	@touch $@
+
+aot: build/aot/.installed ## compile the whole model for TPU slices and H100s; writes docs/support-matrix.md
+	build/aot/bin/python -m scripts.support_matrix
+
+build/aot/.installed: requirements-aot.lock pyproject.toml
+	$(PYTHON) -m venv build/aot
+	build/aot/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-aot.lock
+	build/aot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+bench-loader: install ## loading a checkpoint beside reading its files, in turns
+	$(BIN)/python -m tests.bench.loading
 
 bench: install ## the engine as shares of this machine's limits, plans to followers, the gateway's streams, one and two hosts
 	$(BIN)/grokmesh bench engine --checkpoint build/bench/model

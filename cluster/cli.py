@@ -16,16 +16,20 @@ from typing import Any
 
 import grpc
 
-from cluster import daemon
+from cluster import capacity, daemon
 from cluster.client import API_KEY_VARIABLE, DEFAULT_ADDRESS, Client, Options, Tls, completion_request
-from cluster.config import ACTIVATIONS, RULES, WEIGHTS, ConfigError, load_config
+from cluster.config import ACTIVATIONS, KV_CACHES, WEIGHTS, ConfigError, load_config
 from cluster.gateway.keys import KeysError, new_key
 from cluster.gateway.tls import TlsError
 from cluster.local import LocalClusterError, prepare_environment
 from grok.serving.v1 import cluster_pb2
 from workers import logs
+from workers.assignment import describe_loading
+from workers.capacity.hardware import HardwareError
 from workers.checkpoint.errors import CheckpointError
+from workers.checkpoint.storage import locate
 from workers.model.config import ConfigError as ModelConfigError
+from workers.model.layout import RULES
 from workers.tokenizer import TokenizerError
 
 CONFIG = pathlib.Path("ray_config.yaml")
@@ -44,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         TokenizerError,
         daemon.DaemonError,
         KeysError,
+        HardwareError,
         LocalClusterError,
         TlsError,
     ) as error:
@@ -106,8 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--hosts", type=int, default=1, help="processes that form the mesh (default: %(default)s)")
     verify.set_defaults(run=_verify)
 
+    plan = commands.add_parser("plan", help="say whether a model fits hardware, how fast, and on which mesh")
+    capacity.add_arguments(plan, WEIGHTS, KV_CACHES)
+    plan.set_defaults(run=capacity.run)
+
     inspect = commands.add_parser("inspect", help="list a checkpoint's tensors and its configuration")
-    inspect.add_argument("directory", type=pathlib.Path, help="directory with ckpt-0/")
+    inspect.add_argument("directory", type=locate, help="directory with ckpt-0/, or its URL in an object store")
     inspect.set_defaults(run=_inspect)
 
     convert = commands.add_parser("convert", help="write a checkpoint in another format")
@@ -125,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", type=pathlib.Path, required=True, help="directory; a random model if it is empty"
     )
     engine.add_argument("--weights", choices=WEIGHTS, default="int8", help="as kept on devices (default: %(default)s)")
-    engine.add_argument("--kv-cache", choices=ACTIVATIONS, default="bfloat16", help="type (default: %(default)s)")
+    engine.add_argument("--kv-cache", choices=KV_CACHES, default="bfloat16", help="type (default: %(default)s)")
     engine.add_argument("--devices", type=int, default=1, help="devices of the mesh (default: %(default)s)")
     engine.add_argument(
         "--context", type=int, default=8000, help="positions of the long case; 0: none (default: %(default)s)"
@@ -350,9 +359,12 @@ def format_status(status: cluster_pb2.GetStatusResponse) -> str:
             in_a_row = f" ({replica.failures} in a row)" if replica.failures > 1 else ""
             lines.append(f"  last failure{in_a_row}: {replica.last_failure}")
         for host in replica.hosts:
+            read = f"read {host.bytes_read:,} bytes"
+            if host.bytes_per_second:
+                read = describe_loading(host.bytes_read, host.bytes_total, host.bytes_per_second)
             lines.append(
                 f"  host {host.rank}: {host.address} pid {host.pid}, {host.devices} devices, {host.phase}, "
-                f"read {host.bytes_read:,} bytes, metrics at {host.metrics_url}"
+                f"{read}, metrics at {host.metrics_url}"
             )
     return "\n".join(lines)
 

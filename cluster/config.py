@@ -12,12 +12,14 @@ from typing import Any
 import yaml
 
 from workers.assignment import EngineSpec, MeshSpec, ModelSpec
+from workers.capacity.hardware import DEVICES
 from workers.model.config import GrokConfig
+from workers.model.layout import RULES
 
 PLATFORMS = ("cpu", "gpu", "tpu")
-WEIGHTS = ("int8", "int8-unrounded", "bfloat16", "float32")
+WEIGHTS = ("int4", "int8", "int8-unrounded", "bfloat16", "float32")
 ACTIVATIONS = ("float32", "bfloat16")
-RULES = ("tensor", "batch", "xai")
+KV_CACHES = (*ACTIVATIONS, "int8")
 
 
 class ConfigError(ValueError):
@@ -30,16 +32,19 @@ class ModelSection:
 
     Attributes:
       name: by which clients know it.
-      checkpoint: directory with ckpt-0/ and tokenizer.model, the same path on every host; relative to this file.
+      checkpoint: directory with ckpt-0/ and tokenizer.model, the same path on every host, relative to this file; or the URL of
+        one in an object store, such as s3://bucket/grok-1.
       weights: int8 (as released, and rounded to bfloat16 when scaled, as xAI's code does), bfloat16 or float32; on CPU hosts
         also int8-unrounded: up to half as fast again in batches and prompts, while logits move by half a percent of their
-        spread, which is less than what bfloat16 activations move them.
+        spread, which is less than what bfloat16 activations move them. int4 is for TPUs: half the memory, in groups of 128
+        rows; see docs/capacity.md for what it costs.
       activations: float32 or bfloat16.
-      kv_cache: float32 or bfloat16: how keys and values are kept; as activations if absent.
+      kv_cache: float32, bfloat16 or int8: how keys and values are kept; as activations if absent. int8 has a scale for each
+        position of a head; on CPU hosts the fast kernels do not know it.
     """
 
     name: str
-    checkpoint: pathlib.Path
+    checkpoint: str
     weights: str = "int8"
     activations: str = "float32"
     kv_cache: str | None = None
@@ -54,6 +59,9 @@ class ClusterSection:
       platform: cpu, gpu or tpu.
       cpus_per_host: logical Ray CPUs that a worker takes.
       tpu_pod_type: of a platform of TPUs, Ray's name for the kind of slice that a replica takes whole, such as v6e-16.
+      accelerator: of GPU hosts, their kind, such as H100: whether the model fits is then known before anything is started.
+      memory_per_host: of CPU hosts, the GB that each has, for the same purpose; in a local cluster, this machine's, shared by
+        its hosts, if absent.
       compilation_cache: directory on each host where compiled programs are kept; empty for none.
     """
 
@@ -61,6 +69,8 @@ class ClusterSection:
     platform: str = "cpu"
     cpus_per_host: int = 1
     tpu_pod_type: str | None = None
+    accelerator: str | None = None
+    memory_per_host: float | None = None
     compilation_cache: str = "~/.cache/grokmesh/xla"
 
 
@@ -110,7 +120,8 @@ class EngineSection:
       page_size: positions of a KV page.
       prefill_chunk: prompt positions of one prefill call.
       context: longest sequence; the model's own if absent.
-      kv_pages: KV pages over all batch groups, one of each for padding; as many as all slots can fill if absent.
+      kv_pages: KV pages over all batch groups, one of each for padding; if absent, as many as all slots can fill, or as memory
+        has room for.
       max_waiting: requests that may wait for a slot.
       steps_per_plan: most tokens of a sequence that one dispatch draws while nobody waits for a slot. More is less work for
         the leader, but tokens then come in bursts, and a cancelled request holds its slot for so long.
@@ -194,7 +205,7 @@ class Config:
     @property
     def model_spec(self) -> ModelSpec:
         """For the hosts."""
-        return ModelSpec(str(self.model.checkpoint), self.model.weights, self.model.activations, self.model.kv_cache)
+        return ModelSpec(self.model.checkpoint, self.model.weights, self.model.activations, self.model.kv_cache)
 
     @property
     def mesh_spec(self) -> MeshSpec:
@@ -227,7 +238,10 @@ def load_config(path: pathlib.Path) -> Config:
         raise ConfigError(f"{path}: nested too deeply") from error
     reader = _Reader(path)
     config: Config = reader.section(Config, root, "")
-    model = dataclasses.replace(config.model, checkpoint=(path.parent / config.model.checkpoint.expanduser()).resolve())
+    checkpoint = config.model.checkpoint
+    if "://" not in checkpoint:
+        checkpoint = str((path.parent / pathlib.Path(checkpoint).expanduser()).resolve())
+    model = dataclasses.replace(config.model, checkpoint=checkpoint)
     files = {
         name: (path.parent / file.expanduser()).resolve()
         for name in ("api_keys", "tls_certificate", "tls_key", "tls_client_ca")
@@ -334,7 +348,7 @@ class _Reader:
         for name, choices in (
             ("model.weights", WEIGHTS),
             ("model.activations", ACTIVATIONS),
-            ("model.kv_cache", (*ACTIVATIONS, None)),
+            ("model.kv_cache", (*KV_CACHES, None)),
             ("cluster.platform", PLATFORMS),
             ("mesh.rules", RULES),
         ):
@@ -381,6 +395,15 @@ class _Reader:
             )
         if mesh.rules != "tensor" and config.engine.slots % mesh.data:
             self.fail("engine.slots", f"engine.slots={config.engine.slots} must be a multiple of mesh.data={mesh.data}")
+        if config.model.weights == "int4" and config.cluster.platform != "tpu":
+            self.fail("model.weights", "model.weights=int4 is for TPUs: elsewhere nothing would be saved; use int8")
+        kinds = [device.name for device in DEVICES.values() if device.platform == "gpu"]
+        if config.cluster.accelerator not in (None, *kinds):
+            accelerator = config.cluster.accelerator
+            self.fail("cluster.accelerator", f"cluster.accelerator={accelerator} is unknown; use {', '.join(kinds)}")
+        memory = config.cluster.memory_per_host
+        if memory is not None and not (math.isfinite(memory) and memory > 0):
+            self.fail("cluster.memory_per_host", f"cluster.memory_per_host={memory} must be a positive number of GB")
         if not config.model.name:
             self.fail("model.name", "model.name is empty")
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import ray
 
 from cluster import daemon
+from cluster.capacity import with_pages
 from cluster.config import Config, ConfigError, check_model
 from cluster.fleet import Fleet
 from cluster.gateway.keys import Keys
@@ -29,7 +30,9 @@ from cluster.telemetry import metrics
 from cluster.telemetry.traces import make_tracer
 from cluster.telemetry.web import WebServer
 from grok.serving.v1 import cluster_pb2
+from workers.assignment import LOADING
 from workers.checkpoint.checkpoint import open_checkpoint
+from workers.checkpoint.storage import locate
 from workers.grammar import Grammars
 from workers.tokenizer import Tokenizer
 
@@ -53,9 +56,11 @@ def serve(config: Config, path: pathlib.Path, *, replace: bool = False) -> None:
       ConfigError, KeysError, CheckpointError, TokenizerError: before anything is started, if the model can't be served so.
       DaemonError: a service runs at the address already, or there is none to replace.
     """
-    checkpoint = open_checkpoint(config.model.checkpoint)
+    location = locate(config.model.checkpoint)
+    checkpoint = open_checkpoint(location)
     check_model(config, checkpoint.config, path)
-    tokenizer = Tokenizer(config.model.checkpoint / "tokenizer.model")
+    config = with_pages(config, checkpoint.config, path)
+    tokenizer = Tokenizer(location / "tokenizer.model")
     if tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise ConfigError(
             f"{config.model.checkpoint}: the tokenizer has {tokenizer.vocab_size} pieces, "
@@ -177,18 +182,18 @@ class _Reporter:
         """Logs the replica's state, if it is news."""
         state = cluster_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower()
         if replica.state == cluster_pb2.REPLICA_STATE_STARTING:
-            phases = [
-                f"host {rank} {view.progress.phase}"
-                + (f" {view.progress.fraction:.0%}" if view.progress.phase == "loading" else "")
-                for rank, view in enumerate(replica.hosts)
-            ]
-            text = ", ".join(phases)
+            text = ", ".join(f"host {rank} {view.progress.phase}" for rank, view in enumerate(replica.hosts))
         else:
             text = state
         line = f"replica {replica.index} epoch {replica.epoch}: {text}"
-        if self._said.get(replica.index) != line:
-            self._said[replica.index] = line
-            _LOG.info("%s", line, extra=replica.log_fields)
+        loading = [view.progress for view in replica.hosts if view.progress.phase == LOADING]
+        slowest = min(loading, key=lambda progress: progress.fraction, default=None)
+        # While a checkpoint loads, each tenth of it is news.
+        news = line if slowest is None else f"{line} {int(10 * slowest.fraction)}"
+        if self._said.get(replica.index) != news:
+            self._said[replica.index] = news
+            shown = f"{line}, {slowest.loading}" if slowest is not None and slowest.bytes_total else line
+            _LOG.info("%s", shown, extra=replica.log_fields)
 
 
 @contextlib.contextmanager

@@ -134,5 +134,7 @@ def _host(rank: int, view: HostView) -> cluster_pb2.HostStatus:
         progress=progress.fraction,
         devices=progress.devices,
         bytes_read=progress.bytes_read,
+        bytes_total=progress.bytes_total,
+        bytes_per_second=progress.bytes_per_second,
         metrics_url=f"http://{endpoint.address}:{endpoint.metrics_port}/metrics",
     )

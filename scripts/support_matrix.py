@@ -53,14 +53,16 @@ def rows() -> list[Row]:
         groups = layout.batch_groups
         cases = [("decode", batch, Precision()) for batch in BATCHES]
         cases += [("prefill", 8, Precision())]
-        cases += [("decode", 8, Precision(weights="int4")), ("decode", 8, Precision(kv_cache="int8"))]
+        cases += [("decode", 8, Precision(kv_cache="int8"))]
+        if hardware.device.platform == "tpu":
+            cases += [("decode", 8, Precision(weights="int4"))]
         for program, batch, precision in cases:
             slots = -(-batch // groups) * groups
             pages = slots // groups * -(-CONFIG.sequence_len // PAGE_SIZE) + 1
             engine = Engine(slots, pages, PAGE_SIZE, CHUNK, CONFIG.sequence_len)
             planned = memory(
                 CONFIG, layout, precision, hardware.device.platform,
-                slots=slots, pages=pages, page_size=PAGE_SIZE, chunk=CHUNK,
+                slots=slots, pages=pages, page_size=PAGE_SIZE, chunk=CHUNK, program=program,
             )  # fmt: skip
             made.append(Row(hardware, mesh, precision, program, engine, planned))
     return made

@@ -110,7 +110,7 @@ def test_a_local_cluster_counts_its_hosts_alike_everywhere() -> None:
 def test_the_clusters_service_is_configured_for_its_hosts() -> None:
     config = load_config(DEPLOY / "ray_config.yaml")
     assert (config.cluster.address, config.gateway.address) == ("auto", "0.0.0.0:50051")
-    assert config.model.checkpoint == PROJECT / "models" / "demo"
+    assert config.model.checkpoint == str(PROJECT / "models" / "demo")
 
 
 def test_the_image_is_linted_pinned_and_installs_as_a_bare_machine_does(tmp_path: pathlib.Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+#: The phase in which a host reads its part of the checkpoint.
+LOADING = "loading and compiling"
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
@@ -119,9 +122,27 @@ class Progress:
       fraction: of the phase, 0 to 1.
       devices: local devices, once known.
       bytes_read: of the checkpoint.
+      bytes_total: that this host reads in all.
+      bytes_per_second: while it reads.
     """
 
     phase: str
     fraction: float
     devices: int = 0
     bytes_read: int = 0
+    bytes_total: int = 0
+    bytes_per_second: float = 0.0
+
+    @property
+    def loading(self) -> str:
+        """How far reading the checkpoint has come, for a reader."""
+        return describe_loading(self.bytes_read, self.bytes_total, self.bytes_per_second)
+
+
+def describe_loading(read: int, total: int, per_second: float) -> str:
+    """A bar, bytes, bytes a second and the time left."""
+    done = 20 * read // max(total, 1)
+    text = f"[{'#' * done}{'.' * (20 - done)}] {read / 1e9:.2f} of {total / 1e9:.2f} GB"
+    if per_second and read < total:
+        text += f", {per_second / 1e9:.2f} GB/s, {(total - read) / per_second:.0f} s left"
+    return text

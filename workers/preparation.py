@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from workers.assignment import EngineSpec, MeshSpec, ModelSpec
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.loader import parameter_shapes
+from workers.checkpoint.storage import locate
 from workers.engine.plan import EngineShape
 from workers.kernels.choice import choose_kernels
 from workers.kernels.kernels import Kernels
@@ -34,7 +34,7 @@ class Preparation:
         self._model = model
         self._mesh = mesh
         self._engine = engine
-        self.checkpoint = open_checkpoint(pathlib.Path(model.checkpoint))
+        self.checkpoint = open_checkpoint(locate(model.checkpoint))
         self.dtype = DTYPES[model.activations]
         self.kernels = choose_kernels(model, mesh, self.checkpoint)
         self._draw()

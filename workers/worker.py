@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
 import logging
 import pathlib
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from grok.engine.v1 import engine_pb2
 from workers import metrics
-from workers.assignment import Assignment, Progress
+from workers.assignment import LOADING, Assignment, Progress
+from workers.checkpoint.storage import locate
 from workers.engine.scheduler import Scheduler
 from workers.grammar import Grammars
 from workers.link import LeaderServer, connect, wait_for_listener
@@ -92,10 +94,12 @@ class Worker:
         began = time.monotonic()
 
         def loaded(progress: LoadProgress) -> None:
-            metrics.LOAD_SECONDS.set(time.monotonic() - began)
+            seconds = time.monotonic() - began
+            metrics.LOAD_SECONDS.set(seconds)
             metrics.CHECKPOINT_BYTES.inc(progress.read - self.progress.bytes_read)
             fraction = progress.tensors / len(checkpoint.tensors)
-            self.progress = Progress("loading and compiling", fraction, devices, progress.read)
+            rate = progress.read / max(seconds, 1e-9)
+            self.progress = Progress(LOADING, fraction, devices, progress.read, progress.total, rate)
 
         def compiled(fraction: float) -> None:
             if loading.done():
@@ -146,7 +150,7 @@ class Worker:
 
     @functools.cached_property
     def _made_grammars(self) -> Grammars:
-        tokenizer = Tokenizer(pathlib.Path(self._assignment.model.checkpoint) / "tokenizer.model")
+        tokenizer = Tokenizer(locate(self._assignment.model.checkpoint) / "tokenizer.model")
         config = self.runtime.config
         return Grammars(tokenizer, config.vocab_size, config.eos_token)
 
@@ -165,5 +169,5 @@ class Worker:
 
     def _report(self, phase: str, fraction: float) -> None:
         before = self.progress
-        self.progress = Progress(phase, fraction, before.devices, before.bytes_read)
+        self.progress = dataclasses.replace(before, phase=phase, fraction=fraction, bytes_per_second=0.0)
         _LOG.info("%s", phase)

@@ -39,7 +39,7 @@ CLIENTS = 24
 async def _serve(address: str, seconds: float) -> None:
     model, tokenizer = GrokConfig.load(DEMO / "config.json"), Tokenizer(DEMO / "tokenizer.model")
     limits = Limits(model, SHAPE.context, Grammars(tokenizer, model.vocab_size, model.eos_token))
-    config = Config(ModelSection("demo", DEMO), gateway=GatewaySection(address))
+    config = Config(ModelSection("demo", str(DEMO)), gateway=GatewaySection(address))
     router = Router(patience=0)
     status: Any = unittest.mock.Mock()  # nobody asks for it
     gateway = Gateway(config, None, limits, tokenizer, router, RecentLatency(), status, trace.NoOpTracer())

@@ -24,7 +24,7 @@ def _load(tmp_path: pathlib.Path, text: str) -> object:
 def test_the_projects_own_configuration_is_that_of_the_demo() -> None:
     config = load_config(PROJECT / "ray_config.yaml")
     assert (config.mesh.hosts, config.mesh.data, config.mesh.model, config.replicas) == (2, 2, 2, 1)
-    assert config.model.checkpoint == PROJECT / "models" / "demo"
+    assert config.model.checkpoint == str(PROJECT / "models" / "demo")
     assert config.gateway.address.startswith("127.0.0.1:")
 
 

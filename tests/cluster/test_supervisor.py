@@ -61,7 +61,7 @@ def _replica(
     monkeypatch.setattr(supervisor, "BACKOFF_SECONDS", (0.0,))
     monkeypatch.setattr(Placement, "create", create)
     monkeypatch.setattr(supervisor, "spares_beside", lambda mesh, cluster, avoided: True)
-    config = Config(ModelSection("demo", DEMO))
+    config = Config(ModelSection("demo", str(DEMO)))
     return Replica(0, config, Router(0), suspects, lambda r: states.append(r.state) if states is not None else None)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from workers.kernels import portable
 from workers.kernels.cpu.kernels import native_kernels, use_instruction_set
+from workers.kernels.pages import Pages
 from workers.model.packed import PackedTable, PackedWeight, pack, pack_table, rows_of
 from workers.model.quantized import QuantizedWeight, dequantize
 
@@ -202,7 +203,8 @@ def test_attention_gives_the_same_bits_one_position_at_a_time_and_all_at_once() 
     positions = (start + np.arange(length, dtype=np.int32))[None]
     attend = functools.partial(KERNELS.attend, scale=0.3)
     together, _, _ = attend(query, key, value, *map(jnp.asarray, pages), table, positions)
-    keys, values = map(jnp.asarray, pages)
+    keys: Pages = jnp.asarray(pages[0])
+    values: Pages = jnp.asarray(pages[1])
     for i in range(length):
         one = slice(i, i + 1)
         alone, keys, values = attend(query[:, one], key[:, one], value[:, one], keys, values, table, positions[:, one])

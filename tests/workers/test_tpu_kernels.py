@@ -69,12 +69,13 @@ def test_attention_is_that_of_plain_jax(length: int, quantized: bool, tolerance:
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
     query, key, value = random(BATCH, length, HEADS * GROUPED, SIZE), *(random(BATCH, length, HEADS, SIZE),) * 2
-    keys: Pages = random(count, HEADS, SIZE, PAGE)
-    values: Pages = random(count, HEADS, PAGE, SIZE)
-    heads_first: tuple[Pages, Pages] = (keys.transpose(1, 0, 3, 2), values.transpose(1, 0, 2, 3))
+    one, other = random(count, HEADS, SIZE, PAGE), random(count, HEADS, PAGE, SIZE)
+    keys: Pages = one
+    values: Pages = other
+    heads_first: tuple[Pages, Pages] = (one.transpose(1, 0, 3, 2), other.transpose(1, 0, 2, 3))
     if quantized:
         scales = jnp.full((count, HEADS, PAGE), 0.02)
-        whole = jnp.asarray(rng.integers(-127, 128, values.shape), jnp.int8)
+        whole = jnp.asarray(rng.integers(-127, 128, other.shape), jnp.int8)
         keys, values = QuantizedPages(whole.swapaxes(2, 3), scales), QuantizedPages(whole, scales)
         pages = QuantizedPages(whole.swapaxes(0, 1), scales.swapaxes(0, 1))
         heads_first = (pages, pages)

@@ -16,6 +16,8 @@ SCALE_BYTES = 2
 RELEASE_GROUPS, INT4_ROWS = 8, 128
 #: Of programs on each device beside what they are told below: their code, and what the compiler keeps for itself.
 PROGRAM_BYTES = 80 * 2**20
+#: Rows that prompts are filled up to, for each expert.
+BLOCK_ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,25 +114,29 @@ def memory(
     pages: int,
     page_size: int,
     chunk: int,
+    program: str | None = None,
 ) -> Memory:
-    """What each device needs for a model laid out so, with `slots` sequences and `pages` KV pages in each batch group."""
+    """What each device needs for a model laid out so, with `slots` sequences and `pages` KV pages in each batch group, while it
+    runs `program`, or whichever needs more."""
     parts = dict.fromkeys(("experts", "attention", "table", "rest"), 0.0)
     for info in parameter_table(config):
         parts[part_of(info)] += parameter_bytes(info, layout, precision, platform)
     heads = layout.ways(layout.axes("kv_heads"))
     cache = kv_bytes_per_token(config, precision.kv_cache) / heads * pages * page_size
     sampling = slots * (config.vocab_size * 8 + -(-config.vocab_size // 32) * 4)
-    return Memory(**parts, kv_pages=cache, sampling=sampling, programs=program_bytes(config, layout, slots, chunk))
+    return Memory(
+        **parts, kv_pages=cache, sampling=sampling, programs=program_bytes(config, layout, slots, chunk, program)
+    )
 
 
-def program_bytes(config: GrokConfig, layout: Layout, slots: int, chunk: int) -> float:
-    """What the larger of the two programs, decoding and prefill, takes while it runs.
+def program_bytes(config: GrokConfig, layout: Layout, slots: int, chunk: int, program: str | None = None) -> float:
+    """What `decode`, `prefill`, or the larger of the two, takes while it runs.
 
-    The logits of all slots, whole and in float32, a few times; a chunk's rows of both products of each chosen expert, and of
-    what goes in and out.
+    Decoding: each device's part of the logits, a few times. Prefill: the rows of each chosen expert, filled up to blocks, as
+    they go in (bfloat16) and come out (float32).
     """
-    logits = 2 * slots * config.vocab_size * 4
+    devices = math.prod(layout.sizes.values())
+    decode = 4 * -(-slots // devices) * config.vocab_size * 4
     rows = chunk * layout.batch_groups * config.num_selected_experts
-    width = config.ffn_size / layout.ways(layout.axes("ffn"))
-    prefill = rows * (2 * 4 * width + 3 * 4 * config.emb_size)
-    return PROGRAM_BYTES + max(logits, prefill)
+    prefill = (rows + BLOCK_ROWS * (config.num_experts - 1)) * config.emb_size * 6
+    return PROGRAM_BYTES + {"decode": decode, "prefill": prefill, None: max(decode, prefill)}[program]

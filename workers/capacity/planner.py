@@ -112,6 +112,10 @@ def plan(config: GrokConfig, hardware: Hardware, precision: Precision, workload:
     Raises:
       DoesNotFitError: there is no legal mesh, or on none of them even one sequence fits.
     """
+    if precision.weights == "int4" and hardware.device.platform != "tpu":
+        raise DoesNotFitError(
+            "int4 weights are for TPUs: elsewhere XLA unpacks them all before it computes, and nothing is saved; use int8"
+        )
     legal = meshes(config, hardware.devices)
     if not legal:
         raise DoesNotFitError(
@@ -210,10 +214,10 @@ def _what_would(config: GrokConfig, hardware: Hardware, precision: Precision, wo
         if candidate.devices > hardware.devices and _fits(config, candidate, precision, workload):
             found.append(str(candidate))
             break
-    if precision.weights in ("float32", "bfloat16", "int8") and hardware.device.platform != "cpu":
-        fewer = {"float32": "bfloat16", "bfloat16": "int8", "int8": "int4"}[precision.weights]
-        if _fits(config, hardware, dataclasses.replace(precision, weights=fewer), workload):
-            found.append(f"{fewer} weights")
+    fewer = {"float32": "bfloat16", "bfloat16": "int8", "int8": "int4"}.get(precision.weights)
+    possible = fewer is not None and (fewer != "int4" or hardware.device.platform == "tpu")
+    if fewer and possible and _fits(config, hardware, dataclasses.replace(precision, weights=fewer), workload):
+        found.append(f"{fewer} weights")
     if precision.kv_cache != "int8" and _fits(
         config, hardware, dataclasses.replace(precision, kv_cache="int8"), workload
     ):

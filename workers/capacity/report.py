@@ -10,6 +10,7 @@ from workers.capacity.hardware import GIB
 from workers.capacity.memory import VALUE_BYTES, kv_bytes_per_token, whole_bytes
 from workers.capacity.planner import PAGE_SIZE, CapacityPlan
 from workers.capacity.prediction import Range, active_parameters, expected_experts
+from workers.model.config import GrokConfig
 from workers.model.parameters import parameter_table
 
 #: Bytes a second that a host reads from a good local disk, and from an object store.
@@ -95,9 +96,13 @@ def describe(plan: CapacityPlan) -> str:
 
 
 def precision_table(plan: CapacityPlan) -> str:
-    """Bytes of all parameters at each precision."""
+    """Bytes of all parameters at each precision; Grok-1's are counted as 314 billion by everybody."""
     names = {"float32": "FP32", "bfloat16": "FP16", "int8": "8-bit", "int4": "4-bit"}
-    return ", ".join(f"{names[key]} {whole_bytes(plan.config, key) / 1e9:,.0f} GB" for key in names)
+    counted = [("", {key: whole_bytes(plan.config, key) for key in names})]
+    if plan.config == GrokConfig():
+        counted.append((" (as 314 billion: ", {key: 314e9 * VALUE_BYTES[key] for key in names}))
+    texts = [lead + ", ".join(f"{names[key]} {sizes[key] / 1e9:,.0f} GB" for key in names) for lead, sizes in counted]
+    return "".join(texts) + (")" if len(texts) > 1 else "")
 
 
 def _memory_lines(plan: CapacityPlan) -> list[str]:

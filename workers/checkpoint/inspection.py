@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 
 from workers.checkpoint.checkpoint import open_checkpoint
+from workers.checkpoint.storage import Location
 
 
-def describe(directory: pathlib.Path) -> str:
+def describe(directory: Location) -> str:
     """All tensors of a checkpoint with shapes, types, scale groups and sizes; parameters; the configuration.
 
     Raises CheckpointError or ConfigError.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +27,17 @@ THREADS = 16
 _POOL = concurrent.futures.ThreadPoolExecutor(THREADS, "read")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """Stretches of a file that follow each other at one distance, and where they belong in the result, one after the other."""
+
+    start: int
+    count: int
+    length: int
+    stride: int
+    target: int
+
+
 def read_slice(
     location: Location, span: ArraySpan, bounds: Bounds, report: Callable[[int], None] = lambda _: None
 ) -> Array:
@@ -33,22 +45,26 @@ def read_slice(
 
     Raises OSError.
     """
-    shape = tuple(stop - start for start, stop in bounds)
-    out = np.empty(shape, span.dtype)
+    out = np.empty(tuple(stop - start for start, stop in bounds), span.dtype)
     flat = out.reshape(-1).view(np.uint8)
-    jobs = list(_jobs(span, bounds, _WORTH[isinstance(location, ObjectPath)]))
+    worth = _WORTH[isinstance(location, ObjectPath)]
 
-    def run(job: tuple[int, int, int, int, int]) -> None:
-        start, count, length, stride, target = job
-        if count == 1:
-            read_into(location, start, flat[target : target + length].data)
+    def run(job: _Job) -> None:
+        taken = flat[job.target : job.target + job.count * job.length]
+        if job.length >= worth or job.count == 1:
+            pieces = (
+                (job.start + i * job.stride, taken[i * job.length : (i + 1) * job.length].data)
+                for i in range(job.count)
+            )
+            read_into(location, pieces)
         else:
-            scratch = np.empty((count - 1) * stride + length, np.uint8)
-            read_into(location, start, scratch.data)
-            rows = np.lib.stride_tricks.as_strided(scratch, (count, length), (stride, 1), writeable=False)
-            flat[target : target + count * length].reshape(count, length)[:] = rows
-        report(count * length)
+            scratch = np.empty((job.count - 1) * job.stride + job.length, np.uint8)
+            read_into(location, [(job.start, scratch.data)])
+            rows = np.lib.stride_tricks.as_strided(scratch, (job.count, job.length), (job.stride, 1), writeable=False)
+            taken.reshape(job.count, job.length)[:] = rows
+        report(taken.size)
 
+    jobs = list(_jobs(span, bounds))
     if len(jobs) == 1:
         run(jobs[0])
     else:
@@ -56,32 +72,29 @@ def read_slice(
     return out
 
 
-def _jobs(span: ArraySpan, bounds: Bounds, worth: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """What to read: (place in the file, stretches, bytes of each, bytes from one to the next, place in the result)."""
-    size, shape = span.dtype.itemsize, span.shape
+def _jobs(span: ArraySpan, bounds: Bounds) -> Iterator[_Job]:
+    """What to read, none more than about REQUEST_BYTES of the file."""
+    shape, size = span.shape, span.dtype.itemsize
     strides = [size * math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    # The dimensions from `whole` on are wanted as they are: they lie in one stretch for each place in those before.
+    # The dimensions from `whole` on are wanted as they are, so that each stretch spans them and a part of the one before.
     whole = len(shape)
     while whole and bounds[whole - 1] == (0, shape[whole - 1]):
         whole -= 1
     inner = max(whole - 1, 0)
-    first, end = bounds[inner] if shape else (0, 1)
-    length = (end - first) * (strides[inner] if shape else size)
-    base = span.offset + (first * strides[inner] if shape else 0)
-    outer = [range(*pair) for pair in bounds[:inner]]
-    target = 0
-    # Stretches of the last dimension before `inner` follow each other at one distance; those may be read together.
-    rows = outer.pop() if outer else range(1)
+    length = (bounds[inner][1] - bounds[inner][0]) * strides[inner] if shape else size
+    # Those of the dimension before follow each other at one distance.
+    count = bounds[inner - 1][1] - bounds[inner - 1][0] if inner else 1
     stride = strides[inner - 1] if inner else 0
-    together = 1 if length >= worth or stride > 64 * length else max(1, REQUEST_BYTES // max(stride, 1))
-    for places in np.ndindex(*(len(r) for r in outer)):
-        start = base + sum(outer[i][place] * strides[i] for i, place in enumerate(places))
-        for row in range(0, len(rows), together):
-            count = min(together, len(rows) - row)
-            at = start + rows[row] * stride
-            if count > 1:
-                yield at, count, length, stride, target
-            else:
-                for offset in range(0, length, REQUEST_BYTES):
-                    yield at + offset, 1, min(REQUEST_BYTES, length - offset), 0, target + offset
-            target += count * length
+    first = span.offset + sum(strides[i] * bounds[i][0] for i in range(inner + 1 if shape else 0))
+    target = 0
+    for places in np.ndindex(*(stop - start for start, stop in bounds[: max(inner - 1, 0)])):
+        start = first + sum(place * strides[i] for i, place in enumerate(places))
+        if count == 1:
+            for offset in range(0, length, REQUEST_BYTES):
+                yield _Job(start + offset, 1, min(REQUEST_BYTES, length - offset), 0, target + offset)
+        else:
+            together = max(1, REQUEST_BYTES // stride)
+            for row in range(0, count, together):
+                part = min(together, count - row)
+                yield _Job(start + row * stride, part, length, stride, target + row * length)
+        target += count * length

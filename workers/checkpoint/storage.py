@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -103,10 +103,6 @@ class ObjectPath:
         data = self._try(lambda: obstore.get_range(self._store, self._key, start=start, length=length))
         return bytes(data)
 
-    def readinto(self, start: int, out: memoryview) -> None:
-        """Fills `out` with the bytes from `start` on."""
-        out[:] = self.read(start, len(out))
-
     def _try(self, request: Callable[[], Result]) -> Result:
         from obstore.exceptions import NotFoundError
 
@@ -139,18 +135,20 @@ def size_of(location: Location) -> int:
     return location.size() if isinstance(location, ObjectPath) else location.stat().st_size
 
 
-def read_into(location: Location, start: int, out: memoryview) -> None:
-    """Fills `out` with the bytes of a file from `start` on. Raises OSError."""
+def read_into(location: Location, pieces: Iterable[tuple[int, memoryview]]) -> None:
+    """Fills buffers with the bytes of a file from their places on. Raises OSError."""
     if isinstance(location, ObjectPath):
-        location.readinto(start, out)
+        for start, out in pieces:
+            out[:] = location.read(start, len(out))
         return
     descriptor = os.open(location, os.O_RDONLY)
     try:
-        while out:
-            count = os.preadv(descriptor, [out], start)
-            if not count:
-                raise OSError(5, "the file has become shorter", str(location))
-            start, out = start + count, out[count:]
+        for start, out in pieces:
+            while out:
+                count = os.preadv(descriptor, [out], start)
+                if not count:
+                    raise OSError(5, "the file has become shorter", str(location))
+                start, out = start + count, out[count:]
     finally:
         os.close(descriptor)
 
@@ -183,6 +181,6 @@ class Window:
         if number not in self._blocks:
             start = number * self._size
             data = bytearray(min(self._size, self._length - start))
-            read_into(self._location, start, memoryview(data))
+            read_into(self._location, [(start, memoryview(data))])
             self._blocks[number] = bytes(data)
         return self._blocks[number]

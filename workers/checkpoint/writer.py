@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import math
 import pathlib
 import struct
 from typing import Any, BinaryIO
@@ -15,7 +17,15 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _FRAME_TARGET = 64 * 1024
 
 
-def write_array(path: pathlib.Path, values: Array) -> None:
+@dataclasses.dataclass(frozen=True)
+class Hole:
+    """An array of zeros that takes no room on a disk with sparse files."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+def write_array(path: pathlib.Path, values: Array | Hole) -> None:
     """Writes a bare array (embedding, norm or router) of float32, float16, bfloat16 or int8."""
     with path.open("wb") as file:
         pickler = _Pickler(file)
@@ -23,7 +33,7 @@ def write_array(path: pathlib.Path, values: Array) -> None:
         pickler.stop()
 
 
-def write_quantized(path: pathlib.Path, weight: Array, scales: Array) -> None:
+def write_quantized(path: pathlib.Path, weight: Array | Hole, scales: Array | Hole) -> None:
     """Writes a QuantizedWeight8bit of int8 `weight` [..., K, N] and bfloat16 `scales` [..., G, N]."""
     with path.open("wb") as file:
         pickler = _Pickler(file)
@@ -64,8 +74,7 @@ class _Pickler:
             self._frame.write(b"\x93")
             self._memoize((module, name))
 
-    def array(self, values: Array) -> None:
-        values = np.ascontiguousarray(values)
+    def array(self, values: Array | Hole) -> None:
         self.named("numpy.core.multiarray", "_reconstruct")
         self.named("numpy", "ndarray")
         self.put(b"K\x00\x85\x94")
@@ -76,7 +85,10 @@ class _Pickler:
         self._shape(values.shape)
         self._dtype(values.dtype)
         self._frame.write(b"\x89")
-        self._payload(values.tobytes())
+        if isinstance(values, Hole):
+            self._payload(math.prod(values.shape) * values.dtype.itemsize, None)
+        else:
+            self._payload(values.nbytes, np.ascontiguousarray(values).tobytes())
         self.put(b"t\x94b")
 
     def stop(self) -> None:
@@ -113,8 +125,7 @@ class _Pickler:
         self._frame.write(b"NNN" + tail)
         self.put(b"t\x94b")
 
-    def _payload(self, payload: bytes) -> None:
-        size = len(payload)
+    def _payload(self, size: int, payload: bytes | None) -> None:
         header = (
             b"C" + bytes([size])
             if size < 2**8
@@ -124,11 +135,14 @@ class _Pickler:
         )
         if size < _FRAME_TARGET:
             self._frame.write(header)
-            self._frame.write(payload)
+            self._frame.write(payload or bytes(size))
         else:
             self._flush()
             self._file.write(header)
-            self._file.write(payload)
+            if payload is None:
+                self._file.seek(size, io.SEEK_CUR)
+            else:
+                self._file.write(payload)
         self._memoize(object())
 
     def _recalled(self, key: object) -> bool:

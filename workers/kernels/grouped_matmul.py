@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from workers.model.quantized import Weight, dequantize, folded
+from workers.model.quantized import Weight, dequantize, group_of
 
 
 def grouped_matmul(x: jax.Array, weight: Weight, group_sizes: jax.Array) -> jax.Array:
@@ -24,7 +24,6 @@ def grouped_matmul(x: jax.Array, weight: Weight, group_sizes: jax.Array) -> jax.
       [M, N] float32. Rows beyond the sum of `group_sizes` hold no meaningful values.
     """
     rows, depth = x.shape
-    weight, first = folded(weight)
     block = block_rows(rows)
     blocks = -(-group_sizes // block)  # [G]
     last_block = jnp.cumsum(blocks)  # [G]
@@ -35,7 +34,7 @@ def grouped_matmul(x: jax.Array, weight: Weight, group_sizes: jax.Array) -> jax.
         group = jnp.searchsorted(last_block, i, side="right", method="compare_all")
         row = first_row[group] + (i - (last_block[group] - blocks[group])) * block
         tile = lax.dynamic_slice(padded, (row, 0), (block, depth))
-        matrix = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, first + group, keepdims=False), weight)
+        matrix = group_of(weight, group)
         product = jnp.matmul(tile, dequantize(matrix, x.dtype), preferred_element_type=jnp.float32)  # [block, N]
         # A block's surplus rows belong to the next group, whose own block, written later, corrects them.
         return lax.dynamic_update_slice(out, product, (row, 0))

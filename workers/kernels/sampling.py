@@ -136,19 +136,25 @@ def sample(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> Sampl
     return Sampled(token, logprob, top_ids.astype(jnp.int32), top_logprobs)
 
 
+def _rows_of(table: jax.Array, slots: jax.Array) -> jax.Array:
+    """`table[slots]`, a row at a time: to gather rows, TPUs turn the whole table round."""
+    taken: jax.Array = lax.map(lambda slot: lax.dynamic_index_in_dim(table, slot, keepdims=False), slots)
+    return taken
+
+
 def _adjust(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
     def flagged(flag: int) -> jax.Array:
         return (rows.flags & flag != 0)[:, None]
 
-    counts = jnp.where(flagged(PENALIZED), state.counts[rows.slot], 0)
+    counts = jnp.where(flagged(PENALIZED), _rows_of(state.counts, rows.slot), 0)
     repetition = rows.repetition[:, None]
     penalized = jnp.where(logits > 0, logits / repetition, logits * repetition)
     adjusted = jnp.where(counts != 0, penalized, logits)
     drawn = counts & (IN_PROMPT - 1)
     penalty = rows.presence[:, None] + rows.frequency[:, None] * drawn
     adjusted = jnp.where(drawn > 0, adjusted - penalty, adjusted)
-    adjusted = jnp.where(flagged(BIASED), adjusted + state.bias[rows.slot], adjusted)
-    allowed = (state.mask[rows.slot][:, :, None] >> jnp.arange(32)) & 1  # [B, V / 32, 32]
+    adjusted = jnp.where(flagged(BIASED), adjusted + _rows_of(state.bias, rows.slot), adjusted)
+    allowed = (_rows_of(state.mask, rows.slot)[:, :, None] >> jnp.arange(32)) & 1  # [B, V / 32, 32]
     allowed = allowed.reshape(logits.shape[0], -1)[:, : logits.shape[-1]]
     return jnp.where(flagged(MASKED) & (allowed == 0), -jnp.inf, adjusted)
 

@@ -69,6 +69,9 @@ def _multiply(
     tile_depth = _divisor(depth, group_rows)
     turns, tile_groups = depth // tile_depth, max(1, tile_depth // group_rows)
     tiles_a_scale = turns * tile_groups // scale_groups
+    # Mosaic takes all rows of an array, or whole tiles of them; single ones must be a dimension of their own, which XLA copies.
+    whole = tile_groups == scale_groups or tile_groups % _FEWEST == 0
+    scales_of_tiles = weight.scales if whole else weight.scales[..., None, :]
 
     def kernel(owner: Any, active: Any, x: Any, values: Any, scales: Any, out: Any, total: Any) -> None:
         del owner
@@ -82,7 +85,8 @@ def _multiply(
         def _() -> None:
             grouped = values[0].reshape(tile_groups, tile_depth // tile_groups, tile_columns).astype(jnp.float32)
             # Rounded to bfloat16 as in `dequantize`: that is part of the model.
-            wide = (grouped * scales[0].astype(jnp.float32)).astype(jnp.bfloat16)
+            factors = scales[0].reshape(tile_groups, 1, tile_columns).astype(jnp.float32)
+            wide = (grouped * factors).astype(jnp.bfloat16)
             matrix = wide.reshape(tile_depth, tile_columns).astype(x.dtype)
             total[...] += jnp.dot(x[...], matrix, preferred_element_type=jnp.float32)
 
@@ -100,7 +104,8 @@ def _multiply(
         return owner[b], turn(b, k, active), n
 
     def scales_at(n: Any, b: Any, k: Any, owner: Any, active: Any) -> Any:
-        return owner[b], turn(b, k, active) // tiles_a_scale, 0, n
+        at = turn(b, k, active) // tiles_a_scale
+        return (owner[b], at, n) if whole else (owner[b], at, 0, n)
 
     def out_at(n: Any, b: Any, *_: Any) -> Any:
         return b, n
@@ -111,7 +116,7 @@ def _multiply(
         in_specs=[
             pl.BlockSpec((block, tile_depth), rows_at),
             pl.BlockSpec((1, tile_depth, tile_columns), values_at),
-            pl.BlockSpec((1, tile_groups, 1, tile_columns), scales_at),
+            pl.BlockSpec((1, tile_groups, *(() if whole else (1,)), tile_columns), scales_at),
         ],
         out_specs=pl.BlockSpec((block, tile_columns), out_at),
         scratch_shapes=[pltpu.VMEM((block, tile_columns), jnp.float32)],
@@ -123,7 +128,7 @@ def _multiply(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         interpret=interpret,
     )
-    product: jax.Array = call(owner, active, x, weight.weight, weight.scales[..., None, :])
+    product: jax.Array = call(owner, active, x, weight.weight, scales_of_tiles)
     return product
 
 

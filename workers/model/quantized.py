@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,20 @@ class LayerWeight:
 
 Weight = jax.Array | QuantizedWeight | PackedWeight | LayerWeight
 Table = jax.Array | PackedTable
+
+
+def group_of(weight: Weight, group: jax.Array) -> Weight:
+    """The matrix [K, N] of a group of a weight [G, K, N]."""
+    if not isinstance(weight, LayerWeight):
+        one: Weight = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, group, keepdims=False), weight)
+        return one
+
+    def take(leaf: jax.Array) -> jax.Array:
+        at: list[Any] = [weight.layer, group, *(0 for _ in leaf.shape[2:])]
+        return lax.dynamic_slice(leaf, at, (1, 1, *leaf.shape[2:])).reshape(leaf.shape[2:])
+
+    found: Weight = jax.tree.map(take, weight.stacked)
+    return found
 
 
 def folded(weight: Weight) -> tuple[jax.Array | QuantizedWeight | PackedWeight, jax.Array | int]:

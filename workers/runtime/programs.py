@@ -160,13 +160,15 @@ class Programs:
         return output, tuple(attend.pages)
 
     def _sample(self, logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
-        """Packed samples [B, ...]; each device samples a part of the rows where they divide over the devices."""
-        mesh = self._partition.mesh
+        """Packed samples [B, ...]; each device samples a part of the rows, filled up to as many for each."""
+        partition, mesh, count = self._partition, self._partition.mesh, logits.shape[0]
         assert mesh is not None
-        partition, divides = self._partition, logits.shape[0] % mesh.size == 0
-        split = PartitionSpec(mesh.axis_names if divides else None)
+        surplus = -count % mesh.size
+        logits = jnp.pad(logits, ((0, surplus), (0, 0)))
+        rows = jax.tree.map(lambda values: jnp.pad(values, (0, surplus)), rows)
+        split = PartitionSpec(mesh.axis_names)
         # Each device has some columns of all rows and wants all columns of some: exchanged at once, nobody ever has it all.
-        exchanged = divides and partition.axes("vocab") == mesh.axis_names
+        exchanged = partition.axes("vocab") == mesh.axis_names
 
         def local(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
             if exchanged:
@@ -175,15 +177,15 @@ class Programs:
 
         lying = PartitionSpec(None, mesh.axis_names) if exchanged else split
         sampled = partition.on_parts(local, (lying, PartitionSpec(), split), split)(logits, state, rows)
-        return self._replicate(sampled)
+        return self._replicate(sampled[:count])
 
     def _next(self, state: State, pages: Pages, tokens: jax.Array, rows: SamplingRows, drawn: jax.Array) -> State:
         """The state after a call. Drawn tokens count where penalties will ask for them."""
-        counted = jnp.where(rows.active & (rows.flags & PENALIZED != 0), rows.slot, self._shape.slots)
         # On every device for itself, or the compiler adds up tables of counts over devices.
         whole = PartitionSpec()
-        count = self._partition.on_parts(_add, (whole, whole, whole), whole)
-        sampling = dataclasses.replace(state.sampling, counts=count(state.sampling.counts, counted, drawn))
+        count = self._partition.on_parts(_count_drawn, (whole,) * 4, whole)
+        counted = rows.active & (rows.flags & PENALIZED != 0)
+        sampling = dataclasses.replace(state.sampling, counts=count(state.sampling.counts, counted, rows.slot, drawn))
         return State(pages, self._replicate(tokens), sampling)
 
     def _count(self, output: Output, packed: jax.Array, length: int) -> jax.Array:
@@ -197,8 +199,17 @@ class Programs:
         return whole
 
 
-def _add(counts: jax.Array, slots: jax.Array, tokens: jax.Array) -> jax.Array:
-    return counts.at[slots, tokens].add(1, mode="drop")
+def _count_drawn(counts: jax.Array, counted: jax.Array, slots: jax.Array, tokens: jax.Array) -> jax.Array:
+    """`counts` [slots, V] with one more where `counted` [B], in place: only where penalties ask for them."""
+
+    def add(i: jax.Array, counts: jax.Array) -> jax.Array:
+        at = (slots[i], tokens[i])
+        one = lax.dynamic_slice(counts, at, (1, 1)) + counted[i].astype(jnp.int32)
+        return lax.dynamic_update_slice(counts, one, at)
+
+    rows = jnp.where(jnp.any(counted), slots.shape[0], 0)
+    updated: jax.Array = lax.fori_loop(0, rows, add, counts)
+    return updated
 
 
 def _pack(sampled: Sampled) -> jax.Array:

@@ -90,6 +90,8 @@ class HostStatus(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     BYTES_READ_FIELD_NUMBER: _builtins.int
     METRICS_URL_FIELD_NUMBER: _builtins.int
+    BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     """Rank in the mesh; 0 leads."""
     address: _builtins.str
@@ -106,6 +108,10 @@ class HostStatus(_message.Message):
     """Bytes of the checkpoint that it has read."""
     metrics_url: _builtins.str
     """Where its metrics are."""
+    bytes_total: _builtins.int
+    """Bytes of the checkpoint that it reads in all."""
+    bytes_per_second: _builtins.float
+    """Bytes of the checkpoint that it reads a second, while it does."""
     def __init__(
         self,
         *,
@@ -117,10 +123,12 @@ class HostStatus(_message.Message):
         devices: _builtins.int = ...,
         bytes_read: _builtins.int = ...,
         metrics_url: _builtins.str = ...,
+        bytes_total: _builtins.int = ...,
+        bytes_per_second: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "bytes_read", b"bytes_read", "devices", b"devices", "metrics_url", b"metrics_url", "phase", b"phase", "pid", b"pid", "progress", b"progress", "rank", b"rank"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "bytes_per_second", b"bytes_per_second", "bytes_read", b"bytes_read", "bytes_total", b"bytes_total", "devices", b"devices", "metrics_url", b"metrics_url", "phase", b"phase", "pid", b"pid", "progress", b"progress", "rank", b"rank"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
