@@ -75,6 +75,7 @@ build/audit/.installed:
 	@touch $@
 
 aot: build/aot/.installed ## compile the whole model for TPU slices and H100s; writes docs/support-matrix.md
+	build/aot/bin/python -m pytest -q tests/workers/test_aot.py
 	build/aot/bin/python -m scripts.support_matrix
 
 build/aot/.installed: requirements-aot.lock pyproject.toml

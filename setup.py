@@ -5,6 +5,7 @@ from setuptools import Extension, setup
 SOURCES = (
     "ops",
     "sampling",
+    "packing",
     "portable",
     "avx2",
     "avx512",

@@ -219,3 +219,13 @@ def test_what_is_no_number_stays_none() -> None:
         (got,) = KERNELS.project(jnp.asarray(x), jnp.ones(2, bool), (weight,))
         assert np.isfinite(np.asarray(got)[0]).all()
         assert not np.isfinite(np.asarray(got)[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((2, 130, 37), 1), ((3, 256, 64), 8), ((1024, 48), 1), ((2, 4096, 1000), 8), ((72, 3), 3)],
+)
+def test_weights_are_packed_as_numpy_packs_them(shape: tuple[int, ...], groups: int) -> None:
+    weight = np.random.default_rng(0).integers(-128, 128, shape, np.int8)
+    assert KERNELS.pack is not None
+    np.testing.assert_array_equal(KERNELS.pack(weight, groups), pack(weight, groups))

@@ -22,7 +22,7 @@ from workers.checkpoint.reading import Bounds, read_slice
 from workers.checkpoint.tensor_file import ArraySpan, TensorFile
 from workers.model.config import GrokConfig
 from workers.model.grok import STACKED_LAYERS
-from workers.model.packed import PackedTable, PackedWeight, pack, pack_table, packed_shape
+from workers.model.packed import PackedTable, PackedWeight, pack_table, packed_shape
 from workers.model.parameters import Axes, ParameterInfo
 from workers.model.partition import Partition
 from workers.model.quantized import QuantizedWeight, Table, Weight
@@ -257,6 +257,8 @@ class _Reader:
         placed = self._scales(info, scales, partition)
         parts = partition.ways(partition.axes(info.axes[-2]))
         groups = max(1, placed.shape[-2] // parts)
+        pack = partition.kernels.pack
+        assert pack is not None
         (values,) = self._pack(
             info, partition, [(*info.axes, None)], lambda index: (pack(self._slice(span, index), groups),)
         )
@@ -265,8 +267,10 @@ class _Reader:
     def packed_table(self, info: ParameterInfo, partition: Partition) -> PackedTable:
         span = self._file.values
         rows, _ = info.axes
+        pack = partition.kernels.pack
+        assert pack is not None
         axes: list[Axes] = [(None, rows, None), (rows, None)]
-        values, scales = self._pack(info, partition, axes, lambda index: pack_table(self._slice(span, index)))
+        values, scales = self._pack(info, partition, axes, lambda index: pack_table(self._slice(span, index), pack))
         return PackedTable(values, scales, span.shape[-1])
 
     def _pack(

@@ -40,7 +40,8 @@ class Kernels:
       stacked: whether what layers have, parameters and pages, lies stacked, [L, ...], and one loop computes all layers: that
         compiles many times faster. Weights then come as `LayerWeight`s.
       heads_first: whether both kinds of pages are [K, P, page, C]; else keys are [P, K, C, page], values [P, K, page, C].
-      packed: whether weights are `PackedWeight`s and the table is a `PackedTable`.
+      pack: makes `PackedWeight.values` of int8 [..., K, N] with so many groups of rows; weights then are `PackedWeight`s and
+        the table is a `PackedTable`. None where weights lie as they are.
     """
 
     name: str
@@ -53,9 +54,14 @@ class Kernels:
     attend: Callable[..., tuple[jax.Array, Pages, Pages]]
     sample: Callable[[jax.Array, SamplingState, SamplingRows], Sampled]
     exact_rows: bool
-    packed: bool
     stacked: bool = False
     heads_first: bool = False
+    pack: Callable[[Any, int], Any] | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether weights are packed."""
+        return self.pack is not None
 
 
 PORTABLE = Kernels(
@@ -69,7 +75,6 @@ PORTABLE = Kernels(
     attend=portable.attend,
     sample=sample,
     exact_rows=False,
-    packed=False,
 )
 #: For accelerators without kernels of their own.
 STACKED = dataclasses.replace(PORTABLE, name="xla-stacked", stacked=True)

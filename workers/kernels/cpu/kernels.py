@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from workers.engine.plan import ALTERNATIVES
 from workers.kernels.kernels import Arrays, Kernels
 from workers.kernels.paged_attention import LOGIT_CAP
 from workers.kernels.sampling import Sampled, SamplingRows, SamplingState, uniforms
-from workers.model.packed import PackedTable, PackedWeight, rows_of
+from workers.model.packed import Array, PackedTable, PackedWeight, empty, packed_shape, rows_of
 from workers.model.quantized import Weight
 
 #: From the one that any machine has to the fastest.
@@ -61,13 +62,24 @@ def native_kernels() -> Kernels:
         attend=_attend,
         sample=_sample,
         exact_rows=True,
-        packed=True,
+        pack=_pack,
     )
 
 
 def use_instruction_set(name: str) -> bool:
     """Computes with one of INSTRUCTION_SETS from now on; False if this machine can't."""
     return bool(_library().grokmesh_use(name.encode()))
+
+
+def _pack(weight: Array, groups: int) -> Array:
+    """As `workers.model.packed.pack`."""
+    *lead, rows, columns = weight.shape
+    blocks, strips, size = packed_shape(rows, columns, groups)
+    packed, whole = empty((*lead, blocks, strips, size)), np.ascontiguousarray(weight)
+    sizes = (math.prod(lead), rows, columns, groups, blocks, strips, size)
+    pointers = (ctypes.c_void_p(array.ctypes.data) for array in (whole, packed))
+    _library().grokmesh_pack(*pointers, *map(ctypes.c_int64, sizes))
+    return packed
 
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:
