@@ -92,6 +92,7 @@ bench: install ## the engine as shares of this machine's limits, plans to follow
 	$(BIN)/python -m tests.bench.plans
 	$(BIN)/python -m tests.bench.stream
 	$(BIN)/python -m tests.bench.decode_step --checkpoint build/bench/model --devices 2
+	$(BIN)/python -m tests.bench.prediction
 
 overload: install ## ten times the load that the service can carry, idle connections, clients that do not read; memory over a million tokens
 	$(BIN)/python -m tests.bench.overload --step 0.02

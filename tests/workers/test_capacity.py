@@ -203,8 +203,8 @@ def test_the_committed_support_matrix_keeps_its_promises() -> None:
             assert float(planned) * 2**30 > 0.95 * device.memory
             continue
         assert abs(float(planned) / float(peak) - 1) < 0.03, error
-        if program == "decode" and ":" in hardware and precision.startswith("int8"):
-            assert float(temporaries) <= 64
+        if program == "decode" and ":" in hardware and precision == "int8, bfloat16":
+            assert float(temporaries) <= (64 if int(sequences) < 128 else 80)  # tables of counts are copied
             assert not re.search(r"\b(bf16|f32|s8)\[", copies), copies
             if int(sequences) == 8:
                 assert float(largest) <= 8

@@ -12,8 +12,8 @@ from workers.model.layout import Layout
 from workers.model.parameters import parameter_table
 
 #: Shares of what the makers promise that real programs reach: at best, and when all goes badly.
-_BANDWIDTH = {"tpu": (0.9, 0.6), "gpu": (0.9, 0.6), "cpu": (0.95, 0.7)}
-_FLOPS = {"tpu": (0.7, 0.35), "gpu": (0.7, 0.35), "cpu": (0.95, 0.75)}
+_BANDWIDTH = {"tpu": (0.9, 0.6), "gpu": (0.9, 0.6), "cpu": (0.95, 0.75)}
+_FLOPS = {"tpu": (0.7, 0.35), "gpu": (0.7, 0.35), "cpu": (1.0, 0.85)}
 #: Seconds of each layer's own that do not shrink with its size: the start of its operations, and of the step.
 _LAYER_SECONDS = {"tpu": 15e-6, "gpu": 60e-6, "cpu": 40e-6}
 _STEP_SECONDS = 0.3e-3
@@ -87,8 +87,11 @@ def decode_seconds(
     sums += sum_seconds(hardware, layout.ways(layout.axes("ffn")), rows)
     fixed = _STEP_SECONDS + config.num_layers * _LAYER_SECONDS[device.platform]
     memory, compute = _limits(device, read, operations)
-    if device.platform == "cpu":  # its cores cannot do one while they wait for the other
-        return Range(memory.best + compute.best, memory.worst + compute.worst + config.num_layers * sums + fixed)
+    if device.platform == "cpu":  # one core computes while another waits, but not all of the time
+        over_hosts = config.num_layers * sums
+        return Range(
+            math.hypot(memory.best, compute.best) + fixed, math.hypot(memory.worst, compute.worst) + fixed + over_hosts
+        )
     worst = max(memory.worst, compute.worst) + config.num_layers * sums + fixed
     return Range(max(memory.best, compute.best), worst)
 
