@@ -37,7 +37,7 @@ WEIGHT_DTYPES = {"int4": None, "int8": None, "int8-unrounded": None, "bfloat16":
 #: Rows of a group with scales of its own, of weights in 4 bits.
 INT4_ROWS = 128
 #: Tensors that are loaded at a time: while one is read, another is packed.
-THREADS = 3
+THREADS = 2
 
 _LAYER = re.compile(r"decoder_layer_(\d+)/")
 
