@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import jax
@@ -27,6 +28,8 @@ class Preparation:
 
     def __init__(self, model: ModelSpec, mesh: MeshSpec, engine: EngineSpec) -> None:
         """Raises CheckpointError; ValueError if model, mesh and engine do not fit each other."""
+        if mesh.platform == "gpu":  # the share that the planner counts on; JAX's own is less
+            os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
         if mesh.platform == "cpu":
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", mesh.devices_per_host)

@@ -116,6 +116,10 @@ def plan(config: GrokConfig, hardware: Hardware, precision: Precision, workload:
         raise DoesNotFitError(
             "int4 weights are for TPUs: elsewhere XLA unpacks them all before it computes, and nothing is saved; use int8"
         )
+    if precision.weights == "int8-unrounded" and hardware.device.platform != "cpu":
+        raise DoesNotFitError(
+            "int8-unrounded is for the kernels of CPU hosts; use int8, which costs accelerators nothing"
+        )
     legal = meshes(config, hardware.devices)
     if not legal:
         raise DoesNotFitError(
