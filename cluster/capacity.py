@@ -50,11 +50,12 @@ def with_pages(config: Config, model: GrokConfig, path: pathlib.Path) -> Config:
     )
     layout = layout_of(model, mesh.data, mesh.model, mesh.rules)
     context, groups = engine.context or model.sequence_len, layout.batch_groups
+    asked = None if engine.kv_pages is None else engine.kv_pages // groups
     pages, memory = pages_that_fit(
         model, layout, precision, hardware,
-        slots=engine.slots, context=context, page_size=engine.page_size, chunk=engine.prefill_chunk,
+        slots=engine.slots, context=context, page_size=engine.page_size, chunk=engine.prefill_chunk, most=asked,
     )  # fmt: skip
-    wanted = 1 + -(-context // engine.page_size) if engine.kv_pages is None else engine.kv_pages // groups
+    wanted = 1 + -(-context // engine.page_size) if asked is None else asked
     if pages < wanted:
         free = hardware.device.memory - memory.total + memory.kv_pages
         raise ConfigError(
@@ -63,7 +64,7 @@ def with_pages(config: Config, model: GrokConfig, path: pathlib.Path) -> Config:
             f"which leaves {max(free, 0) / GIB:.2f} for {wanted} KV pages a group, of which {max(pages, 0)} would fit; "
             "use more devices, fewer bits, fewer engine.slots or a shorter engine.context (`grokmesh plan` says which)"
         )
-    if engine.kv_pages is not None:
+    if asked is not None:
         return config
     full = engine.slots // groups * -(-context // engine.page_size) + 1
     if pages < full:

@@ -39,6 +39,8 @@ def test_pages_are_what_memory_has_room_for(tmp_path: pathlib.Path) -> None:
     assert 3_000 < chosen < 512 * 128
     few = dataclasses.replace(config, engine=dataclasses.replace(config.engine, slots=8))
     assert with_pages(few, GrokConfig(), PATH).engine.kv_pages == 8 * 128 + 2  # all that the slots can fill
+    more = dataclasses.replace(few, engine=dataclasses.replace(few.engine, kv_pages=2000))  # to remember prompts by
+    assert with_pages(more, GrokConfig(), PATH) is more
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_started(tmp_path: pathlib.Path) -> None:

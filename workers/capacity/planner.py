@@ -157,16 +157,18 @@ def pages_that_fit(
     context: int,
     page_size: int,
     chunk: int,
+    most: int | None = None,
 ) -> tuple[int, Memory]:
-    """KV pages of each batch group that the rest of memory has room for, at most as many as all slots can fill; and memory with
-    them. Fewer than a whole sequence needs means that nothing can be served."""
-    full = slots // layout.batch_groups * -(-context // page_size) + 1
+    """KV pages of each batch group that the rest of memory has room for, at most `most`, or as many as all slots can fill; and
+    memory with them. Fewer than a whole sequence needs means that nothing can be served."""
+    if most is None:
+        most = slots // layout.batch_groups * -(-context // page_size) + 1
     empty = memory(
         config, layout, precision, hardware.device.platform, slots=slots, pages=0, page_size=page_size, chunk=chunk
     )
     heads = layout.ways(layout.axes("kv_heads"))
     page = kv_bytes_per_token(config, precision.kv_cache) / heads * page_size
-    pages = min(full, int((hardware.device.memory - empty.total) // page))
+    pages = min(most, int((hardware.device.memory - empty.total) // page))
     return pages, dataclasses.replace(empty, kv_pages=max(pages, 0) * page)
 
 
