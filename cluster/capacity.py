@@ -85,8 +85,8 @@ def _hardware(config: Config) -> hw.Hardware | None:
     if memory is None:
         if cluster.address != "local":
             return None
-        replicas = config.autoscaling.max_replicas or config.replicas
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9 / (mesh.hosts * replicas)
+        whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+        memory = whole / (mesh.hosts * config.replicas)
     return hw.cpu_hosts(memory * 1e9 / mesh.devices_per_host, 1.0, 1.0, mesh.hosts)
 
 

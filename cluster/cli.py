@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=capacity.run)
 
     inspect = commands.add_parser("inspect", help="list a checkpoint's tensors and its configuration")
-    inspect.add_argument("directory", type=locate, help="directory with ckpt-0/, or its URL in an object store")
+    inspect.add_argument("directory", help="directory with ckpt-0/, or its URL in an object store")
     inspect.set_defaults(run=_inspect)
 
     convert = commands.add_parser("convert", help="write a checkpoint in another format")
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", type=pathlib.Path, required=True, help="directory; a random model if it is empty"
     )
     engine.add_argument("--weights", choices=WEIGHTS, default="int8", help="as kept on devices (default: %(default)s)")
-    engine.add_argument("--kv-cache", choices=KV_CACHES, default="bfloat16", help="type (default: %(default)s)")
+    engine.add_argument("--kv-cache", choices=ACTIVATIONS, default="bfloat16", help="type (default: %(default)s)")
     engine.add_argument("--devices", type=int, default=1, help="devices of the mesh (default: %(default)s)")
     engine.add_argument(
         "--context", type=int, default=8000, help="positions of the long case; 0: none (default: %(default)s)"
@@ -273,7 +273,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     from workers.checkpoint.inspection import describe
 
-    print(describe(arguments.directory))
+    print(describe(locate(arguments.directory)))
     return 0
 
 

@@ -102,16 +102,22 @@ class Worker:
             self.progress = Progress(LOADING, fraction, devices, progress.read, progress.total, rate)
 
         def compiled(fraction: float) -> None:
-            if loading.done():
+            if self.progress.phase != LOADING:
                 self._report("compiling", fraction)
 
-        # Reading and packing weights leaves cores for the compiler, and the other way round.
+        load = functools.partial(
+            load_parameters, checkpoint, partition, weights=a.model.weights, dtype=dtype, report=loaded
+        )
         with every_rank_writes(), concurrent.futures.ThreadPoolExecutor(1, "load") as pool:
-            loading = pool.submit(
-                load_parameters, checkpoint, partition, weights=a.model.weights, dtype=dtype, report=loaded
-            )
-            self.runtime = Runtime(preparation.blueprint, partition, compiled)
-            self.runtime.set_parameters(loading.result()[0])
+            if partition.kernels.stacked:
+                # Stacking runs programs on all devices, which hosts must start in the same order.
+                self.runtime = Runtime(preparation.blueprint, partition, compiled)
+                self.runtime.set_parameters(load()[0])
+            else:
+                # Reading and packing weights leaves cores for the compiler, and the other way round.
+                loading = pool.submit(load)
+                self.runtime = Runtime(preparation.blueprint, partition, compiled)
+                self.runtime.set_parameters(loading.result()[0])
         self.profiler = Profiler()
         for kind, size in self.runtime.device_bytes.items():
             metrics.DEVICE_BYTES.labels(kind).set(size)

@@ -95,10 +95,13 @@ def test_what_makes_no_sense_is_said_in_a_line(
     assert said in line
 
 
+@pytest.mark.parametrize(
+    "hardware", [["--topology", "v6e:4x4"], ["--gpus", "8xH100"], ["--cpu", "768,400,6000", "--hosts", "2"]]
+)
 def test_a_configuration_that_the_planner_writes_is_one(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    hardware: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["plan", "--topology", "v6e:4x4", "--json"])
+    main(["plan", *hardware, "--json"])
     told = json.loads(capsys.readouterr().out)["configuration"]
     config = _config(tmp_path, **told | {"model": {"name": "m", "checkpoint": "x", **told["model"]}})
     assert with_pages(config, GrokConfig(), PATH) == config

@@ -7,6 +7,8 @@ import math
 import re
 
 GIB = 2**30
+#: Of a CPU host's memory, what is left for a worker by the system, Ray and Python.
+CPU_SHARE = 0.9
 
 
 class HardwareError(ValueError):
@@ -130,7 +132,7 @@ def gpu_hosts(text: str, hosts: int) -> Hardware:
 def cpu_hosts(memory: float, bandwidth: float, flops: float, hosts: int, network: float = 1.25e9) -> Hardware:
     """`hosts` CPU hosts of so many bytes, bytes a second, operations a second, and bytes a second between them."""
     name = f"{memory / 1e9:.0f} GB"
-    device = Device(name, "cpu", memory * 0.9, bandwidth, flops, bandwidth, 30e-6, network, 400e-6, 1)
+    device = Device(name, "cpu", memory * CPU_SHARE, bandwidth, flops, bandwidth, 30e-6, network, 400e-6, 1)
     return Hardware(device, hosts, hosts)
 
 

@@ -224,8 +224,10 @@ def _what_would(config: GrokConfig, hardware: Hardware, precision: Precision, wo
     possible = fewer is not None and (fewer != "int4" or hardware.device.platform == "tpu")
     if fewer and possible and _fits(config, hardware, dataclasses.replace(precision, weights=fewer), workload):
         found.append(f"{fewer} weights")
-    if precision.kv_cache != "int8" and _fits(
-        config, hardware, dataclasses.replace(precision, kv_cache="int8"), workload
+    if (
+        precision.kv_cache != "int8"
+        and hardware.device.platform != "cpu"
+        and _fits(config, hardware, dataclasses.replace(precision, kv_cache="int8"), workload)
     ):
         found.append("an int8 KV cache")
     return f"What would do: {', or '.join(found)}" if found else ""

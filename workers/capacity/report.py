@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from workers.capacity.hardware import GIB
+from workers.capacity.hardware import CPU_SHARE, GIB
 from workers.capacity.memory import VALUE_BYTES, kv_bytes_per_token, whole_bytes
 from workers.capacity.planner import PAGE_SIZE, CapacityPlan
 from workers.capacity.prediction import Range, active_parameters, expected_experts
@@ -56,6 +56,8 @@ def configuration(plan: CapacityPlan) -> dict[str, Any]:
         cluster["tpu_pod_type"] = f"{pod}-{hardware.devices * cores}"
     elif hardware.device.platform == "gpu":
         cluster["accelerator"] = hardware.device.name
+    else:
+        cluster["memory_per_host"] = round(hardware.device.memory / CPU_SHARE / 1e9, 3)
     precision = plan.precision
     groups = plan.layout.batch_groups
     return {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import functools
+import itertools
 import math
 import re
 import threading
@@ -93,15 +95,20 @@ def load_parameters(
     def load(tensor: tuple[ParameterInfo, TensorFile]) -> Weight | Table:
         info, file = tensor
         try:
-            return _load(info, _Reader(file, progress), file.scales, partition, weights, dtype)
+            return _load(info, _Reader(info, file, partition, progress), file.scales, partition, weights, dtype)
         except OSError as error:
             raise CheckpointError(file.path, f"can't be read: {error}", tensor=info.path) from error
 
     with concurrent.futures.ThreadPoolExecutor(THREADS, "load") as pool:
-        loading = [pool.submit(load, tensor) for tensor in checkpoint.tensors]
+        # No more at a time: what has been loaded is kept twice until it lies among its layers.
+        tensors = iter(checkpoint.tensors)
+        loading = collections.deque((t[0], pool.submit(load, t)) for t in itertools.islice(tensors, THREADS))
         try:
-            for (info, _), value in zip(checkpoint.tensors, loading, strict=True):
+            while loading:
+                info, value = loading.popleft()
                 _put(params, info, value.result(), checkpoint.config, partition)
+                del value
+                loading.extend((t[0], pool.submit(load, t)) for t in itertools.islice(tensors, 1))
                 progress.add(tensors=1)
                 report(progress)
         except BaseException:
@@ -122,7 +129,7 @@ def _put(params: Params, info: ParameterInfo, value: Any, config: GrokConfig, pa
         if name not in known:
             known[name] = jax.tree.map(lambda leaf: _stack(leaf, config.num_layers), value)
         if isinstance(jax.tree.leaves(value)[0], jax.Array):
-            known[name] = _insert(known[name], value, int(layer[1]))
+            known[name] = jax.block_until_ready(_insert(known[name], value, int(layer[1])))
     else:
         known[name] = value
 
@@ -235,10 +242,18 @@ def _shape(info: ParameterInfo, file: TensorFile, partition: Partition, weights:
 class _Reader:
     """Reads slices of one tensor file, each once, and counts their bytes."""
 
-    def __init__(self, file: TensorFile, progress: LoadProgress) -> None:
+    def __init__(self, info: ParameterInfo, file: TensorFile, partition: Partition, progress: LoadProgress) -> None:
         self._file = file
         self._progress = progress
         self._read: dict[tuple[int, Bounds], Array] = {}
+        #: Of the values, what this host's devices hold together, if that is better read at once.
+        self._together: Bounds | None = None
+        found = partition.sharding(info.axes).addressable_devices_indices_map(file.values.shape).values()
+        parts = {_bounds(file.values, index) for index in found if index is not None}
+        box = tuple((min(a for a, _ in dim), max(b for _, b in dim)) for dim in zip(*parts, strict=True))
+        # Parts that lie side by side in short stretches are one longer stretch.
+        if len(parts) > 1 and sum(_bytes(file.values, part) for part in parts) == _bytes(file.values, box):
+            self._together = box if box[-1] != next(iter(parts))[-1] else None
 
     def array(self, info: ParameterInfo, partition: Partition, dtype: Any) -> jax.Array:
         span = self._file.values
@@ -359,9 +374,18 @@ class _Reader:
 
     def _slice(self, span: ArraySpan, index: Index) -> Array:
         """A copy of the slice `index` of an array in the file."""
-        key = (span.offset, _bounds(span, index))
+        bounds = _bounds(span, index)
+        if span is self._file.values and self._together is not None:
+            whole = self._part(span, self._together)
+            return np.ascontiguousarray(
+                whole[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(bounds, self._together, strict=True))]
+            )
+        return self._part(span, bounds)
+
+    def _part(self, span: ArraySpan, bounds: Bounds) -> Array:
+        key = (span.offset, bounds)
         if key not in self._read:
-            self._read[key] = read_slice(self._file.path, span, key[1], self._progress.add)
+            self._read[key] = read_slice(self._file.path, span, bounds, self._progress.add)
         return self._read[key]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -96,9 +97,10 @@ def _jobs(span: ArraySpan, bounds: Bounds) -> Iterator[_Job]:
     target = 0
     for places in np.ndindex(*(stop - start for start, stop in bounds[: max(inner - 1, 0)])):
         start = first + sum(place * strides[i] for i, place in enumerate(places))
-        if count == 1:
-            for offset in range(0, length, REQUEST_BYTES):
-                yield _Job(start + offset, 1, min(REQUEST_BYTES, length - offset), 0, target + offset)
+        if count == 1 or length > REQUEST_BYTES:
+            for row, offset in itertools.product(range(count), range(0, length, REQUEST_BYTES)):
+                size = min(REQUEST_BYTES, length - offset)
+                yield _Job(start + row * stride + offset, 1, size, 0, target + row * length + offset)
         else:
             together = max(1, REQUEST_BYTES // stride)
             for row in range(0, count, together):

@@ -30,9 +30,11 @@ class ObjectPath:
 
         self._url = url.rstrip("/")
         try:
-            self._store = store or obstore.store.from_url(self._url, client_options={"allow_http": True})
+            self._store = store or obstore.store.from_url(
+                self._url, client_options={"allow_http": True}, retry_config={"max_retries": 0}
+            )
         except Exception as error:
-            raise OSError(f"{url}: {error}") from error
+            raise OSError(f"{url}: {_line(error)}") from error
         self._key = key
 
     def __truediv__(self, name: str) -> ObjectPath:
@@ -104,18 +106,28 @@ class ObjectPath:
         return bytes(data)
 
     def _try(self, request: Callable[[], Result]) -> Result:
-        from obstore.exceptions import NotFoundError
+        from obstore.exceptions import (
+            NotFoundError,
+            NotSupportedError,
+            PermissionDeniedError,
+            UnauthenticatedError,
+        )
 
+        final = (NotSupportedError, PermissionDeniedError, UnauthenticatedError)
         for attempt in range(_ATTEMPTS):
             try:
                 return request()
             except (NotFoundError, FileNotFoundError) as error:
                 raise FileNotFoundError(2, "no such object", str(self)) from error
             except Exception as error:
-                if attempt + 1 == _ATTEMPTS:
-                    raise OSError(5, f"{type(error).__name__}: {str(error).splitlines()[0]}", str(self)) from error
+                if attempt + 1 == _ATTEMPTS or isinstance(error, final):
+                    raise OSError(5, f"{type(error).__name__}: {_line(error)}", str(self)) from error
                 time.sleep(_BACKOFF * 2**attempt)
         raise AssertionError
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def _again(url: str, key: str) -> ObjectPath:

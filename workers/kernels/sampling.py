@@ -122,8 +122,7 @@ def sample(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> Sampl
         filtered = (rows.top_p < 1) | (rows.top_k > 0) | (rows.min_p > 0)
         sums = jnp.cumsum(weights, axis=-1)
         total = jnp.max(sums, axis=-1)  # the last; TPUs would turn the whole round to take it
-        plain = jnp.sum(sums <= (uniform * total)[:, None], axis=-1)
-        plain = jnp.minimum(plain, logits.shape[-1] - 1).astype(jnp.int32)
+        plain = _first(sums > (uniform * total)[:, None], weights > 0, greedy)
         kept = lax.cond(
             jnp.any(filtered & rows.active), lambda: _draw_filtered(weights, total, uniform, rows), lambda: plain
         )
@@ -179,7 +178,15 @@ def _draw_among_all(weights: jax.Array, total: jax.Array, uniform: jax.Array, ro
     most = jnp.arange(weights.shape[-1]) == jnp.argmax(weights, axis=-1)[:, None]
     kept = (kept & (weights >= rows.min_p[:, None]) & (weights > 0)) | most
     sums = jnp.cumsum(jnp.where(kept, weights, 0.0), axis=-1)
-    return jnp.argmax(sums > (uniform * jnp.max(sums, axis=-1))[:, None], axis=-1).astype(jnp.int32)
+    reached = sums > (uniform * jnp.max(sums, axis=-1))[:, None]
+    return _first(reached, kept, jnp.argmax(weights, axis=-1).astype(jnp.int32))
+
+
+def _first(reached: jax.Array, kept: jax.Array, otherwise: jax.Array) -> jax.Array:
+    """The first token of each row [B, V] that is reached and kept, `otherwise` [B] if there is none. Sums are rounded, and may
+    rise where nothing is added."""
+    both = reached & kept
+    return jnp.where(jnp.any(both, axis=-1), jnp.argmax(both, axis=-1).astype(jnp.int32), otherwise)
 
 
 def _largest(weights: jax.Array, amounts: jax.Array, wanted: jax.Array) -> jax.Array:
