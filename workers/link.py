@@ -74,8 +74,9 @@ class Link:
         return frame or b""
 
     def settimeout(self, seconds: float | None) -> None:
-        """Bounds each following operation."""
-        self._connection.settimeout(seconds)
+        """Bounds each following operation. On a stream that has been closed, they fail anyway."""
+        with contextlib.suppress(OSError):
+            self._connection.settimeout(seconds)
 
     def close(self) -> None:
         """Ends the stream; a blocked `receive` returns."""
