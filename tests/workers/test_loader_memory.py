@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 
+from tests.conftest import DEMO
+from workers.checkpoint.checkpoint import open_checkpoint
+from workers.checkpoint.loader import THREADS, LoadProgress, load_parameters
 from workers.checkpoint.writer import write_array, write_quantized
+from workers.kernels.kernels import STACKED
 from workers.model.config import GrokConfig
 from workers.model.parameters import parameter_table
+from workers.model.partition import Partition
+from workers.runtime.mesh import make_mesh
 
 SHAPE = {
     "emb_size": 512, "num_layers": 12, "num_q_heads": 8, "num_kv_heads": 4, "key_size": 64, "ffn_size": 1024,
@@ -58,3 +66,23 @@ def test_extra_memory_is_under_15_percent_of_the_shard(tmp_path: pathlib.Path) -
     print(f"{loaded:,} bytes loaded, {extra:,} extra at the peak")
     assert loaded > 150_000_000
     assert extra < 0.15 * loaded
+
+
+def test_layers_that_are_stacked_are_not_kept_beside_the_stack() -> None:
+    checkpoint = open_checkpoint(DEMO)
+    partition = Partition.create(checkpoint.config, make_mesh(4, 2), "batch", STACKED)
+    before, most = _live_bytes(), 0
+
+    def report(_: LoadProgress) -> None:
+        nonlocal most
+        most = max(most, _live_bytes() - before)
+
+    params, _ = load_parameters(checkpoint, partition, report=report)
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    largest = max(file.values.nbytes for info, file in checkpoint.tensors if "decoder_layer" in info.path)
+    assert kept <= most <= kept + (THREADS + 1) * largest
+
+
+def _live_bytes() -> int:
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
