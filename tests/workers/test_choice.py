@@ -15,7 +15,8 @@ from workers.assignment import MeshSpec, ModelSpec
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.kernels.choice import agree, choose_kernels
 from workers.kernels.cpu.kernels import INSTRUCTION_SETS, native_kernels, use_instruction_set
-from workers.kernels.kernels import PORTABLE
+from workers.kernels.kernels import PORTABLE, STACKED
+from workers.kernels.tpu import TPU
 
 CHECKPOINT = open_checkpoint(GOLDEN / "nano-s1")
 MODEL = ModelSpec("", "int8", "float32")
@@ -33,8 +34,14 @@ def test_cpu_hosts_compute_natively_what_fits() -> None:
     assert choose_kernels(MODEL, MESH, CHECKPOINT).name in INSTRUCTION_SETS
     for model in (dataclasses.replace(MODEL, weights="float32"), dataclasses.replace(MODEL, activations="bfloat16")):
         assert choose_kernels(model, MESH, CHECKPOINT) is PORTABLE
-    for mesh in (dataclasses.replace(MESH, platform="gpu"), dataclasses.replace(MESH, rules="xai")):
-        assert choose_kernels(MODEL, mesh, CHECKPOINT) is PORTABLE
+    assert choose_kernels(dataclasses.replace(MODEL, kv_cache="int8"), MESH, CHECKPOINT) is PORTABLE
+    assert choose_kernels(MODEL, dataclasses.replace(MESH, rules="xai"), CHECKPOINT) is PORTABLE
+
+
+def test_accelerators_compute_all_layers_in_one_loop() -> None:
+    for platform, kernels in (("gpu", STACKED), ("tpu", TPU)):
+        assert choose_kernels(MODEL, dataclasses.replace(MESH, platform=platform), CHECKPOINT) is kernels
+        assert kernels.stacked
 
 
 def test_unrounded_weights_are_refused_where_nothing_computes_them() -> None:
