@@ -167,8 +167,8 @@ class Programs:
         logits = jnp.pad(logits, ((0, surplus), (0, 0)))
         rows = jax.tree.map(lambda values: jnp.pad(values, (0, surplus)), rows)
         split = PartitionSpec(mesh.axis_names)
-        # Each device has some columns of all rows and wants all columns of some: exchanged at once, nobody ever has it all. Between
-        # CPU hosts that is slower than what XLA does by itself.
+        # Each device has some columns of all rows and wants all columns of some: exchanged at once, nobody ever has it all.
+        # Between CPU hosts that is slower than what XLA does by itself.
         exchanged = partition.kernels.stacked and partition.axes("vocab") == mesh.axis_names
 
         def local(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
