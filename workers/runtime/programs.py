@@ -184,7 +184,8 @@ class Programs:
         """The state after a call. Drawn tokens count where penalties will ask for them."""
         # On every device for itself, or the compiler adds up tables of counts over devices.
         whole = PartitionSpec()
-        count = self._partition.on_parts(_count_drawn, (whole,) * 4, whole)
+        local = _count_one_by_one if self._partition.kernels.stacked else _scatter
+        count = self._partition.on_parts(local, (whole,) * 4, whole)
         counted = rows.active & (rows.flags & PENALIZED != 0)
         sampling = dataclasses.replace(state.sampling, counts=count(state.sampling.counts, counted, rows.slot, drawn))
         return State(pages, self._replicate(tokens), sampling)
@@ -200,8 +201,13 @@ class Programs:
         return whole
 
 
-def _count_drawn(counts: jax.Array, counted: jax.Array, slots: jax.Array, tokens: jax.Array) -> jax.Array:
-    """`counts` [slots, V] with one more where `counted` [B], in place: only where penalties ask for them."""
+def _scatter(counts: jax.Array, counted: jax.Array, slots: jax.Array, tokens: jax.Array) -> jax.Array:
+    """`counts` [slots, V] with one more at each (slot, token) that is `counted` [B]."""
+    return counts.at[jnp.where(counted, slots, counts.shape[0]), tokens].add(1, mode="drop")
+
+
+def _count_one_by_one(counts: jax.Array, counted: jax.Array, slots: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The same, only where penalties ask for it: TPUs turn the whole table round to scatter. CPUs copy it for a loop."""
 
     def add(i: jax.Array, counts: jax.Array) -> jax.Array:
         at = (slots[i], tokens[i])
