@@ -13,7 +13,7 @@ import numpy as np
 
 from tests.conftest import DEMO
 from workers.checkpoint.checkpoint import open_checkpoint
-from workers.checkpoint.loader import THREADS, LoadProgress, load_parameters
+from workers.checkpoint.loader import AHEAD, LoadProgress, load_parameters
 from workers.checkpoint.writer import write_array, write_quantized
 from workers.kernels.kernels import STACKED
 from workers.model.config import GrokConfig
@@ -80,7 +80,7 @@ def test_layers_that_are_stacked_are_not_kept_beside_the_stack() -> None:
     params, _ = load_parameters(checkpoint, partition, report=report)
     kept = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     largest = max(file.values.nbytes for info, file in checkpoint.tensors if "decoder_layer" in info.path)
-    assert kept <= most <= kept + (THREADS + 1) * largest
+    assert kept <= most <= kept + (AHEAD + 1) * largest
 
 
 def _live_bytes() -> int:

@@ -40,6 +40,8 @@ WEIGHT_DTYPES = {"int4": None, "int8": None, "int8-unrounded": None, "bfloat16":
 INT4_ROWS = 128
 #: Tensors that are loaded at a time: while one is read, another is packed.
 THREADS = 2
+#: Tensors that are loaded, or wait to be, before the first of them must have its place.
+AHEAD = 4
 
 _LAYER = re.compile(r"decoder_layer_(\d+)/")
 
@@ -102,7 +104,7 @@ def load_parameters(
     with concurrent.futures.ThreadPoolExecutor(THREADS, "load") as pool:
         # No more at a time: what has been loaded is kept twice until it lies among its layers.
         tensors = iter(checkpoint.tensors)
-        loading = collections.deque((t[0], pool.submit(load, t)) for t in itertools.islice(tensors, THREADS))
+        loading = collections.deque((t[0], pool.submit(load, t)) for t in itertools.islice(tensors, AHEAD))
         try:
             while loading:
                 info, value = loading.popleft()
