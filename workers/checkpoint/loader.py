@@ -39,9 +39,9 @@ WEIGHT_DTYPES = {"int4": None, "int8": None, "int8-unrounded": None, "bfloat16":
 #: Rows of a group with scales of its own, of weights in 4 bits.
 INT4_ROWS = 128
 #: Tensors that are loaded at a time: while one is read, another is packed.
-THREADS = 2
+THREADS = 4
 #: Tensors that are loaded, or wait to be, before the first of them must have its place.
-AHEAD = 4
+AHEAD = 6
 
 _LAYER = re.compile(r"decoder_layer_(\d+)/")
 
