@@ -11,6 +11,7 @@ import pathlib
 
 from cluster.config import Config, ConfigError
 from workers.capacity import hardware as hw
+from workers.capacity.hardware import GIB
 from workers.capacity.memory import Precision
 from workers.capacity.planner import (
     CHUNK,
@@ -29,7 +30,6 @@ from workers.checkpoint.storage import locate
 from workers.model.config import GrokConfig
 
 _LOG = logging.getLogger(__name__)
-GIB = 2**30
 _DEMO = pathlib.Path(__file__).parent.parent / "models" / "demo"
 
 

@@ -89,7 +89,7 @@ def compile_program(
     text = compiled.as_text() or ""
     local = config.emb_size * config.ffn_size // partition.ways(partition.axes("ffn"))
     pages_axes = page_axes(partition)
-    layers = 0 if not kernels.stacked else config.num_layers
+    layers = config.num_layers
     updated = set()
     for array in jax.tree.leaves(page_shapes(config, shape, partition, kv_dtype)):
         dims = partition.local(array.shape, pages_axes)

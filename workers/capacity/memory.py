@@ -7,13 +7,11 @@ import math
 
 from workers.model.config import GrokConfig
 from workers.model.layout import Layout
-from workers.model.parameters import ParameterInfo, parameter_table
+from workers.model.parameters import SCALE_GROUPS, ParameterInfo, parameter_table
 
 #: Bytes of a value, as the world counts them: without the scales of fewer bits.
 VALUE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int8-unrounded": 1.0, "int4": 0.5}
 SCALE_BYTES = 2
-#: Groups of rows with scales of their own: in the release, and the rows of one in int4.
-RELEASE_GROUPS, INT4_ROWS = 8, 128
 #: Of programs on each device beside what they are told below: their code, and what the compiler keeps for itself.
 PROGRAM_BYTES = 80 * 2**20
 #: Rows that prompts are filled up to, for each expert.
@@ -88,11 +86,10 @@ def parameter_bytes(info: ParameterInfo, layout: Layout, precision: Precision, p
         values = local  # XLA on CPUs keeps each in a byte
     if precision.weights in ("float32", "bfloat16"):
         return values
-    *lead, rows, columns = info.shape
-    ways = layout.ways(layout.axes(info.axes[-2]))
-    groups = RELEASE_GROUPS if info.grouped else 1
+    *lead, _, columns = info.shape
+    groups = SCALE_GROUPS if info.grouped else 1
     if precision.weights == "int4":
-        groups = rows // math.gcd(INT4_ROWS, rows // ways)
+        groups = layout.int4_groups(info)
     kept = layout.scale_groups(groups, info.axes[-2])
     scales = layout.local((*lead, kept, columns), layout.scale_axes(kept, info.axes))
     return values + math.prod(scales) * SCALE_BYTES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from workers.capacity.hardware import DEVICES, TOPOLOGIES, Hardware, gpu_hosts, tpu_slice
+from workers.capacity.hardware import DEVICES, GIB, TOPOLOGIES, Hardware, gpu_hosts, tpu_slice
 from workers.capacity.memory import Memory, Precision, kv_bytes_per_token, memory
 from workers.capacity.prediction import Range, decode_seconds, prefill_seconds
 from workers.model.config import GrokConfig
@@ -193,13 +193,12 @@ def _candidate(
 
 
 def _refusal(config: GrokConfig, hardware: Hardware, precision: Precision, workload: Workload, least: Candidate) -> str:
-    gib = 2**30
     one = kv_bytes_per_token(config, precision.kv_cache) * workload.context
     heads = min(config.num_kv_heads, least.model if least.rules == "batch" else hardware.devices)
     text = (
-        f"does not fit {hardware}: {precision.weights} weights take {least.memory.weights / gib:.1f} GiB of each device, "
-        f"programs and sampling {(least.memory.programs + least.memory.sampling) / gib:.1f}, one sequence of "
-        f"{workload.context} positions {one / heads / gib:.2f}; a device has {hardware.device.memory / gib:.1f} GiB"
+        f"does not fit {hardware}: {precision.weights} weights take {least.memory.weights / GIB:.1f} GiB of each device, "
+        f"programs and sampling {(least.memory.programs + least.memory.sampling) / GIB:.1f}, one sequence of "
+        f"{workload.context} positions {one / heads / GIB:.2f}; a device has {hardware.device.memory / GIB:.1f} GiB"
     )
     would = _what_would(config, hardware, precision, workload)
     return f"{text}. {would}" if would else text

@@ -8,7 +8,7 @@ import yaml
 
 from workers.capacity.hardware import CPU_SHARE, GIB
 from workers.capacity.memory import VALUE_BYTES, kv_bytes_per_token, whole_bytes
-from workers.capacity.planner import PAGE_SIZE, CapacityPlan
+from workers.capacity.planner import CHUNK, PAGE_SIZE, CapacityPlan
 from workers.capacity.prediction import Range, active_parameters, expected_experts
 from workers.model.config import GrokConfig
 from workers.model.parameters import parameter_table
@@ -73,7 +73,7 @@ def configuration(plan: CapacityPlan) -> dict[str, Any]:
         "engine": {
             "slots": best.slots,
             "page_size": PAGE_SIZE,
-            "prefill_chunk": 512,
+            "prefill_chunk": CHUNK,
             "context": plan.workload.context,
             "kv_pages": best.pages * groups,
         },

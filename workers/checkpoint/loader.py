@@ -36,8 +36,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 #: How weights are kept on the devices: as stored, or widened while they load. Unrounded ones are for native kernels only.
 WEIGHT_DTYPES = {"int4": None, "int8": None, "int8-unrounded": None, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
-#: Rows of a group with scales of its own, of weights in 4 bits.
-INT4_ROWS = 128
 #: Tensors that are loaded at a time: while one is read, another is packed.
 THREADS = 4
 #: Tensors that are loaded, or wait to be, before the first of them must have its place.
@@ -226,7 +224,7 @@ def _shape(info: ParameterInfo, file: TensorFile, partition: Partition, weights:
         return array(span.shape, widen, info.axes)
     *_, rows, columns = info.axes
     int4 = weights == "int4"
-    groups = int4_groups(info, partition) if int4 else file.scales.shape[-2]
+    groups = partition.int4_groups(info) if int4 else file.scales.shape[-2]
     kept = partition.scale_groups(groups, rows)
     scale_shape = (*file.scales.shape[:-2], kept, file.scales.shape[-1])
     scales = array(scale_shape, jnp.bfloat16 if int4 else file.scales.dtype, partition.scale_axes(kept, info.axes))
@@ -333,7 +331,7 @@ class _Reader:
 
     def int4(self, info: ParameterInfo, scales: ArraySpan, partition: Partition) -> QuantizedWeight:
         values = self._file.values
-        groups = int4_groups(info, partition)
+        groups = partition.int4_groups(info)
         kept = partition.scale_groups(groups, info.axes[-2])
         made: dict[Bounds, tuple[Array, Array]] = {}
 
@@ -389,12 +387,6 @@ class _Reader:
         if key not in self._read:
             self._read[key] = read_slice(self._file.path, span, bounds, self._progress.add)
         return self._read[key]
-
-
-def int4_groups(info: ParameterInfo, partition: Partition) -> int:
-    """Groups of rows with scales of their own, of a weight in 4 bits: INT4_ROWS rows each, or as many as divide a device's."""
-    rows = info.shape[-2]
-    return rows // math.gcd(INT4_ROWS, rows // partition.ways(partition.axes(info.axes[-2])))
 
 
 def quantize_int4(values: Array, group_rows: int) -> tuple[Array, Array]:

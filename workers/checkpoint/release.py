@@ -10,10 +10,7 @@ import numpy as np
 from workers.checkpoint.checkpoint import Checkpoint
 from workers.checkpoint.tensor_file import ArraySpan, TensorFile
 from workers.model.config import GrokConfig
-from workers.model.parameters import parameter_table
-
-#: Groups of rows with scales of their own, where the release has them.
-SCALE_GROUPS = 8
+from workers.model.parameters import SCALE_GROUPS, parameter_table
 
 
 def release_headers(config: GrokConfig) -> Checkpoint:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from workers.model.config import GrokConfig
-from workers.model.parameters import Axes
+from workers.model.parameters import INT4_ROWS, Axes, ParameterInfo
 
 MeshAxes = tuple[str, ...]
 
@@ -91,6 +91,11 @@ class Layout:
     def scale_axes(self, groups: int, axes: Axes) -> Axes:
         """The logical axes of the scales of a weight with `groups` groups (after `scale_groups`) and logical `axes`."""
         return (*axes[:-2], None if groups == 1 else axes[-2], axes[-1])
+
+    def int4_groups(self, info: ParameterInfo) -> int:
+        """Groups of rows with scales of their own, of a weight in 4 bits: INT4_ROWS each, or as many as divide a device's."""
+        rows = info.shape[-2]
+        return rows // math.gcd(INT4_ROWS, rows // self.ways(self.axes(info.axes[-2])))
 
     def local(self, shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
         """What one device holds of an array of `shape` whose first dimensions are the logical `axes`."""

@@ -12,6 +12,11 @@ from workers.model.config import GrokConfig
 
 Axes = tuple[str | None, ...]
 
+#: Groups of rows with scales of their own, where the release has them.
+SCALE_GROUPS = 8
+#: Rows of such a group of a weight in 4 bits.
+INT4_ROWS = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class ParameterInfo:
