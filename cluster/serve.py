@@ -33,7 +33,7 @@ from grok.serving.v1 import cluster_pb2
 from workers.assignment import LOADING
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.storage import locate
-from workers.grammar import Grammars
+from workers.sandbox import Sandbox
 from workers.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -68,8 +68,7 @@ def serve(config: Config, path: pathlib.Path, *, replace: bool = False) -> None:
         )
     keys = Keys.load(config.gateway.api_keys)
     model = checkpoint.config
-    grammars = Grammars(tokenizer, model.vocab_size, model.eos_token)
-    limits = Limits(model, config.engine.context or model.sequence_len, grammars)
+    limits = Limits(model, config.engine.context or model.sequence_len, tokenizer.longest_piece)
     with contextlib.ExitStack() as stack:
         predecessor = daemon.replaceable(config.gateway.address) if replace else None
         if predecessor is None:
@@ -91,6 +90,10 @@ class _Service:
         self, config: Config, limits: Limits, tokenizer: Tokenizer, keys: Keys | None, predecessor: int | None
     ) -> None:
         version = importlib.metadata.version("grokmesh")
+        model = limits.model
+        sandbox = Sandbox(
+            "cluster.gateway.text_job", [config.model.checkpoint, str(model.vocab_size), str(model.eos_token)]
+        )
         self._config = config
         self._predecessor = predecessor
         self._tracer, self._end_traces = make_tracer(config.telemetry.traces_endpoint, config.model.name, version)
@@ -104,7 +107,18 @@ class _Service:
         status = ClusterService(
             config, version, self._fleet, self._router, lambda: self._gateway.admission.in_flight, self._metrics_url
         )
-        self._gateway = Gateway(config, keys, limits, tokenizer, self._router, latency, status, self._tracer)
+        self._gateway = Gateway(
+            config,
+            keys,
+            limits,
+            tokenizer,
+            sandbox,
+            self._router,
+            latency,
+            status,
+            self._tracer,
+            shares_port=predecessor is not None,
+        )
         self._web = WebServer(config.telemetry.address, status.status)
         metrics.begin(version)
         metrics.QUEUED.set_function(lambda: self._router.queued)

@@ -11,11 +11,12 @@ from typing import Any
 
 from workers.engine.plan import EngineShape, Plan, StepTokens, Token
 from workers.engine.scheduler import Scheduler
-from workers.grammar import Grammars
+from workers.grammar_job import Constraints
 from workers.leader import Leader
 from workers.link import LeaderServer, LinkError, free_port
 from workers.model.config import GrokConfig
 from workers.runtime.profiler import Profiler
+from workers.sandbox import Sandbox
 
 
 class FakeRuntime:
@@ -48,18 +49,19 @@ class FakeRuntime:
         return 0.0
 
 
-def _no_grammars() -> Grammars:
-    raise AssertionError("nobody asked for a grammar")
-
-
 @contextlib.contextmanager
-def leading(shape: EngineShape, vocab_size: int, max_waiting: int, seconds: float = 0.0) -> Iterator[str]:
-    """The address of a leader of epoch 1, whose secret is b"s", that serves while the block runs; steps take `seconds`."""
+def leading(
+    shape: EngineShape, vocab_size: int, max_waiting: int, seconds: float = 0.0, sandbox: Sandbox | None = None
+) -> Iterator[str]:
+    """The address of a leader of epoch 1, whose secret is b"s", that serves while the block runs; steps take `seconds`. Only
+    with a `sandbox` does it follow grammars."""
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
     runtime: Any = FakeRuntime(shape, seconds)
     server = LeaderServer(address, epoch=1, secret=b"s")
     scheduler = Scheduler(shape, vocab_size, max_waiting)
-    leader = Leader(runtime, scheduler, server, 1, lambda: 0, Profiler(), _no_grammars, prefill_slowdown=2.0)
+    followed: Any = sandbox
+    constraints = Constraints(followed, 2 * shape.slots, server.wake)
+    leader = Leader(runtime, scheduler, server, 1, lambda: 0, Profiler(), constraints, prefill_slowdown=2.0)
 
     def lead() -> None:
         with contextlib.suppress(LinkError):  # at the end

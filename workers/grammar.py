@@ -6,8 +6,13 @@ vocabulary beforehand: xgrammar brings PyTorch, outlines-core knows regular expr
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Sequence
+import math
+import random
+import time
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
@@ -15,22 +20,42 @@ from workers.tokenizer import Tokenizer
 
 #: Bytes of a schema, an expression or a choice.
 MAX_SOURCE = 64 * 1024
+#: llguidance's own limits. Its defaults refuse objects of 499 optional properties after their first token.
+_LIMITS = LLParserLimits(max_items_in_row=50_000, step_max_items=200_000, verbose_errors=False)
+#: A grammar is tried by completions drawn at random: so many, of so many tokens, for so many seconds of a processor.
+_TRIALS, _TRIAL_TOKENS, _TRIAL_SECONDS = 4, 24, 0.1
+#: Whole numbers beyond these may be rounded.
+_EXACT_INTEGERS = 2**53
+#: Longest problem that is told; llguidance repeats whole grammars.
+_LONGEST_PROBLEM = 240
 
 
 class GrammarError(ValueError):
     """A schema, expression or choice that can't be followed."""
 
+    def __init__(self, problem: str) -> None:
+        line = " ".join(problem.split("<state>")[0].split())
+        super().__init__(line if len(line) <= _LONGEST_PROBLEM else f"{line[:_LONGEST_PROBLEM]}...")
+
 
 def json_schema(schema: str) -> str:
     """The grammar of the JSON values that a schema describes. Raises GrammarError."""
     try:
-        parsed = json.loads(schema)
+        parsed = json.loads(schema, parse_constant=_no_number, parse_float=_number)
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"is no JSON: {error}") from error
-    if not isinstance(parsed, (dict, bool)):
+    if parsed is False:
+        raise GrammarError("allows no value at all")
+    if parsed is True:
+        schema = "{}"
+    elif not isinstance(parsed, dict):
         raise GrammarError("must be a JSON object or a boolean")
-    # Without spaces and line ends, which a model may go on with for ever.
-    return str(LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_flexible": False}))
+    _check_numbers(parsed)
+    try:
+        # Without spaces and line ends, which a model may go on with for ever.
+        return str(LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_flexible": False}))
+    except ValueError as error:  # what Python takes for JSON and llguidance does not
+        raise GrammarError(f"is no JSON that can be followed: {error}") from error
 
 
 def regex(expression: str) -> str:
@@ -45,6 +70,45 @@ def choice(texts: Sequence[str]) -> str:
     return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in texts)))
 
 
+def _check_numbers(schema: Any) -> None:
+    """Raises GrammarError for numbers with which llguidance allows other values than the schema does."""
+    nodes = [schema]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, int) and abs(node) > _EXACT_INTEGERS and int(float(node)) != node:
+            raise GrammarError(f"has the number {str(node)[:40]}, which is not kept exactly; use a string or a range")
+        if isinstance(node, list):
+            nodes += node
+        elif isinstance(node, dict):
+            nodes += node.values()
+            _check_bounds(node)
+
+
+def _check_bounds(node: dict[str, Any]) -> None:
+    """Raises GrammarError for a bound that would itself be allowed though it is excluded: a whole number with less than one to
+    the other bound."""
+    for excluded, others in (
+        ("exclusiveMinimum", ("maximum", "exclusiveMaximum")),
+        ("exclusiveMaximum", ("minimum", "exclusiveMinimum")),
+    ):
+        bound = node.get(excluded)
+        if node.get("type") == "integer" or not isinstance(bound, int | float) or bound != int(bound):
+            continue
+        for other in others:
+            if isinstance(node.get(other), int | float) and abs(node[other] - bound) < 1:
+                raise GrammarError(f"{excluded}={bound} with {other}={node[other]} can't be kept; move one of them")
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _number(digits: str) -> float:
+    if math.isinf(number := float(digits)):
+        raise ValueError(f"{digits} is too large")
+    return number
+
+
 class Grammars:
     """Grammars over one tokenizer's tokens."""
 
@@ -54,45 +118,65 @@ class Grammars:
         pieces = [tokenizer.spelled(id) for id in range(vocab_size)]
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Pieces(pieces, eos_token)), n_vocab=vocab_size)
 
-    def check(self, grammar: str) -> None:
-        """Raises GrammarError if no completion can follow `grammar`."""
+    def check(self, grammar: str, allowed: Collection[int] = ()) -> None:
+        """Raises GrammarError if no completion can follow `grammar` with the tokens `allowed`, or if one of some that are drawn
+        at random gets into a state from which nothing follows."""
         problem = LLMatcher.validate_grammar(grammar, self._tokenizer)
         if problem:
             raise GrammarError(str(problem))
-        matcher = self.matcher(grammar)
-        matcher.mask()
-        if matcher.problem:
-            raise GrammarError(matcher.problem)
+        rng, began, start = random.Random(0), time.process_time(), self.matcher(grammar, allowed)
+        for _ in range(_TRIALS):
+            matcher = start.copy()
+            for _ in range(_TRIAL_TOKENS):
+                mask = int.from_bytes(matcher.mask(), "little") & ~(1 << self._eos)
+                if not mask or time.process_time() - began > _TRIAL_SECONDS:
+                    break
+                matcher.accept(_one_bit(mask, rng))
 
-    def matcher(self, grammar: str) -> Matcher:
-        """Follows one completion."""
-        return Matcher(
-            LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits()), self._vocab_size, self._eos
-        )
+    def matcher(self, grammar: str, allowed: Collection[int] = ()) -> Matcher:
+        """Follows one completion of the tokens `allowed`; all are if there are none."""
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+        return Matcher(matcher, self._vocab_size, self._eos, allowed)
+
+
+def _one_bit(mask: int, rng: random.Random) -> int:
+    """The place of one of the bits that are set."""
+    above = mask >> (start := rng.randrange(mask.bit_length()))
+    if above:
+        return start + (above & -above).bit_length() - 1
+    return (mask & -mask).bit_length() - 1
 
 
 class Matcher:
-    """Which tokens a completion may go on with; an `engine.request.Constraint`.
+    """Which tokens a completion may go on with. Once the grammar allows nothing more, that is the end token alone."""
 
-    Where the grammar allows nothing more, or is found too complex, the end token alone is allowed.
-    """
-
-    def __init__(self, matcher: LLMatcher, vocab_size: int, eos_token: int) -> None:
+    def __init__(self, matcher: LLMatcher, vocab_size: int, eos_token: int, allowed: Collection[int] = ()) -> None:
         self._matcher = matcher
         self._size = -(-vocab_size // 32) * 4
         self._only_eos = (1 << eos_token).to_bytes(self._size, "little")
+        self._allowed = sum(1 << token for token in {*allowed, eos_token}) if allowed else None
 
-    @property
-    def problem(self) -> str:
-        """What went wrong; empty if nothing did."""
-        return str(self._matcher.get_error()) if self._matcher.is_error() else ""
+    def copy(self) -> Matcher:
+        """Another one in the same state."""
+        twin = copy.copy(self)
+        twin._matcher = self._matcher.deep_copy()
+        return twin
 
     def mask(self) -> bytes:
-        """A bit for each token, in little-endian words of 32."""
-        if self._matcher.is_error() or self._matcher.is_stopped():
+        """A bit for each token, in little-endian words of 32; at least one is set. Raises GrammarError where nothing may
+        follow."""
+        if self._matcher.is_stopped() and not self._matcher.is_error():
             return self._only_eos
         mask = bytes(self._matcher.compute_bitmask())[: self._size].ljust(self._size, b"\0")
-        return mask if any(mask) and not self._matcher.is_error() else self._only_eos
+        if self._matcher.is_error():
+            raise GrammarError(str(self._matcher.get_error()))
+        if self._allowed is not None:
+            mask = (int.from_bytes(mask, "little") & self._allowed).to_bytes(self._size, "little")
+        if any(mask):
+            return mask
+        if self._matcher.is_accepting():
+            return self._only_eos
+        raise GrammarError("none of the tokens that may be drawn can follow")
 
     def accept(self, token: int) -> None:
         """Takes the next token."""

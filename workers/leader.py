@@ -14,9 +14,9 @@ from grok.engine.v1 import engine_pb2
 from workers import metrics, wire
 from workers.engine.budget import PromptBudget
 from workers.engine.plan import Plan, Sampling
-from workers.engine.request import Refused, Request, Timing, TokenEvent
+from workers.engine.request import Failure, Refused, Request, Timing, TokenEvent
 from workers.engine.scheduler import Counts, Scheduler
-from workers.grammar import Grammars
+from workers.grammar_job import Constraints, RemoteConstraint
 from workers.link import PULSE_SECONDS, GatewayLink, LeaderServer, Link, LinkError
 from workers.model.config import GrokConfig
 from workers.runtime.profiler import Profiler
@@ -30,6 +30,12 @@ PROBE_EVERY = 64
 #: So often an idle mesh computes a token.
 CANARY_SECONDS = 5.0
 CANARY = Request("canary", (0,), 1, Sampling())
+#: Requests whose grammars may be under way to be followed.
+MAX_OPENING = 512
+#: Seconds that a turn of the loop listens to gateways while there is something to compute.
+HEAR_SECONDS = 0.005
+#: Seconds that the loop waits for what tokens may come next, while the devices are busy anyway.
+SETTLE_SECONDS = 0.002
 
 
 class Leader:
@@ -44,7 +50,7 @@ class Leader:
         epoch: int,
         compilations: Callable[[], int],
         profiler: Profiler,
-        grammars: Callable[[], Grammars],
+        constraints: Constraints,
         prefill_slowdown: float,
     ) -> None:
         self._runtime = runtime
@@ -53,10 +59,12 @@ class Leader:
         self._epoch = epoch
         self._compilations = compilations
         self._profiler = profiler
-        self._grammars = grammars
+        self._constraints = constraints
+        self._opening: dict[str, tuple[Request, RemoteConstraint]] = {}
         self._budget = PromptBudget(runtime.shape.chunk, prefill_slowdown)
         self._counted = Counts()
         self._waits: dict[str, _Wait] = {}
+        self._slots: dict[int, str] = {}
         self._routing = Routing(runtime.config)
         metrics.SLOTS.set(runtime.shape.slots)
         self._owners: dict[str, GatewayLink] = {}
@@ -69,13 +77,12 @@ class Leader:
         self._prove()
         pending: Pending | None = None
         clock = _Clock()
+        idle = True
         while True:
-            # With nothing in flight, who runs can be planned and the head of the queue admitted: this does not spin.
-            load = self._scheduler.load
-            idle = pending is None and load.waiting == 0 and load.running == 0
             self._hear(block=idle)
             if idle:
                 clock.restart()
+            self._submit_opened()
             plan = self._scheduler.plan()
             clock.lap("plan")
             dispatched = None
@@ -84,22 +91,22 @@ class Leader:
                 clock.lap("broadcast")
                 self._profiler.step()
                 self._count(plan)
-                if pending is None:
-                    self._watchdog.begin(plan)
-                dispatched = self._runtime.execute(plan)
+                dispatched = self._execute(plan)
                 clock.lap("dispatch")
             events: list[TokenEvent] = []
             finished = pending.plan if pending is not None else None
             if pending is not None:
-                tokens = self._runtime.read(pending)
-                self._watchdog.end(pending.plan)
-                if dispatched is not None:
-                    self._watchdog.begin(dispatched.plan)
+                events = self._read(pending)
                 clock.lap("device")
-                events = [e for e in self._scheduler.complete(tokens) if e.request_id != CANARY.id]
-                self._routing.add(tokens.expert_tokens)
+                if dispatched is not None:
+                    self._constraints.settle(SETTLE_SECONDS)
+            # Then only what gateways send, or a mask, can change anything.
+            idle = pending is None and dispatched is None
             pending = dispatched
-            _probe(self._runtime, pending)
+            if pending is not None:
+                with self._watchdog.waiting(pending.plan):
+                    _probe(self._runtime, pending)
+            self._fail(self._scheduler.failures())
             self._tell(events)
             clock.lap("deliver")
             self._scheduler.prompt_budget = self._budget.after(finished, clock.step())
@@ -110,26 +117,40 @@ class Leader:
         while (plan := self._scheduler.plan()) is not None:
             self._server.broadcast(wire.plan_to_proto(plan, self._epoch))
             self._count(plan)
-            self._watchdog.begin(plan)
-            tokens = self._runtime.read(self._runtime.execute(plan))
-            self._watchdog.end(plan)
-            self._scheduler.complete(tokens)
-            self._routing.add(tokens.expert_tokens)
+            self._read(self._execute(plan))
+        self._fail(self._scheduler.failures())
+
+    def _execute(self, plan: Plan) -> Pending:
+        self._watchdog.dispatched(plan)
+        with self._watchdog.waiting(plan):
+            return self._runtime.execute(plan)
+
+    def _read(self, pending: Pending) -> list[TokenEvent]:
+        with self._watchdog.waiting(pending.plan):
+            tokens = self._runtime.read(pending)
+        self._watchdog.done(pending.plan)
+        self._routing.add(tokens.expert_tokens)
+        return [event for event in self._scheduler.complete(tokens) if event.request_id != CANARY.id]
 
     def _hear(self, block: bool) -> None:
         """Takes what gateways sent; if there is nothing to compute, waits for it, and computes a token for nobody if nothing
         comes: so that a mesh that no longer works is found before somebody needs it. Raises LinkError when it doesn't."""
-        while True:
+        until = time.monotonic() + (CANARY_SECONDS if block else 0.0) + HEAR_SECONDS
+        while time.monotonic() < until:
             try:
                 incoming = self._server.inbox.get(block, CANARY_SECONDS)
             except queue.Empty:
                 if block:
-                    self._scheduler.submit(CANARY)
+                    with contextlib.suppress(Refused):  # the last one waits for a slot still
+                        self._scheduler.submit(CANARY)
                 return
             if incoming is None:
                 raise LinkError("the mesh is broken")
-            block = False
+            if block:
+                block, until = False, time.monotonic() + HEAR_SECONDS
             gateway, message = incoming
+            if gateway is None:  # a mask has come
+                continue
             if message is None:
                 self._drop(gateway)
                 continue
@@ -137,28 +158,69 @@ class Leader:
             if message.HasField("submit"):
                 self._submit(gateway, message.submit)
             elif message.HasField("cancel"):
-                self._scheduler.cancel(message.cancel.request_id)
-                self._forget(message.cancel.request_id)
+                self._cancel(message.cancel.request_id)
 
     def _submit(self, gateway: GatewayLink, message: engine_pb2.Submit) -> None:
         try:
             request = wire.request_from_proto(message)
-            constraint = self._grammars().matcher(request.grammar) if request.grammar else None
-            self._scheduler.submit(request, constraint)
-            self._owners[message.request_id] = gateway
-            self._waits[message.request_id] = _Wait(time.monotonic())
+            if request.id in self._owners:
+                raise Refused(f"request id {request.id} is in use")
+            if request.grammar:
+                if len(self._opening) >= MAX_OPENING:
+                    raise Refused(f"{len(self._opening)} requests with formats are waiting already", full=True)
+                self._opening[request.id] = request, self._constraints.open(request)
+            else:
+                self._scheduler.submit(request)
+            self._owners[request.id] = gateway
+            forced = 0 if self._runtime.shape.exact_rows else len(request.resumed)
+            self._waits[request.id] = _Wait(time.monotonic(), forced)
         except (Refused, ValueError) as error:  # a ValueError is a message that makes no request
-            full = isinstance(error, Refused) and error.full
-            refusal = engine_pb2.Refusal(request_id=message.request_id, reason=str(error), full=full)
-            self._refusals.setdefault(gateway, []).append(refusal)
+            self._refuse(gateway, message.request_id, error)
+
+    def _submit_opened(self) -> None:
+        """Queues the requests whose grammars can be followed now."""
+        for request_id, (request, constraint) in list(self._opening.items()):
+            if not constraint.ready:
+                continue
+            del self._opening[request_id]
+            try:
+                if constraint.problem:
+                    raise Refused(constraint.problem)
+                self._scheduler.submit(request, constraint)
+            except Refused as error:
+                constraint.close()
+                self._refuse(self._owners[request_id], request_id, error)
+                self._forget(request_id)
+
+    def _refuse(self, gateway: GatewayLink, request_id: str, error: Exception) -> None:
+        full = isinstance(error, Refused) and error.full
+        refused = engine_pb2.REFUSED_FULL if full else engine_pb2.REFUSED_UNSPECIFIED
+        refusal = engine_pb2.Refusal(request_id=request_id, reason=str(error), refused=refused)
+        self._refusals.setdefault(gateway, []).append(refusal)
+
+    def _fail(self, failures: list[Failure]) -> None:
+        """Ends requests that can't go on. Raises LinkError if nothing that the mesh computes is of use."""
+        for failure in failures:
+            if failure.request_id == CANARY.id:
+                raise LinkError(f"the mesh computes nothing of use: {failure.reason}")
+            refusal = engine_pb2.Refusal(
+                request_id=failure.request_id, reason=failure.reason, refused=engine_pb2.REFUSED_FAILED
+            )
+            self._refusals.setdefault(self._owners[failure.request_id], []).append(refusal)
+            self._forget(failure.request_id)
 
     def _drop(self, gateway: GatewayLink) -> None:
         """Nobody waits any more for what a lost gateway asked for."""
         self._gateways.discard(gateway)
         self._refusals.pop(gateway, None)
         for request_id in [id for id, owner in self._owners.items() if owner is gateway]:
-            self._scheduler.cancel(request_id)
-            self._forget(request_id)
+            self._cancel(request_id)
+
+    def _cancel(self, request_id: str) -> None:
+        if (opening := self._opening.pop(request_id, None)) is not None:
+            opening[1].close()
+        self._scheduler.cancel(request_id)
+        self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:
         self._owners.pop(request_id, None)
@@ -169,7 +231,7 @@ class Leader:
         wait = self._waits.pop(event.request_id, None)
         if wait is None:
             return event
-        timing = Timing(wait.admitted - wait.arrived, time.monotonic() - wait.admitted)
+        timing = Timing(wait.admitted - wait.arrived, time.monotonic() - wait.admitted, wait.computed)
         return dataclasses.replace(event, timing=timing)
 
     def _tell(self, events: list[TokenEvent]) -> None:
@@ -181,8 +243,12 @@ class Leader:
         metrics.PAGES_TOTAL.set(load.pages_total)
         metrics.PAGES_CACHED.set(load.pages_cached)
         metrics.GENERATED_TOKENS.inc(len(events))
+        waiting = load.waiting + len(self._opening)
         shared = wire.load_to_proto(
-            load, self._runtime.shape.slots, self._compilations(), self._routing.messages if self._gateways else None
+            dataclasses.replace(load, waiting=waiting),
+            self._runtime.shape.slots,
+            self._compilations(),
+            self._routing.messages if self._gateways else None,
         )
         by_gateway: dict[GatewayLink, list[engine_pb2.TokenEvent]] = {}
         for event in events:
@@ -217,9 +283,13 @@ class Leader:
         now = time.monotonic()
         for admission in plan.admissions:
             wait = self._waits.get(admission.request_id)
+            self._slots[admission.slot] = admission.request_id
             if wait is not None:
-                wait.admitted = now
+                wait.admitted, wait.computed = now, wait.forced
                 metrics.QUEUE_SECONDS.observe(now - wait.arrived)
+        for chunk in (chunk for call in plan.prefills for chunk in call):
+            if (wait := self._waits.get(self._slots[chunk.slot])) is not None:
+                wait.computed += len(chunk.tokens)
 
 
 class Routing:
@@ -250,10 +320,13 @@ def _span(layers: range) -> str:
 
 @dataclasses.dataclass
 class _Wait:
-    """Times of a request without tokens."""
+    """A request without tokens: its times, positions that were decoded for it though their tokens were known, and all positions
+    that were computed."""
 
     arrived: float
+    forced: int
     admitted: float = 0.0
+    computed: int = 0
 
 
 def _probe(runtime: Runtime, pending: Pending | None) -> None:

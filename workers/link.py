@@ -132,8 +132,9 @@ class GatewayLink:
                     self.open = False
 
 
-#: What the leader's loop hears: a gateway's input (an empty one when it has joined), or None when it is gone.
-Incoming = tuple[GatewayLink, engine_pb2.LeaderInput | None]
+#: What the leader's loop hears: a gateway's input (an empty one when it has joined), or None when it is gone. Without a gateway
+#: it is only woken.
+Incoming = tuple[GatewayLink | None, engine_pb2.LeaderInput | None]
 
 
 class LeaderServer:
@@ -175,6 +176,10 @@ class LeaderServer:
             self._sent.pop(plan.number - MAX_LAG, None)
         for link in self._followers.values():
             link.send(frame)
+
+    def wake(self) -> None:
+        """Wakes the leader's loop. Any thread may call it."""
+        self.inbox.put((None, None))
 
     def give_up(self, reason: str) -> None:
         """Ends all streams because the mesh is broken: so gateways know at once, and the leader with its next plan."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import sentencepiece
@@ -33,6 +34,11 @@ class Tokenizer:
             raise TokenizerError(f"{path}: no SentencePiece model: {error}") from error
         #: Number of tokens.
         self.vocab_size = int(self._processor.GetPieceSize())
+
+    @functools.cached_property
+    def longest_piece(self) -> int:
+        """Bytes of the longest text that a token stands for."""
+        return max(len(self.spelled(id) or b"") for id in range(self.vocab_size))
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""

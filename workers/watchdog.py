@@ -1,12 +1,13 @@
-"""Tells when a step takes too long to be one."""
+"""Finds steps that take the devices too long."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from workers.engine.plan import Plan
 
@@ -18,7 +19,8 @@ CHECK_SECONDS = 0.05
 
 
 class Watchdog:
-    """Calls `bark`, once, when a step has been running for 3 times the 99th percentile of its kind and a second more.
+    """Calls `bark`, once, when the devices have kept the leader waiting for 3 times the 99th percentile of such steps and a
+    second more. What the leader's own Python takes between two calls to the devices does not count.
 
     Steps of a kind compute as many prompt positions, within a factor of two: others say nothing of them. What a rank that hangs
     does to its mesh can't be told from a slow step in any other way, as nothing returns.
@@ -29,18 +31,29 @@ class Watchdog:
         self._seconds: dict[int, collections.deque[float]] = collections.defaultdict(
             lambda: collections.deque(maxlen=REMEMBERED)
         )
-        self._running: tuple[Plan, float] | None = None
+        self._dispatched: dict[int, float] = {}
+        self._last_done = 0.0
+        self._waiting: tuple[Plan, float] | None = None
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
-    def begin(self, plan: Plan) -> None:
-        """Notes that the devices have nothing to do before this plan's step."""
-        self._running = plan, time.monotonic()
+    @contextlib.contextmanager
+    def waiting(self, plan: Plan) -> Iterator[None]:
+        """The devices are asked to begin a plan's step, or to end it, while the block runs."""
+        self._waiting = plan, time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting = None
 
-    def end(self, plan: Plan) -> None:
-        """Notes that a plan's step is done."""
-        running, self._running = self._running, None
-        if running is not None and running[0] is plan:
-            self._seconds[_kind(plan)].append(time.monotonic() - running[1])
+    def dispatched(self, plan: Plan) -> None:
+        """Notes that the devices have a plan."""
+        self._dispatched[plan.number] = time.monotonic()
+
+    def done(self, plan: Plan) -> None:
+        """Notes that a plan's step is done, which began when it was dispatched and the one before was done."""
+        now = time.monotonic()
+        self._seconds[_kind(plan)].append(now - max(self._dispatched.pop(plan.number), self._last_done))
+        self._last_done = now
 
     def limit(self, plan: Plan) -> float:
         """Seconds that a plan's step may take."""
@@ -52,9 +65,9 @@ class Watchdog:
     def _watch(self) -> None:
         while True:
             time.sleep(CHECK_SECONDS)
-            running = self._running
-            if running is not None and (seconds := time.monotonic() - running[1]) > self.limit(running[0]):
-                self._bark(f"plan {running[0].number} has been running for {seconds:.1f} s; a rank must hang")
+            waiting = self._waiting
+            if waiting is not None and (seconds := time.monotonic() - waiting[1]) > self.limit(waiting[0]):
+                self._bark(f"plan {waiting[0].number} has been running for {seconds:.1f} s; a rank must hang")
                 return
 
 

@@ -143,7 +143,9 @@ def event_to_proto(event: TokenEvent) -> engine_pb2.TokenEvent:
             top_logprobs=[logprob for _, logprob in token.top],
         ),
         finish=_FINISH[event.finish],
-        timing=engine_pb2.Timing(queue_seconds=timing.queue, prefill_seconds=timing.prefill) if timing else None,
+        timing=None
+        if timing is None
+        else engine_pb2.Timing(queue_seconds=timing.queue, prefill_seconds=timing.prefill, computed=timing.computed),
     )
 
 
@@ -155,7 +157,7 @@ def event_from_proto(message: engine_pb2.TokenEvent) -> TokenEvent:
     top = tuple(zip(token.top_ids, token.top_logprobs, strict=True))
     timing = None
     if message.HasField("timing"):
-        timing = Timing(message.timing.queue_seconds, message.timing.prefill_seconds)
+        timing = Timing(message.timing.queue_seconds, message.timing.prefill_seconds, message.timing.computed)
     return TokenEvent(message.request_id, Token(token.id, token.logprob, top), _FINISH_BACK[message.finish], timing)
 
 

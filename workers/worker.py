@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 from grok.engine.v1 import engine_pb2
 from workers import metrics
 from workers.assignment import LOADING, Assignment, Progress
-from workers.checkpoint.storage import locate
 from workers.engine.scheduler import Scheduler
-from workers.grammar import Grammars
+from workers.grammar_job import Constraints
 from workers.link import LeaderServer, connect, wait_for_listener
-from workers.tokenizer import Tokenizer
+from workers.sandbox import Sandbox
 
 if TYPE_CHECKING:
     from workers.preparation import Preparation
@@ -38,6 +37,7 @@ class Worker:
         self._assignment = assignment
         self._preparation = preparation
         self._server: LeaderServer | None = None
+        self._sandbox: Sandbox | None = None
         self._compilations = 0
         self._compilations_before_serving = 0
         self.profiler: Profiler
@@ -85,6 +85,12 @@ class Worker:
             use_cache(pathlib.Path(a.compilation_cache).expanduser(), a.rank)
         mesh = make_mesh(a.mesh.data, a.mesh.model)
         checkpoint, dtype = preparation.checkpoint, preparation.dtype
+        if self._server is not None:
+            # So that the first request with a grammar need not wait for it.
+            config = checkpoint.config
+            self._sandbox = Sandbox(
+                "workers.grammar_job", [a.model.checkpoint, str(config.vocab_size), str(config.eos_token)]
+            )
         with every_rank_writes():
             preparation.adopt(agree(preparation.kernels))
         _LOG.info("kernels: %s", preparation.kernels.name)
@@ -142,27 +148,20 @@ class Worker:
         runtime = self.runtime
         scheduler = Scheduler(runtime.shape, runtime.config.vocab_size, a.engine.max_waiting, a.engine.steps_per_plan)
         assert self._server is not None
+        assert self._sandbox is not None
         try:
             self._server.wait_for_followers(a.mesh.hosts - 1, JOIN_SECONDS)
             metrics.lead()
             compilations = self._compilations_while_serving
             slowdown = a.engine.prefill_slowdown
+            constraints = Constraints(self._sandbox, 2 * runtime.shape.slots, self._server.wake)
             leader = Leader(
-                runtime, scheduler, self._server, a.epoch, compilations, self.profiler, self._grammars, slowdown
+                runtime, scheduler, self._server, a.epoch, compilations, self.profiler, constraints, slowdown
             )
             leader.run()
         finally:
             self._server.close()
-
-    @functools.cached_property
-    def _made_grammars(self) -> Grammars:
-        tokenizer = Tokenizer(locate(self._assignment.model.checkpoint) / "tokenizer.model")
-        config = self.runtime.config
-        return Grammars(tokenizer, config.vocab_size, config.eos_token)
-
-    def _grammars(self) -> Grammars:
-        """Made when the first request with a grammar comes."""
-        return self._made_grammars
+            self._sandbox.close()
 
     def _compilations_while_serving(self) -> int:
         return self._compilations - self._compilations_before_serving

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
-from cluster.gateway.errors import exhausted, unavailable
+from cluster.gateway.errors import Violation, exhausted, invalid, unavailable
 from cluster.gateway.keys import ANONYMOUS, Caller
 from cluster.telemetry import metrics
 
@@ -36,14 +36,14 @@ class Admission:
         self.draining = False
 
     @contextlib.contextmanager
-    def admitted(self, caller: Caller) -> Iterator[None]:
-        """Holds a place while the block runs. Raises GatewayError as `check` does."""
-        self.check(caller)
-        self._change(caller, 1)
+    def admitted(self, caller: Caller, count: int = 1) -> Iterator[None]:
+        """Holds places for a request of so many completions while the block runs. Raises GatewayError as `check` does."""
+        self.check(caller, count)
+        self._change(caller, count)
         try:
             yield
         finally:
-            self._change(caller, -1)
+            self._change(caller, -count)
 
     def patience(self, wait: float, left: float | None, own: float = 0.0) -> None:
         """Raises GatewayError (RESOURCE_EXHAUSTED) if a completion would wait too long.
@@ -62,16 +62,24 @@ class Admission:
                 retry_seconds=max(wait - most, 0.1),
             )
 
-    def check(self, caller: Caller) -> None:
-        """Raises GatewayError, RESOURCE_EXHAUSTED or UNAVAILABLE when draining, if there is no place for a caller."""
+    def check(self, caller: Caller, count: int = 1) -> None:
+        """Raises GatewayError if there are not so many places for a caller: RESOURCE_EXHAUSTED, UNAVAILABLE when draining,
+        INVALID_ARGUMENT if there never will be."""
+        most = self._limit if caller.max_requests is None else min(self._limit, caller.max_requests)
+        if count > most:
+            raise invalid(
+                [Violation("completion.n", f"is {count}; at most {most} completions at once are allowed here")]
+            )
         if self.draining:
             metrics.REJECTIONS.labels("draining").inc()
             raise unavailable("the gateway is shutting down")
         own, free = self._by_key[caller.name], self._limit - self.in_flight
-        if free <= 0:
+        if free < count:
             metrics.REJECTIONS.labels("full").inc()
             raise exhausted(f"{self.in_flight} requests are in the gateway already", retry_seconds=1.0)
-        if (caller.max_requests is not None and own >= caller.max_requests) or (caller != ANONYMOUS and own >= free):
+        if (caller.max_requests is not None and own + count > caller.max_requests) or (
+            caller != ANONYMOUS and own + count > free
+        ):
             metrics.REJECTIONS.labels("key_requests").inc()
             raise exhausted(f"{own} requests of this key are in the gateway already", retry_seconds=1.0)
         if caller.tokens_per_minute is not None:

@@ -12,6 +12,9 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 DOMAIN = "grokmesh"
+#: A status travels in metadata, of which clients take 8 KiB: so many violations are told, and so many bytes of each and of the
+#: message.
+MOST_VIOLATIONS, PROBLEM_BYTES, MESSAGE_BYTES = 8, 256, 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +49,10 @@ class GatewayError(Exception):
         packed = [_pack(detail) for detail in details]
         if self.violations:
             fields = [
-                error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.problem)
-                for v in self.violations
+                error_details_pb2.BadRequest.FieldViolation(
+                    field=_cut(v.field, 64), description=_cut(v.problem, PROBLEM_BYTES)
+                )
+                for v in self.violations[:MOST_VIOLATIONS]
             ]
             packed.append(_pack(error_details_pb2.BadRequest(field_violations=fields)))
         if self.retry_seconds is not None:
@@ -56,7 +61,9 @@ class GatewayError(Exception):
             packed.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
         code: int = self.code.value[0]
         assert code in code_pb2.Code.values()
-        return rpc_status.to_status(status_pb2.Status(code=code, message=str(self), details=packed))
+        return rpc_status.to_status(
+            status_pb2.Status(code=code, message=_cut(str(self), MESSAGE_BYTES), details=packed)
+        )
 
 
 def code_name(error: BaseException | None, seconds_left: float | None) -> str:
@@ -81,9 +88,25 @@ def unavailable(message: str, retry_seconds: float = 1.0) -> GatewayError:
     return GatewayError(grpc.StatusCode.UNAVAILABLE, "REPLICA_UNAVAILABLE", message, retry_seconds=retry_seconds)
 
 
+def breaking(message: str) -> GatewayError:
+    """INTERNAL: the request breaks whatever computes it, and must not be sent again."""
+    return GatewayError(grpc.StatusCode.INTERNAL, "REPLICAS_LOST", message)
+
+
+def failed(message: str) -> GatewayError:
+    """FAILED_PRECONDITION: the completion was begun and can't go on; trying again changes nothing."""
+    return GatewayError(grpc.StatusCode.FAILED_PRECONDITION, "COMPLETION_FAILED", message)
+
+
 def exhausted(message: str, retry_seconds: float) -> GatewayError:
     """RESOURCE_EXHAUSTED: too much is asked at once."""
     return GatewayError(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", message, retry_seconds=retry_seconds)
+
+
+def _cut(text: str, most: int) -> str:
+    """A text of at most so many bytes. ASCII as it travels: other characters take several times as many in a status."""
+    plain = text.encode("ascii", "backslashreplace").decode()
+    return plain if len(plain) <= most else f"{plain[: most - 3]}..."
 
 
 def _pack(

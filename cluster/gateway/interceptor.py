@@ -1,8 +1,10 @@
-"""Around every call: malformed messages become INVALID_ARGUMENT, GatewayErrors a status with details, anything else
-INTERNAL without its text; the caller's key is checked; each call is counted, traced and logged in one line."""
+"""Around every call: who calls is known before a message is read; messages are read a few at a time, within limits of bytes and
+time; malformed ones become INVALID_ARGUMENT, GatewayErrors a status with details, anything else INTERNAL without its text; each
+call is counted, traced and logged in one line."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -15,29 +17,47 @@ from google.protobuf.message import DecodeError
 from opentelemetry import trace
 
 from cluster.gateway.call import CURRENT, Call
-from cluster.gateway.errors import GatewayError, code_name
+from cluster.gateway.errors import GatewayError, code_name, exhausted
 from cluster.gateway.keys import ANONYMOUS, Keys
+from cluster.gateway.texts import INLINE_BYTES
 from cluster.telemetry import metrics
 from cluster.telemetry.traces import parent_of
 
 _LOG = logging.getLogger(__name__)
 _OURS = "/grok.serving.v1."
-#: Calls that are logged at INFO; the others, which look on, at DEBUG.
+#: Calls that are logged at INFO; the others, which look on, at DEBUG, as are floods that are turned away, which metrics count.
 _WORK = ("Generate", "GenerateOnce", "Profile", "Restart")
+_TURNED_AWAY = ("RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED")
 #: Calls for keys with the scope `admin`.
 _ADMIN = ("Profile", "Restart")
+#: Calls whose messages are handed on as bytes if they are large: another process reads them.
+_TEXTS = ("Tokenize", "Detokenize", "CountTokens")
+#: Most bytes of a message of all calls but those, and completions.
+_SMALL_BYTES = 64 * 1024
+#: Messages that are being received at a time, of ours and of services that want no key, and seconds that one may take.
+RECEIVING, RECEIVING_OPEN, RECEIVE_SECONDS = 64, 16, 10.0
+#: Calls of services that want no key which may be open, and seconds that all but health's may last.
+MOST_OPEN, OPEN_SECONDS = 256, 60.0
+_WATCH = "/grpc.health.v1.Health/Watch"
 
-
-class _Malformed:
-    """Stands for a message that is no protobuf of its type."""
+_Context = "grpc.aio.ServicerContext[Any, Any]"
+_Messages = AsyncIterator[bytes]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the handlers of our own services; health and reflection are left alone, and open to all."""
+    """Wraps all handlers. Those of health and reflection are open to all, so there are only so many of them at a time.
 
-    def __init__(self, keys: Keys | None, tracer: trace.Tracer) -> None:
+    Every call is handled as one whose client streams: then it is the handler that reads its message, when it wants to.
+    """
+
+    def __init__(self, keys: Keys | None, tracer: trace.Tracer, completion_bytes: int) -> None:
+        """`completion_bytes` is the most that a request for a completion may have."""
         self._keys = keys
         self._tracer = tracer
+        self._completion_bytes = completion_bytes
+        self._places = asyncio.Semaphore(RECEIVING)
+        self._open_places = asyncio.Semaphore(RECEIVING_OPEN)
+        self._open = 0
 
     async def intercept_service(
         self,
@@ -46,73 +66,129 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """The wrapped handler."""
         handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
         method = handler_call_details.method
-        if handler is None or not method.startswith(_OURS):
-            return handler
-        parse = handler.request_deserializer
-        assert parse is not None
+        call = self._ours(method, handler) if method.startswith(_OURS) else self._strangers(method, handler)
+        serialize = handler.response_serializer
+        assert serialize is not None
 
-        def deserialize(data: bytes) -> Any:
-            try:
-                return parse(data)
-            except DecodeError:
-                return _Malformed()
-
-        def outcome(context: grpc.aio.ServicerContext[Any, Any]) -> _Outcome:
-            return _Outcome(method, context, self._keys, self._tracer)
+        def serialized(response: Any) -> bytes:
+            return response if isinstance(response, bytes) else serialize(response)
 
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                _streamed(outcome, handler.unary_stream), deserialize, handler.response_serializer
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            _single(outcome, handler.unary_unary), deserialize, handler.response_serializer
-        )
+            return grpc.stream_stream_rpc_method_handler(call, None, serialized)
+        return grpc.stream_unary_rpc_method_handler(call, None, serialized)
+
+    def _ours(self, method: str, handler: Any) -> Any:
+        name = method.rsplit("/", 1)[1]
+
+        def parse(data: bytes) -> Any:
+            if name in _TEXTS:
+                return data if len(data) > INLINE_BYTES else handler.request_deserializer(data)
+            most = self._completion_bytes if name.startswith("Generate") else _SMALL_BYTES
+            if len(data) > most:
+                raise _malformed(f"the request has {len(data)} bytes; no valid one has more than {most}")
+            return handler.request_deserializer(data)
+
+        def begin(context: Any) -> _Outcome:
+            return _Outcome(name, method, context, self._keys, self._tracer)
+
+        async def single(messages: _Messages, context: Any) -> Any:
+            async with begin(context):
+                return await handler.unary_unary(await _receive(messages, parse, self._places), context)
+
+        async def streamed(messages: _Messages, context: Any) -> AsyncIterator[Any]:
+            async with begin(context):
+                request = await _receive(messages, parse, self._places)
+                # Closed before the outcome is told, also when the client leaves while a response is being sent.
+                async with contextlib.aclosing(handler.unary_stream(request, context)) as responses:
+                    async for response in responses:
+                        yield response
+
+        return streamed if handler.response_streaming else single
+
+    def _strangers(self, method: str, handler: Any) -> Any:
+        """Calls of services that want no key."""
+
+        def parse(data: bytes) -> Any:
+            if len(data) > _SMALL_BYTES:
+                raise _malformed(f"the request has {len(data)} bytes")
+            return handler.request_deserializer(data)
+
+        async def parsed(messages: _Messages) -> AsyncIterator[Any]:
+            async for data in messages:
+                yield parse(data)
+
+        async def single(messages: _Messages, context: Any) -> Any:
+            async with self._counted(context):
+                return await handler.unary_unary(await _receive(messages, parse, self._open_places), context)
+
+        async def streamed(messages: _Messages, context: Any) -> AsyncIterator[Any]:
+            async with self._counted(context), asyncio.timeout(None if method == _WATCH else OPEN_SECONDS):
+                if handler.request_streaming:
+                    responses = handler.stream_stream(parsed(messages), context)
+                else:
+                    responses = handler.unary_stream(await _receive(messages, parse, self._open_places), context)
+                async with contextlib.aclosing(responses):
+                    async for response in responses:
+                        yield response
+
+        return streamed if handler.response_streaming else single
+
+    @contextlib.asynccontextmanager
+    async def _counted(self, context: Any) -> AsyncIterator[None]:
+        self._open += 1
+        try:
+            if self._open > MOST_OPEN:
+                await context.abort_with_status(exhausted("too many such calls are open", retry_seconds=10.0).status())
+            yield
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"a call may last {OPEN_SECONDS:g} s; call again")
+        except (GatewayError, DecodeError) as error:
+            wrong = error if isinstance(error, GatewayError) else _malformed("the request is no protobuf of its type")
+            await context.abort_with_status(wrong.status())
+        finally:
+            self._open -= 1
 
 
-_MakeOutcome = Callable[["grpc.aio.ServicerContext[Any, Any]"], "_Outcome"]
+async def _receive(messages: _Messages, parse: Callable[[bytes], Any], places: asyncio.Semaphore) -> Any:
+    """The one message of a call. Raises GatewayError for one that is none, or does not come."""
+    try:
+        async with places, asyncio.timeout(RECEIVE_SECONDS):
+            async for data in messages:
+                return parse(data)
+    except TimeoutError:
+        raise _malformed(f"the request has not arrived within {RECEIVE_SECONDS:g} s") from None
+    except DecodeError:
+        raise _malformed("the request is no protobuf of its type") from None
+    raise _malformed("the call has no message")
 
 
-def _single(make: _MakeOutcome, behaviour: Any) -> Any:
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        async with make(context) as outcome:
-            outcome.check(request)
-            return await behaviour(request, context)
-
-    return call
-
-
-def _streamed(make: _MakeOutcome, behaviour: Any) -> Any:
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        async with make(context) as outcome:
-            outcome.check(request)
-            # Closed before the outcome is told, also when the client leaves while a response is being sent.
-            async with contextlib.aclosing(behaviour(request, context)) as responses:
-                async for response in responses:
-                    yield response
-
-    return call
+def _malformed(problem: str) -> GatewayError:
+    return GatewayError(grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE", problem)
 
 
 class _Outcome:
-    """Turns what a call raises into its status, and tells of it."""
+    """Knows who calls, turns what the call raises into its status, and tells of it."""
 
-    def __init__(
-        self, method: str, context: grpc.aio.ServicerContext[Any, Any], keys: Keys | None, tracer: trace.Tracer
-    ) -> None:
+    def __init__(self, name: str, method: str, context: Any, keys: Keys | None, tracer: trace.Tracer) -> None:
         self._context = context
         self._keys = keys
-        self._call = Call(method.rsplit("/", 1)[1])
+        self._call = Call(name)
         self._metadata: Any = context.invocation_metadata() or ()
         # Not the current span of a context: a stream that a client leaves is closed in another one than it began in.
         self._call.span = tracer.start_span(method[1:], context=parent_of(self._metadata), kind=trace.SpanKind.SERVER)
 
-    async def __aenter__(self) -> _Outcome:
+    async def __aenter__(self) -> None:
         CURRENT.set(self._call)
-        return self
+        try:
+            self._check()
+        except GatewayError as error:
+            await self.__aexit__(type(error), error, None)
 
-    def check(self, request: Any) -> None:
-        """Refuses callers without a key, and messages that are none."""
+    def _check(self) -> None:
+        """Refuses callers without a key, or with one that does not allow the call."""
         try:
             self._call.caller = self._keys.caller(self._metadata) if self._keys else ANONYMOUS
         except GatewayError:
@@ -123,10 +199,6 @@ class _Outcome:
             raise GatewayError(
                 grpc.StatusCode.PERMISSION_DENIED, "SCOPE", f"{self._call.method} wants a key with the scope admin"
             )
-        if isinstance(request, _Malformed):
-            raise GatewayError(
-                grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE", "the request is no protobuf of its type"
-            )
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace_back: Any) -> None:
         call = self._call
@@ -136,8 +208,7 @@ class _Outcome:
         metrics.REQUESTS.labels(call.method, code).inc()
         if code == "RESOURCE_EXHAUSTED":
             metrics.REJECTION_SECONDS.observe(seconds)
-        # Of a flood that is turned away metrics tell.
-        level = logging.INFO if call.method in _WORK and code != "RESOURCE_EXHAUSTED" else logging.DEBUG
+        level = logging.INFO if call.method in _WORK and code not in _TURNED_AWAY else logging.DEBUG
         fields = {**call.log_fields(), "method": call.method, "code": code, "seconds": round(seconds, 4)}
         _LOG.log(level, "%s %s in %.3f s", call.method, code, seconds, extra=fields)
         span = call.span

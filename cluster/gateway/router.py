@@ -10,7 +10,7 @@ import logging
 import struct
 from collections.abc import Callable
 
-from cluster.gateway.errors import Violation, exhausted, invalid, unavailable
+from cluster.gateway.errors import Violation, breaking, exhausted, failed, invalid, unavailable
 from cluster.gateway.forecast import Ahead, Capacity, Forecast
 from cluster.gateway.session import Session
 from cluster.telemetry import metrics
@@ -27,8 +27,10 @@ CONNECT_SECONDS = 30.0
 REFUSED_SECONDS = 0.5
 #: Seconds that a forecast wait counts, unless a session is started.
 WAIT_SECONDS = 0.02
-#: Replicas that a session may lose in a row without a token. Else one that breaks them would break all, for ever.
-MOST_LOSSES = 5
+#: Replicas that may be lost with a session as their only suspect. Else one that breaks them would break all, for ever.
+MOST_TRIALS = 2
+#: Seconds between this end's signs of life.
+ALIVE_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +52,11 @@ class ReplicaLink:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         on_refused: Callable[[Session, engine_pb2.Refusal], None],
+        on_token: Callable[[Session], None],
     ) -> None:
         self.leader = leader
         self._on_refused = on_refused
+        self._on_token = on_token
         self.load = engine_pb2.Load()
         self.sessions: dict[str, Session] = {}
         self.draining = False
@@ -64,20 +68,24 @@ class ReplicaLink:
 
     @classmethod
     async def connect(
-        cls, leader: LeaderAddress, on_refused: Callable[[Session, engine_pb2.Refusal], None]
+        cls,
+        leader: LeaderAddress,
+        on_refused: Callable[[Session, engine_pb2.Refusal], None],
+        on_token: Callable[[Session], None],
     ) -> ReplicaLink:
         """Opens the stream, as soon as the leader listens, and says Hello. Raises OSError after CONNECT_SECONDS."""
         host, port = leader.address.rsplit(":", 1)
         deadline = asyncio.get_running_loop().time() + CONNECT_SECONDS
         while True:
             try:
-                reader, writer = await asyncio.open_connection(host, int(port))
+                async with asyncio.timeout_at(deadline):  # packets may be dropped on the way
+                    reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
                 break
             except ConnectionRefusedError:
                 if asyncio.get_running_loop().time() > deadline:
                     raise
                 await asyncio.sleep(0.05)
-        link = cls(leader, reader, writer, on_refused)
+        link = cls(leader, reader, writer, on_refused, on_token)
         link._send(engine_pb2.Hello(epoch=leader.epoch, secret=leader.secret))
         return link
 
@@ -96,11 +104,12 @@ class ReplicaLink:
         """Delivers what the leader sends until the stream ends, or nothing comes for too long. `on_proven` is called when the
         first load comes, which tells that the mesh computes."""
         self._on_proven = on_proven
-        watching = asyncio.ensure_future(self._watch())
+        beside = [asyncio.ensure_future(work) for work in (self._watch(), self._tell_alive())]
         try:
             await self._listen()
         finally:
-            watching.cancel()
+            for task in beside:
+                task.cancel()
 
     async def _watch(self) -> None:
         # Turns of this loop are counted, not seconds: when it was itself held up, what came meanwhile is heard first.
@@ -109,6 +118,11 @@ class ReplicaLink:
             self._silent += 1
         _LOG.error("replica %d has been silent for %g s", self.leader.replica, SILENCE_SECONDS)
         self._writer.transport.abort()
+
+    async def _tell_alive(self) -> None:
+        while True:
+            await asyncio.sleep(ALIVE_SECONDS)
+            self._send(engine_pb2.LeaderInput())
 
     async def _listen(self) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -143,6 +157,7 @@ class ReplicaLink:
                 if event.finish is not None:
                     del self.sessions[event.request_id]
                 session.deliver(event)
+                self._on_token(session)
         for refusal in output.refusals:
             session = self.sessions.pop(refusal.request_id, None)
             if session is not None:
@@ -164,6 +179,9 @@ class Router:
         self._links: dict[int, ReplicaLink] = {}
         self._lost: set[int] = set()
         self._waiting: dict[str, tuple[Session, asyncio.TimerHandle]] = {}
+        # Of those that may be what breaks replicas one runs at a time; the others wait for it to come on or to break another.
+        self._trial: Session | None = None
+        self._untried: dict[str, Session] = {}
         self._on_change = on_change
         self._waits: dict[int, tuple[float, float]] = {}
         #: What requests take, as it turns out.
@@ -187,7 +205,7 @@ class Router:
     async def serve(self, leader: LeaderAddress, on_ready: Callable[[], None]) -> None:
         """Carries sessions to a replica, once all of its hosts have computed a token, until its stream ends; what is left of
         them goes elsewhere. Raises OSError."""
-        link = await ReplicaLink.connect(leader, self._refused)
+        link = await ReplicaLink.connect(leader, self._refused, self._proceeded)
 
         def proven() -> None:
             self._links[leader.replica] = link
@@ -205,12 +223,15 @@ class Router:
             left = link.close()
             self._changed()
             for session in left:
-                session.lose()
-                if session.losses == MOST_LOSSES:
-                    session.deliver(unavailable(f"{MOST_LOSSES} replicas were lost with this request; it may be why"))
+                session.lose(alone=session is self._trial)
+            tried, self._trial = self._trial, None
+            for session in left:
+                if session is tried and session.trials == MOST_TRIALS:
+                    session.deliver(breaking(f"{session.losses} replicas were lost with this request; it must be why"))
                     continue
                 metrics.SESSIONS_RESUMED.inc()
                 self._send(session)
+            self._try_next()
 
     @property
     def sessions(self) -> int:
@@ -267,10 +288,12 @@ class Router:
 
     def cancel(self, session: Session) -> None:
         """Forgets a session, wherever it is."""
+        self._untried.pop(session.request.id, None)
         if not self._stop_waiting(session):
             link = self._links.get(session.replica)
             if link is not None and link.sessions.get(session.request.id) is session:
                 link.cancel(session)
+        self._leave_trial(session)
 
     def end(self, reason: str) -> None:
         """Ends all sessions; their clients may go on elsewhere."""
@@ -280,12 +303,14 @@ class Router:
 
     def _everywhere(self) -> list[Session]:
         running = [session for link in list(self._links.values()) for session in list(link.sessions.values())]
-        return [*running, *(session for session, _ in list(self._waiting.values()))]
+        waiting = [session for session, _ in list(self._waiting.values())]
+        return [*running, *waiting, *list(self._untried.values())]
 
     def _send(self, session: Session) -> None:
         """Sends a session that is on no replica (any more), or ends it."""
         self._stop_waiting(session)
         if not self._place(session):
+            self._leave_trial(session)
             session.deliver(unavailable("the replica was lost, and there is no other"))
 
     def _least_busy(self) -> ReplicaLink | None:
@@ -293,7 +318,30 @@ class Router:
         links = [link for link in self._links.values() if not link.draining]
         return min(links, key=lambda link: (len(link.sessions), link.leader.replica), default=None)
 
+    def _proceeded(self, session: Session) -> None:
+        """Something has come for a session."""
+        if session is self._trial and not (session.suspect and self._on_replica(session)):
+            self._leave_trial(session)
+
+    def _on_replica(self, session: Session) -> bool:
+        link = self._links.get(session.replica)
+        return link is not None and link.sessions.get(session.request.id) is session
+
+    def _leave_trial(self, session: Session) -> None:
+        if session is self._trial:
+            self._trial = None
+            self._try_next()
+
+    def _try_next(self) -> None:
+        while self._trial is None and self._untried:
+            self._send(self._untried.pop(next(iter(self._untried))))
+
     def _place(self, session: Session) -> bool:
+        if session.suspect and session is not self._trial:
+            if self._trial is not None:
+                self._untried[session.request.id] = session
+                return True
+            self._trial = session
         link = self._least_busy()
         if link is not None:
             link.submit(session)
@@ -316,13 +364,20 @@ class Router:
 
     def _give_up(self, session: Session) -> None:
         self._stop_waiting(session)
+        self._leave_trial(session)
         session.deliver(unavailable(f"no replica came back within {self._patience:g} s"))
 
     def _refused(self, session: Session, refusal: engine_pb2.Refusal) -> None:
-        """A replica did not take a session. One that was admitted before is not turned away because others were faster."""
-        if refusal.full and session.losses:
+        """A replica did not take a session, or can't go on with it. One that was admitted before is not turned away because
+        others were faster."""
+        full = refusal.refused == engine_pb2.REFUSED_FULL
+        if full and session.losses:
             self._wait(session, REFUSED_SECONDS, self._send)
-        elif refusal.full:
+            return
+        self._leave_trial(session)
+        if refusal.refused == engine_pb2.REFUSED_FAILED:
+            session.deliver(failed(refusal.reason))
+        elif full:
             metrics.REJECTIONS.labels("engine_full").inc()
             session.deliver(exhausted(refusal.reason, retry_seconds=1.0))
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -16,10 +17,12 @@ from cluster.gateway.keys import Keys
 from cluster.gateway.latency import RecentLatency
 from cluster.gateway.router import Router
 from cluster.gateway.service import GenerationService
+from cluster.gateway.texts import Texts
 from cluster.gateway.tls import server_credentials
 from cluster.gateway.validation import Limits
 from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
 from workers.model.parameters import parameter_table
+from workers.sandbox import Sandbox
 from workers.tokenizer import Tokenizer
 
 GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
@@ -28,6 +31,23 @@ CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
 #: Seconds that completions have to end which were told to go on elsewhere, and that calls have which are none.
 END_SECONDS, IDLE_GRACE_SECONDS = 10.0, 1.0
 _POLL_SECONDS = 0.05
+#: Calls at a time beside completions: status, health, what is turned away.
+EXTRA_CALLS = 1024
+#: Of gRPC: how much a connection may hold, and when one that is dead or of no use ends.
+OPTIONS = (
+    ("grpc.max_concurrent_streams", 1024),
+    ("grpc.max_metadata_size", 16 * 1024),
+    # What a stream may send before its message is asked for does not grow.
+    ("grpc.http2.bdp_probe", 0),
+    # A client's machine may vanish without a word: its requests end within half a minute.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 10 * 60_000),
+    # Clients may ask as often whether this end lives, also while nothing is under way.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+    ("grpc.http2.max_ping_strikes", 0),
+)
 
 
 class Gateway:
@@ -39,23 +59,34 @@ class Gateway:
         keys: Keys | None,
         limits: Limits,
         tokenizer: Tokenizer,
+        sandbox: Sandbox,
         router: Router,
         latency: RecentLatency,
         cluster: cluster_pb2_grpc.ClusterServiceServicer,
         tracer: trace.Tracer,
+        *,
+        shares_port: bool = False,
     ) -> None:
+        """With `shares_port` another service may listen at the same address, as a predecessor does."""
         self._config = config.gateway
+        self._shares_port = shares_port
         self._router = router
         self._health = health.aio.HealthServicer()
         self.admission = Admission(config.gateway.max_requests, config.gateway.queue_seconds)
+        self._texts = Texts(tokenizer, sandbox, self.admission.used)
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(keys, tracer)],
+            interceptors=[CallInterceptor(keys, tracer, limits.message_bytes)],
+            maximum_concurrent_rpcs=config.gateway.max_requests + EXTRA_CALLS,
             # A successor listens on the same port before this one stops to.
-            options=[("grpc.max_receive_message_length", config.gateway.max_message_bytes), ("grpc.so_reuseport", 1)],
+            options=[
+                *OPTIONS,
+                ("grpc.max_receive_message_length", config.gateway.max_message_bytes),
+                ("grpc.so_reuseport", 1),
+            ],
         )
         service = GenerationService(
             limits,
-            tokenizer,
+            self._texts,
             router,
             self.admission,
             latency,
@@ -72,6 +103,8 @@ class Gateway:
 
     async def start(self) -> None:
         """Listens. Not serving until `set_ready`. Raises OSError if the address can't be had, TlsError."""
+        if not self._shares_port:
+            await asyncio.to_thread(_check_free, self._config.address)
         try:
             if self._config.tls_certificate is None:
                 self._server.add_insecure_port(self._config.address)
@@ -104,12 +137,25 @@ class Gateway:
         await asyncio.wait([stopping], timeout=IDLE_GRACE_SECONDS)
         await self._server.stop(0)
         await stopping
+        self._texts.close()
 
     async def _emptied(self, seconds: float) -> None:
         """Waits until no completion is in the gateway, at most so long."""
         deadline = asyncio.get_running_loop().time() + seconds
         while self.admission.in_flight and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(_POLL_SECONDS)
+
+
+def _check_free(address: str) -> None:
+    """Raises OSError if anybody listens at an address, however it is spelled: gRPC would share it with another service."""
+    host, port = address.rsplit(":", 1)
+    for family, kind, protocol, _, place in socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM):
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(place)
+            except OSError as error:
+                raise OSError(f"gateway.address={address} can't be listened on: {error.strerror}") from error
 
 
 def describe(name: str, limits: Limits) -> generation_pb2.GetModelResponse:

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from typing import Any, TypeVar
 
 import grpc.aio
 from opentelemetry import trace
@@ -18,12 +18,15 @@ from cluster.gateway.errors import Violation, code_name, invalid
 from cluster.gateway.latency import RecentLatency
 from cluster.gateway.router import Router
 from cluster.gateway.session import Delta, Session
+from cluster.gateway.stop import StopTexts
+from cluster.gateway.text_job import count, detokenize, tokenize
+from cluster.gateway.texts import Texts
 from cluster.gateway.validation import Limits, to_request
 from cluster.telemetry import metrics, traces
 from grok.serving.v1 import generation_pb2, generation_pb2_grpc
 from workers.engine.plan import Token
-from workers.engine.request import Request
-from workers.tokenizer import Tokenizer
+
+Result = TypeVar("Result")
 
 #: Seconds that a client may leave a part of its stream unread.
 UNREAD_SECONDS = 60.0
@@ -35,7 +38,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     def __init__(
         self,
         limits: Limits,
-        tokenizer: Tokenizer,
+        texts: Texts,
         router: Router,
         admission: Admission,
         latency: RecentLatency,
@@ -44,7 +47,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         log_prompts: bool,
     ) -> None:
         self._limits = limits
-        self._tokenizer = tokenizer
+        self._texts = texts
         self._router = router
         self._admission = admission
         self._latency = latency
@@ -57,7 +60,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         """Streams completions: parts of one in order, those of several as they come."""
         completion = request.completion
-        with self._sessions(completion, context) as sessions:
+        async with self._sessions(completion, context, whole=False) as sessions:
             if len(sessions) == 1:
                 while sessions[0].finish is None:
                     part = _part(sessions[0], await sessions[0].next_deltas(), completion, 0)
@@ -83,47 +86,46 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> generation_pb2.GenerateOnceResponse:
         """Returns whole completions."""
         completion = request.completion
-        with self._sessions(completion, context) as sessions:
-            responses = []
-            for session in sessions:
-                deltas: list[Delta] = []
-                while session.finish is None:
-                    deltas += await session.next_deltas()
-                responses.append(
-                    generation_pb2.GenerateOnceResponse(
-                        request_id=session.request.id,
-                        text="".join(delta.text for delta in deltas),
-                        tokens=[_token(delta.token, completion.top_logprobs) for delta in deltas],
-                        finish_reason=session.finish or generation_pb2.FINISH_REASON_UNSPECIFIED,
-                        usage=_usage(session),
-                        seed=session.request.sampling.seed,
-                    )
-                )
+        async with self._sessions(completion, context, whole=True) as sessions:
+            responses = await _all(_whole(session, completion) for session in sessions)
             responses[0].others.extend(responses[1:])
             return responses[0]
 
     async def Tokenize(
-        self, request: generation_pb2.TokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> generation_pb2.TokenizeResponse:
-        """Tokens of a text."""
-        ids = self._tokenizer.encode(request.text)
-        return generation_pb2.TokenizeResponse(ids=ids, pieces=[self._tokenizer.piece(id) for id in ids])
+        self, request: generation_pb2.TokenizeRequest | bytes, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> Any:
+        """Tokens of a text. A large request comes, and its answer goes, as it travels."""
+        if isinstance(request, bytes):
+            return await self._aside("Tokenize", "text", request)
+        return tokenize(request, self._texts.tokenizer)
 
     async def Detokenize(
-        self, request: generation_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> generation_pb2.DetokenizeResponse:
-        """Text of tokens."""
-        vocab_size = self._limits.model.vocab_size
-        outside = [id for id in request.ids if id >= vocab_size]
-        if outside:
-            raise invalid([Violation("ids", f"has token {outside[0]}; the vocabulary has {vocab_size}")])
-        return generation_pb2.DetokenizeResponse(text=self._tokenizer.decode(request.ids))
+        self, request: generation_pb2.DetokenizeRequest | bytes, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> Any:
+        """Text of tokens; see Tokenize."""
+        if isinstance(request, bytes):
+            return await self._aside("Detokenize", "ids", request)
+        try:
+            return detokenize(request, self._texts.tokenizer, self._limits.model.vocab_size)
+        except ValueError as error:
+            raise invalid([Violation("ids", str(error))]) from error
 
     async def CountTokens(
-        self, request: generation_pb2.CountTokensRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> generation_pb2.CountTokensResponse:
-        """Number of tokens of a text."""
-        return generation_pb2.CountTokensResponse(tokens=len(self._tokenizer.encode(request.text)))
+        self, request: generation_pb2.CountTokensRequest | bytes, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> Any:
+        """Number of tokens of a text; see Tokenize."""
+        if isinstance(request, bytes):
+            return await self._aside("CountTokens", "text", request)
+        return count(request, self._texts.tokenizer)
+
+    async def _aside(self, method: str, field: str, request: bytes) -> bytes:
+        """The answer to a large request about texts, both as they travel."""
+        caller = CURRENT.get().caller
+        with self._admission.admitted(caller):
+            done = await self._texts.run(method, request, caller)
+        if done.problem:
+            raise invalid([Violation(field, done.problem)])
+        return done.answer
 
     async def GetModel(
         self, request: generation_pb2.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -131,49 +133,50 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """The served model."""
         return self._model
 
-    @contextlib.contextmanager
-    def _sessions(
-        self, completion: generation_pb2.Completion, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> Iterator[list[Session]]:
-        """A session for each of the completions that are asked for; see `_session`."""
-        caller, left = CURRENT.get().caller, context.time_remaining()
-        # Before the work that an answer would take: many are turned away when there is no time for it.
-        self._admission.check(caller)
-        if completion.priority > caller.max_priority:
-            problem = f"is {completion.priority}; this key may ask for at most {caller.max_priority}"
-            raise invalid([Violation("completion.priority", problem)])
-        wait = self._router.wait(completion.priority)
-        self._admission.patience(wait, left)
-        request = to_request(completion, self._limits, self._tokenizer, CURRENT.get().request_id)
-        self._admission.patience(wait, left, self._router.forecast.own(request))
-        with contextlib.ExitStack() as stack:
-            sessions = []
-            for i in range(max(1, completion.n)):
-                sampling = dataclasses.replace(request.sampling, seed=(request.sampling.seed + i) % 2**64)
-                name = f"{request.id}-{i}" if i else request.id
-                one = dataclasses.replace(request, id=name, sampling=sampling, owner=caller.name)
-                sessions.append(stack.enter_context(self._session(one, completion, context)))
-            yield sessions
+    @contextlib.asynccontextmanager
+    async def _sessions(
+        self, completion: generation_pb2.Completion, context: grpc.aio.ServicerContext[Any, Any], *, whole: bool
+    ) -> AsyncIterator[list[Session]]:
+        """A session for each of the completions that are asked for; see `_session`. With `whole` they are answered at once."""
+        call, left = CURRENT.get(), context.time_remaining()
+        caller, number = call.caller, max(1, completion.n)
+        # Places are taken before any work, so that the limits of a key bound that too.
+        with self._admission.admitted(caller, number):
+            wait = self._router.wait(completion.priority)
+            self._admission.patience(wait, left)
+            request = await to_request(completion, self._limits, self._texts, caller, call.request_id, whole=whole)
+            self._admission.patience(wait, left, self._router.forecast.own(request))
+            stops = StopTexts.of(completion.stop)
+            with contextlib.ExitStack() as stack:
+                sessions = []
+                for i in range(number):
+                    sampling = dataclasses.replace(request.sampling, seed=(request.sampling.seed + i) % 2**64)
+                    name = f"{request.id}-{i}" if i else request.id
+                    one = dataclasses.replace(request, id=name, sampling=sampling, owner=caller.name)
+                    session = Session(one, stops, self._texts.tokenizer)
+                    await session.catch_up()
+                    sessions.append(stack.enter_context(self._started(session, context, whole=whole)))
+                yield sessions
 
     @contextlib.contextmanager
-    def _session(
-        self, request: Request, completion: generation_pb2.Completion, context: grpc.aio.ServicerContext[Any, Any]
+    def _started(
+        self, session: Session, context: grpc.aio.ServicerContext[Any, Any], *, whole: bool
     ) -> Iterator[Session]:
-        """An admitted session, sent to a replica; however the block ends, the replica forgets it and times are counted."""
+        """A session, sent to a replica; however the block ends, the replica forgets it and times are counted."""
         call = CURRENT.get()
-        with self._admission.admitted(call.caller):
-            session = Session(request, tuple(completion.stop), self._tokenizer)
-            self._router.start(session)
-            error: BaseException | None = None
-            try:
-                yield session
-            except BaseException as raised:
-                error = raised
-                raise
-            finally:
-                self._router.cancel(session)
-                call.replica, call.epoch = session.replica, session.epoch
-                self._tell(call, session, code_name(error, context.time_remaining()))
+        self._router.start(session)
+        error: BaseException | None = None
+        try:
+            yield session
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._router.cancel(session)
+            call.replica, call.epoch = session.replica, session.epoch
+            code = code_name(error, context.time_remaining())
+            self._tell(call, session, code)
+            self._admission.used(call.caller, _charged(session, code, whole=whole))
 
     def _tell(self, call: Call, session: Session, code: str) -> None:
         """Counts, traces and notes for the log what became of a session that ended with `code`."""
@@ -184,21 +187,19 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         metrics.COMPLETIONS.labels(call.caller.name, reason).inc()
         metrics.TOKENS.labels(call.caller.name, "prompt").inc(len(prompt))
         metrics.TOKENS.labels(call.caller.name, "completion").inc(count)
-        self._admission.used(call.caller, len(prompt) + count)
         metrics.PROMPT_LENGTH.observe(len(prompt))
         metrics.COMPLETION_LENGTH.observe(count)
         metrics.REQUEST_DURATION.labels(*labels, "" if code == "OK" else code).observe(ended - call.began)
         call.details.update(prompt_tokens=len(prompt), completion_tokens=count, finish_reason=reason)
         if self._log_prompts:
-            call.details["prompt"] = self._tokenizer.decode(prompt)
-            call.details["completion"] = self._tokenizer.decode([token.id for token in session.tokens])
+            call.details["prompt"] = self._texts.tokenizer.decode(prompt)
+            call.details["completion"] = self._texts.tokenizer.decode([token.id for token in session.tokens])
         if session.first_token is None:
             return
         if session.timing is not None and session.arrivals is not None and not session.moved:
             # As tokens came, not as the client took them.
-            seconds = session.arrivals[1] - session.arrivals[0] + session.timing.prefill
-            drawn = session.drawn - len(session.request.resumed)
-            self._router.forecast.learn(session.request, drawn, seconds, whole=session.finish is not None)
+            decode, whole = session.arrivals[1] - session.arrivals[0], session.finish is not None
+            self._router.forecast.learn(session.request, session.drawn, session.timing.prefill, decode, whole=whole)
         to_first = session.first_token - call.began
         self._latency.add(to_first)
         metrics.TIME_TO_FIRST_TOKEN.labels(*labels).observe(to_first)
@@ -223,6 +224,41 @@ def _must_be_read() -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def _charged(session: Session, code: str, *, whole: bool) -> int:
+    """Tokens that a session costs its key: positions that were computed for it before its first token, once, however often it
+    moved, and the tokens that were drawn. Nothing if the service is why nobody has got anything."""
+    if code in ("UNAVAILABLE", "INTERNAL") and (whole or not session.tokens):
+        return 0
+    # Of one that was given up before, it is not known how far it was.
+    computed = len(session.request.prompt) if session.timing is None else session.timing.computed
+    return computed + len(session.tokens)
+
+
+async def _whole(session: Session, completion: generation_pb2.Completion) -> generation_pb2.GenerateOnceResponse:
+    """The answer that a session comes to, made as its tokens come."""
+    response = generation_pb2.GenerateOnceResponse(request_id=session.request.id, seed=session.request.sampling.seed)
+    texts = []
+    while session.finish is None:
+        deltas = await session.next_deltas()
+        texts += [delta.text for delta in deltas]
+        response.tokens.extend(_token(delta.token, completion.top_logprobs) for delta in deltas)
+        await asyncio.sleep(0)  # others' turn, however much has arrived
+    response.text = "".join(texts)
+    response.finish_reason = session.finish
+    response.usage.CopyFrom(_usage(session))
+    return response
+
+
+async def _all(parts: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """What all of them return. If one raises, so does this, and the others are cancelled."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _reason(session: Session) -> str:

@@ -8,11 +8,16 @@ import dataclasses
 import time
 
 from cluster.gateway.errors import GatewayError, Violation, invalid
-from cluster.gateway.stop import StopMatcher
+from cluster.gateway.stop import StopMatcher, StopTexts
 from grok.serving.v1 import generation_pb2
 from workers.engine.plan import Token
 from workers.engine.request import Finish, Request, Timing, TokenEvent
 from workers.tokenizer import Detokenizer, Tokenizer
+
+#: Tokens that are turned into text at a time: about a millisecond, in which nothing else of the gateway runs.
+SLICE = 32
+#: Tokens after which a request is no more suspected of breaking what computes it.
+PROGRESS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +32,8 @@ class Delta:
 class Session:
     """One completion: what was asked, what came, and what waits to be told to the client."""
 
-    def __init__(self, request: Request, stops: tuple[str, ...], tokenizer: Tokenizer) -> None:
+    def __init__(self, request: Request, stops: StopTexts, tokenizer: Tokenizer) -> None:
+        """Before anything else of one with resumed tokens, `catch_up` must be called."""
         self.request = request
         self.tokens: list[Token] = []
         self.first_token: float | None = None
@@ -35,30 +41,43 @@ class Session:
         self.finish: generation_pb2.FinishReason.ValueType | None = None
         #: Where it runs, or ran last.
         self.replica, self.epoch = 0, 0
-        #: Replicas that were lost with it since its last token.
-        self.losses = 0
+        #: Replicas that were lost with it since it last came on, and those of them on which it alone was suspected.
+        self.losses, self.trials = 0, 0
         #: Whether it was ever resumed, and when its first and last tokens came, from leaders.
         self.moved = False
         self.arrivals: tuple[float, float] | None = None
         self._kept = 0
-        self._received: list[int] = []
+        self._received: list[int] = list(request.resumed)
         self._stop = StopMatcher(stops)
         self._detokenizer = Detokenizer(tokenizer, request.prompt)
         self._arrived: asyncio.Queue[TokenEvent | GatewayError] = asyncio.Queue()
-        for token in request.resumed:  # whose text another stream has brought
-            self._received.append(token)
+
+    async def catch_up(self) -> None:
+        """Takes note of the text of the resumed tokens, which another stream has brought. Raises GatewayError
+        (INVALID_ARGUMENT) if it holds a stop text."""
+        for i, token in enumerate(self.request.resumed, 1):
             if self._stop.push(self._detokenizer.push(token))[1]:
-                raise invalid([Violation("resume", "has a stop text: that completion is whole")])
+                raise invalid([Violation("completion.resume", "has a stop text: that completion is whole")])
+            if i % SLICE == 0:
+                await asyncio.sleep(0)
 
     @property
     def drawn(self) -> int:
-        """Tokens that have arrived from a leader, or were there before."""
-        return len(self._received)
+        """Tokens that have arrived from a leader."""
+        return len(self._received) - len(self.request.resumed)
 
-    def lose(self) -> None:
-        """Notes that its replica is lost."""
+    @property
+    def suspect(self) -> bool:
+        """Whether it may be what breaks replicas: two in a row were lost with it, and it has not come on since."""
+        return self.losses >= 2 and len(self._received) < self._kept + PROGRESS
+
+    def lose(self, *, alone: bool) -> None:
+        """Notes that its replica is lost, on which it was the only suspect if it was `alone`."""
         self.moved = True
-        self.losses = self.losses + 1 if len(self._received) == self._kept else 1
+        if len(self._received) >= self._kept + PROGRESS:
+            self.losses = self.trials = 0
+        self.losses += 1
+        self.trials += alone
         self._kept = len(self._received)
 
     def rest(self) -> Request:
@@ -74,9 +93,9 @@ class Session:
         self._arrived.put_nowait(event)
 
     async def next_deltas(self) -> list[Delta]:
-        """All that has arrived, at least one token. Ends with a delta that has a finish. Raises GatewayError."""
+        """What has arrived, from one token to SLICE. The last of all has a finish. Raises GatewayError."""
         events = [await self._arrived.get()]
-        while not self._arrived.empty():
+        while not self._arrived.empty() and len(events) < SLICE:
             events.append(self._arrived.get_nowait())
         deltas: list[Delta] = []
         for event in events:

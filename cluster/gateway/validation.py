@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cluster.gateway.errors import Violation, invalid
-from cluster.gateway.keys import MAX_PRIORITY
+from cluster.gateway.keys import MAX_PRIORITY, Caller
+from cluster.gateway.texts import Texts
 from grok.serving.v1 import generation_pb2
 from workers.engine.plan import ALTERNATIVES, Sampling
 from workers.engine.request import Request
-from workers.grammar import MAX_SOURCE, GrammarError, Grammars, choice, json_schema, regex
+from workers.grammar import MAX_SOURCE, GrammarError
 from workers.model.config import GrokConfig
-from workers.tokenizer import Tokenizer
 
 _Wrong = Callable[[str, str], None]
 
@@ -27,6 +26,10 @@ MAX_BIAS = 100.0
 MAX_REPETITION_PENALTY = 10.0
 MAX_PENALTY = 2.0
 MAX_COMPLETIONS = 16
+#: Most bytes of a whole answer: what gRPC's clients take unless they are told otherwise, less a reserve.
+MAX_ANSWER_BYTES = 4 * 1024 * 1024 - 64 * 1024
+#: Bytes of a token in an answer and of each alternative to it: fields' heads, an id of up to three bytes, a float.
+_TOKEN_BYTES, _ALTERNATIVE_BYTES = 13, 11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,132 +39,193 @@ class Limits:
     Attributes:
       model: that is served.
       context: longest sequence of the engine.
-      grammars: over the model's tokens.
+      longest_piece: bytes of the longest text that a token stands for.
     """
 
     model: GrokConfig
     context: int
-    grammars: Grammars
+    longest_piece: int
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes beyond which no prompt fits the context."""
+        return self.context * self.longest_piece
+
+    @property
+    def message_bytes(self) -> int:
+        """Bytes beyond which no request for a completion can be right."""
+        ids = 5 * (2 * self.context + MAX_ALLOWED_TOKENS) + 16 * MAX_BIASES
+        return max(self.text_bytes, 5 * self.context) + ids + 2 * MAX_SOURCE + MAX_STOP_TEXTS * (MAX_STOP_BYTES + 8)
 
 
-def to_request(completion: generation_pb2.Completion, limits: Limits, tokenizer: Tokenizer, request_id: str) -> Request:
-    """The engine's request for a completion. Raises GatewayError (INVALID_ARGUMENT) with all violations."""
+async def to_request(
+    completion: generation_pb2.Completion, limits: Limits, texts: Texts, caller: Caller, request_id: str, *, whole: bool
+) -> Request:
+    """The engine's request for a completion. What would take long is only looked at when all else is right.
+
+    Args:
+      completion: the completion.
+      limits: that it must keep.
+      texts: work on its texts.
+      caller: who asks.
+      request_id: names it.
+      whole: whether it is answered at once, so that the answer must not be too large.
+
+    Raises:
+      GatewayError: INVALID_ARGUMENT with all violations, or RESOURCE_EXHAUSTED.
+    """
     violations: list[Violation] = []
 
     def wrong(field: str, problem: str) -> None:
         violations.append(Violation(f"completion.{field}", problem))
 
-    prompt = _prompt(completion, limits, tokenizer, wrong)
-    room = limits.context - len(prompt)
-    max_tokens = completion.max_tokens if completion.HasField("max_tokens") else room
-    if prompt and room < 1:
-        wrong(
-            completion.WhichOneof("prompt") or "prompt",
-            f"the prompt has {len(prompt)} tokens; the context of {limits.context} leaves room for a completion "
-            f"after at most {limits.context - 1}",
-        )
-    elif max_tokens < 1:
-        wrong("max_tokens", f"is {max_tokens}; must be at least 1")
-    elif prompt and max_tokens > room:
-        wrong(
-            "max_tokens",
-            f"is {max_tokens}; with the prompt's {len(prompt)} tokens at most {room} fit the context "
-            f"of {limits.context}",
-        )
+    _check_prompt(completion, limits, wrong)
+    if completion.HasField("max_tokens") and completion.max_tokens < 1:
+        wrong("max_tokens", f"is {completion.max_tokens}; must be at least 1")
     if not 0 <= completion.top_logprobs <= ALTERNATIVES:
         wrong("top_logprobs", f"is {completion.top_logprobs}; must be from 0 to {ALTERNATIVES}")
-    if len(completion.stop) > MAX_STOP_TEXTS:
-        wrong("stop", f"has {len(completion.stop)} texts; at most {MAX_STOP_TEXTS}")
-    for i, text in enumerate(completion.stop):
-        if not 0 < len(text.encode()) <= MAX_STOP_BYTES:
-            wrong(f"stop[{i}]", f"must have 1 to {MAX_STOP_BYTES} bytes")
+    _check_stop(completion, wrong)
     if not 0 <= completion.n <= MAX_COMPLETIONS:
         wrong("n", f"is {completion.n}; must be from 1 to {MAX_COMPLETIONS}")
     if abs(completion.priority) > MAX_PRIORITY:
         wrong("priority", f"is {completion.priority}; must be from -{MAX_PRIORITY} to {MAX_PRIORITY}")
-    resumed = _resumed(completion, limits, max_tokens, wrong)
-    grammar = _grammar(completion, limits, wrong)
-    sampling = _sampling(completion.sampling, limits.model.vocab_size, bool(grammar), wrong)
+    elif completion.priority > caller.max_priority:
+        wrong("priority", f"is {completion.priority}; this key may ask for at most {caller.max_priority}")
+    _check_resumed(completion, limits, wrong)
+    _check_format(completion, wrong)
+    _check_sampling(completion.sampling, limits.model.vocab_size, wrong)
     if violations:
         raise invalid(violations)
+    kind = completion.WhichOneof("prompt")
+    prompt = completion.tokens.ids if kind == "tokens" else await texts.encode(completion.text, caller)
+    max_tokens = _check_length(completion, len(prompt), limits, wrong)
+    if whole:
+        _check_answer(completion, max_tokens, limits, wrong)
+    if violations:
+        raise invalid(violations)
+    grammar = await _grammar(completion, texts, caller)
+    sampling = _sampling(completion.sampling, limits.model, masked=bool(grammar))
     stop_tokens = frozenset() if completion.ignore_eos else frozenset({limits.model.eos_token})
+    resumed = tuple(completion.resume.ids)
     return Request(request_id, tuple(prompt), max_tokens, sampling, stop_tokens, completion.priority, grammar, resumed)
 
 
-def _prompt(completion: generation_pb2.Completion, limits: Limits, tokenizer: Tokenizer, wrong: _Wrong) -> list[int]:
+def _check_prompt(completion: generation_pb2.Completion, limits: Limits, wrong: _Wrong) -> None:
     kind = completion.WhichOneof("prompt")
     if kind is None:
         wrong("prompt", "is missing; set text or tokens")
-        return []
-    if kind == "text":
-        prompt = tokenizer.encode(completion.text)
-        if not prompt:
+    elif kind == "text":
+        size = len(completion.text.encode())
+        if not size:
             wrong("text", "is empty")
-        return prompt
-    prompt = list(completion.tokens.ids)
-    if not prompt:
+        elif size > limits.text_bytes:
+            wrong("text", f"has {size} bytes; the context of {limits.context} tokens holds at most {limits.text_bytes}")
+    elif not completion.tokens.ids:
         wrong("tokens", "is empty")
-    outside = [token for token in prompt if token >= limits.model.vocab_size]
-    if outside:
-        wrong("tokens", f"has token {outside[0]}; the vocabulary has {limits.model.vocab_size}")
-    return prompt
+    elif len(completion.tokens.ids) <= limits.context:  # more do not fit, which is told in its place
+        _check_ids("tokens", completion.tokens.ids, limits.model.vocab_size, wrong)
 
 
-def _resumed(completion: generation_pb2.Completion, limits: Limits, max_tokens: int, wrong: _Wrong) -> tuple[int, ...]:
-    resumed = tuple(completion.resume.ids)
+def _check_ids(field: str, ids: Sequence[int], vocab_size: int, wrong: _Wrong) -> None:
+    outside = next((token for token in ids if token >= vocab_size), None)
+    if outside is not None:
+        wrong(field, f"has token {outside}; the vocabulary has {vocab_size}")
+
+
+def _check_stop(completion: generation_pb2.Completion, wrong: _Wrong) -> None:
+    if len(completion.stop) > MAX_STOP_TEXTS:
+        wrong("stop", f"has {len(completion.stop)} texts; at most {MAX_STOP_TEXTS}")
+        return
+    for i, text in enumerate(completion.stop):
+        if not 0 < len(text.encode()) <= MAX_STOP_BYTES:
+            wrong(f"stop[{i}]", f"must have 1 to {MAX_STOP_BYTES} bytes")
+
+
+def _check_resumed(completion: generation_pb2.Completion, limits: Limits, wrong: _Wrong) -> None:
+    resumed = completion.resume.ids
     if not resumed:
-        return ()
+        return
     if completion.n > 1:
         wrong("resume", "can't be set together with n")
     if not completion.sampling.HasField("seed"):
         wrong("resume", "needs the seed that the responses told")
-    if len(resumed) >= max_tokens:
-        wrong("resume", f"has {len(resumed)} tokens; must be fewer than max_tokens={max_tokens}")
-    vocab_size, eos = limits.model.vocab_size, limits.model.eos_token
-    for token in resumed:
-        if token >= vocab_size:
-            wrong("resume", f"has token {token}; the vocabulary has {vocab_size}")
-            break
-        if token == eos and not completion.ignore_eos:
-            wrong("resume", "has the end token: that completion is whole")
-            break
-    return resumed
+    most = completion.max_tokens if completion.HasField("max_tokens") else limits.context
+    if len(resumed) >= min(most, limits.context):
+        wrong("resume", f"has {len(resumed)} tokens; must be fewer than max_tokens={most}")
+        return
+    _check_ids("resume", resumed, limits.model.vocab_size, wrong)
+    if limits.model.eos_token in resumed and not completion.ignore_eos:
+        wrong("resume", "has the end token: that completion is whole")
 
 
-def _grammar(completion: generation_pb2.Completion, limits: Limits, wrong: _Wrong) -> str:
-    """The grammar of the format that is asked for; empty for none."""
+def _check_format(completion: generation_pb2.Completion, wrong: _Wrong) -> None:
     kind = completion.WhichOneof("format")
     if kind is None:
-        return ""
+        return
     source = getattr(completion, kind)
     size = source.ByteSize() if isinstance(source, generation_pb2.Choice) else len(source.encode())
     if size > MAX_SOURCE:
         wrong(kind, f"is longer than {MAX_SOURCE} bytes")
-        return ""
     if completion.ignore_eos:
         wrong("ignore_eos", f"can't be set together with {kind}, whose end is the model's end token")
-    try:
-        grammar = (
-            json_schema(source) if kind == "json_schema" else regex(source) if kind == "regex" else choice(source.texts)
+
+
+def _check_length(completion: generation_pb2.Completion, prompt: int, limits: Limits, wrong: _Wrong) -> int:
+    """Most tokens to draw after a prompt of so many."""
+    room = limits.context - prompt
+    max_tokens = completion.max_tokens if completion.HasField("max_tokens") else room
+    if prompt == 0:
+        wrong("text", "has no tokens")
+    elif room < 1:
+        wrong(
+            completion.WhichOneof("prompt") or "prompt",
+            f"the prompt has {prompt} tokens; the context of {limits.context} leaves room for a completion "
+            f"after at most {limits.context - 1}",
         )
-        limits.grammars.check(grammar)
-    except GrammarError as error:
-        wrong(kind, str(error))
+    elif max_tokens > room:
+        wrong(
+            "max_tokens",
+            f"is {max_tokens}; with the prompt's {prompt} tokens at most {room} fit the context of {limits.context}",
+        )
+    if len(completion.resume.ids) >= max_tokens > 0:
+        wrong("resume", f"has {len(completion.resume.ids)} tokens; must be fewer than max_tokens={max_tokens}")
+    return max_tokens
+
+
+def _check_answer(completion: generation_pb2.Completion, max_tokens: int, limits: Limits, wrong: _Wrong) -> None:
+    token = limits.longest_piece + _TOKEN_BYTES + completion.top_logprobs * _ALTERNATIVE_BYTES
+    size = max(1, completion.n) * max_tokens * token
+    if size > MAX_ANSWER_BYTES:
+        wrong(
+            "max_tokens",
+            f"of {max_tokens} may make an answer of {size} bytes, more than {MAX_ANSWER_BYTES}; ask for fewer tokens, "
+            "completions or logprobs, or call Generate, which streams",
+        )
+
+
+async def _grammar(completion: generation_pb2.Completion, texts: Texts, caller: Caller) -> str:
+    """The grammar of the format that is asked for; empty for none. Raises GatewayError."""
+    kind = completion.WhichOneof("format")
+    if kind is None:
         return ""
-    return grammar
+    source = getattr(completion, kind)
+    source = list(source.texts) if isinstance(source, generation_pb2.Choice) else source
+    try:
+        return await texts.grammar(kind, source, completion.sampling.allowed_tokens, caller)
+    except GrammarError as error:
+        raise invalid([Violation(f"completion.{kind}", str(error))]) from error
 
 
-def _sampling(params: generation_pb2.SamplingParams, vocab_size: int, masked: bool, wrong: _Wrong) -> Sampling:
-    temperature = params.temperature if params.HasField("temperature") else 1.0
+def _check_sampling(params: generation_pb2.SamplingParams, vocab_size: int, wrong: _Wrong) -> None:
+    temperature = params.temperature
     if not 0 <= temperature <= MAX_TEMPERATURE:  # also false for NaN
         wrong("sampling.temperature", f"is {temperature}; must be a number from 0 to {MAX_TEMPERATURE:g}")
-    top_p = params.top_p if params.HasField("top_p") else 1.0
-    if not 0 < top_p <= 1:
-        wrong("sampling.top_p", f"is {top_p:g}; must be more than 0 and at most 1")
+    if params.HasField("top_p") and not 0 < params.top_p <= 1:
+        wrong("sampling.top_p", f"is {params.top_p:g}; must be more than 0 and at most 1")
     if params.top_k < 0:
         wrong("sampling.top_k", f"is {params.top_k}; must be at least 0")
-    repetition = params.repetition_penalty if params.HasField("repetition_penalty") else 1.0
-    if not 0 < repetition <= MAX_REPETITION_PENALTY:
+    repetition = params.repetition_penalty
+    if params.HasField("repetition_penalty") and not 0 < repetition <= MAX_REPETITION_PENALTY:
         wrong(
             "sampling.repetition_penalty", f"is {repetition:g}; must be more than 0, at most {MAX_REPETITION_PENALTY:g}"
         )
@@ -172,30 +236,33 @@ def _sampling(params: generation_pb2.SamplingParams, vocab_size: int, masked: bo
     ):
         if not least <= value <= greatest:
             wrong(f"sampling.{field}", f"is {value:g}; must be from {least:g} to {greatest:g}")
-    for field, entries, most in (
-        ("logit_bias", params.logit_bias, MAX_BIASES),
-        ("allowed_tokens", params.allowed_tokens, MAX_ALLOWED_TOKENS),
-    ):
-        if len(entries) > most:
-            wrong(f"sampling.{field}", f"has {len(entries)} entries; at most {most}")
-    for token, bias in params.logit_bias.items():
-        if token >= vocab_size:
-            wrong("sampling.logit_bias", f"has token {token}; the vocabulary has {vocab_size}")
-        if not (math.isfinite(bias) and abs(bias) <= MAX_BIAS):
+    if len(params.logit_bias) > MAX_BIASES:
+        wrong("sampling.logit_bias", f"has {len(params.logit_bias)} entries; at most {MAX_BIASES}")
+    else:
+        _check_ids("sampling.logit_bias", sorted(params.logit_bias), vocab_size, wrong)
+        extreme = next((i for i in params.logit_bias.items() if not abs(i[1]) <= MAX_BIAS), None)  # also for NaN
+        if extreme is not None:
+            token, bias = extreme
             wrong("sampling.logit_bias", f"is {bias} for token {token}; must be from -{MAX_BIAS:g} to {MAX_BIAS:g}")
-    outside = [token for token in params.allowed_tokens if token >= vocab_size]
-    if outside:
-        wrong("sampling.allowed_tokens", f"has token {outside[0]}; the vocabulary has {vocab_size}")
+    if len(params.allowed_tokens) > MAX_ALLOWED_TOKENS:
+        wrong("sampling.allowed_tokens", f"has {len(params.allowed_tokens)} entries; at most {MAX_ALLOWED_TOKENS}")
+    else:
+        _check_ids("sampling.allowed_tokens", params.allowed_tokens, vocab_size, wrong)
+
+
+def _sampling(params: generation_pb2.SamplingParams, model: GrokConfig, *, masked: bool) -> Sampling:
+    """How tokens are drawn; `masked` by a grammar, whose end is never forbidden."""
+    allowed = set(params.allowed_tokens)
     return Sampling(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=min(params.top_k, vocab_size),
+        temperature=params.temperature if params.HasField("temperature") else 1.0,
+        top_p=params.top_p if params.HasField("top_p") else 1.0,
+        top_k=min(params.top_k, model.vocab_size),
         min_p=params.min_p,
-        repetition_penalty=repetition,
+        repetition_penalty=params.repetition_penalty if params.HasField("repetition_penalty") else 1.0,
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         masked=masked,
         seed=params.seed if params.HasField("seed") else secrets.randbits(64),
         logit_bias=tuple(sorted(params.logit_bias.items())),
-        allowed_tokens=tuple(sorted(set(params.allowed_tokens))),
+        allowed_tokens=tuple(sorted(allowed | {model.eos_token} if allowed and masked else allowed)),
     )

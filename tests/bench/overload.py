@@ -23,8 +23,8 @@ import grpc.aio
 from cluster.client import completion_request
 from grok.serving.v1 import generation_pb2, generation_pb2_grpc
 from tests.bench.processes import cpu_seconds, resident
-from tests.bench.soak import serving
 from tests.cluster.service import running
+from tests.fake_service import serving
 
 TOKENS = 64
 CLIENTS = 32

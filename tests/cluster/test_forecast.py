@@ -18,7 +18,8 @@ def _request(max_tokens: int = 100, prompt: int = 10) -> Request:
 def _taught(used: float = 1.0) -> Forecast:
     forecast = Forecast()
     for _ in range(300):
-        forecast.learn(_request(), int(100 * used), 100 * used * TOKEN_SECONDS)
+        drawn = int(100 * used)
+        forecast.learn(_request(), drawn, 0.0, (drawn - 1) * TOKEN_SECONDS)
     return forecast
 
 
@@ -44,3 +45,12 @@ def test_requests_that_end_early_and_a_cache_that_holds_few_are_learnt() -> None
         2 * whole
     )  # two requests of 110 positions at a time
     assert _taught().own(_request()) == pytest.approx(100 * TOKEN_SECONDS)
+
+
+def test_long_prompts_of_which_one_token_is_wanted_do_not_make_others_seem_slow() -> None:
+    forecast, capacity = _taught(), Capacity(slots=1, positions=10_000)
+    for _ in range(300):
+        forecast.learn(_request(max_tokens=1, prompt=8000), 1, 4.0, 0.0)
+    chatting, scoring = Ahead(_request(), 50), Ahead(_request(max_tokens=1, prompt=8000), 0)
+    assert forecast.wait([chatting], capacity) == pytest.approx(50 * TOKEN_SECONDS)
+    assert forecast.wait([scoring], capacity) == pytest.approx(4.0, rel=0.01)

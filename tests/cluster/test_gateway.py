@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+from typing import Unpack
 
 import grpc
 import pytest
@@ -18,23 +19,23 @@ from cluster.gateway.admission import MARGIN, Admission
 from cluster.gateway.errors import GatewayError, exhausted
 from cluster.gateway.keys import ANONYMOUS, Caller
 from cluster.gateway.session import Delta, Session
-from cluster.gateway.stop import StopMatcher
+from cluster.gateway.stop import StopMatcher, StopTexts
 from cluster.gateway.validation import Limits, to_request
 from grok.serving.v1 import generation_pb2
-from tests.conftest import DEMO
+from tests.fake_service import MODEL, TOKENIZER, InlineTexts, now
 from workers.engine.plan import Sampling, Token
 from workers.engine.request import Finish, Request, TokenEvent
-from workers.grammar import Grammars
-from workers.model.config import GrokConfig
-from workers.tokenizer import Tokenizer
 
-TOKENIZER = Tokenizer(DEMO / "tokenizer.model")
-MODEL = GrokConfig.load(DEMO / "config.json")
-LIMITS = Limits(MODEL, 64, Grammars(TOKENIZER, MODEL.vocab_size, MODEL.eos_token))
+LIMITS = Limits(MODEL, 64, TOKENIZER.longest_piece)
+TEXTS = InlineTexts()
 
 
-def _request(prompt: str | list[int], **options: object) -> Request:
-    return to_request(completion_request(prompt, **options), LIMITS, TOKENIZER, "r")  # type: ignore[arg-type]
+def _checked(completion: generation_pb2.Completion, *, whole: bool = False) -> Request:
+    return now(to_request(completion, LIMITS, TEXTS, ANONYMOUS, "r", whole=whole))
+
+
+def _request(prompt: str | list[int], **options: Unpack[Options]) -> Request:
+    return _checked(completion_request(prompt, **options))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_what_can_not_be_resumed_is_refused(ids: list[int], change: Options, pro
     completion.max_tokens = 5
     completion.resume.ids.extend(ids)
     with pytest.raises(GatewayError) as raised:
-        to_request(completion, LIMITS, TOKENIZER, "r")
+        _checked(completion)
     assert [(v.field, v.problem) for v in raised.value.violations] == [("completion.resume", problem)]
 
 
@@ -117,7 +118,8 @@ def test_a_resumed_session_tells_the_rest_and_knows_the_stop_text_that_spans_the
     stop = whole[-9:-2]
     texts = []
     for resumed in ((), tuple(ids[:known])):
-        session = Session(Request("r", (5,), len(ids), Sampling(), resumed=resumed), (stop,), TOKENIZER)
+        session = Session(Request("r", (5,), len(ids), Sampling(), resumed=resumed), StopTexts.of([stop]), TOKENIZER)
+        asyncio.run(session.catch_up())
         text = ""
         for i, id in enumerate(ids[len(resumed) :], len(resumed) + 1):
             session.deliver(TokenEvent("r", Token(id, 0.0, ()), Finish.LENGTH if i == len(ids) else None))
@@ -127,7 +129,7 @@ def test_a_resumed_session_tells_the_rest_and_knows_the_stop_text_that_spans_the
         texts.append(text)
     assert texts[0].strip() == whole[:-9].strip()
     assert texts[0].endswith(texts[1])
-    begun = Session(Request("r", (5,), len(ids), Sampling()), (stop,), TOKENIZER)
+    begun = Session(Request("r", (5,), len(ids), Sampling()), StopTexts.of([stop]), TOKENIZER)
     for id in ids[:known]:
         begun.deliver(TokenEvent("r", Token(id, 0.0, ()), None))
     before = "".join(delta.text for delta in asyncio.run(begun.next_deltas())) if known else ""
@@ -151,7 +153,7 @@ def test_what_is_absent_gets_its_documented_meaning() -> None:
 
 @given(st.lists(st.text("ab", min_size=1, max_size=3), max_size=3), st.lists(st.text("ab", max_size=3), max_size=12))
 def test_text_is_shown_up_to_the_first_stop_text(stops: list[str], pieces: list[str]) -> None:
-    matcher = StopMatcher(stops)
+    matcher = StopMatcher(StopTexts.of(stops))
     shown, stopped = "", False
     for piece in pieces:
         text, stopped = matcher.push(piece)
@@ -186,7 +188,7 @@ def _play(text: str, stops: tuple[str, ...], finish: Finish) -> tuple[str, list[
     """A session that is sent the tokens of a text after a prompt."""
     prompt = TOKENIZER.encode("And")
     ids = TOKENIZER.encode("And" + text)[len(prompt) :]
-    session = Session(Request("r", tuple(prompt), 50, Sampling()), stops, TOKENIZER)
+    session = Session(Request("r", tuple(prompt), 50, Sampling()), StopTexts.of(stops), TOKENIZER)
     events = [TokenEvent("r", _token(id), None) for id in ids]
     if finish is Finish.STOP:
         events.append(TokenEvent("r", _token(2), Finish.STOP))
@@ -218,7 +220,7 @@ def test_what_was_held_back_for_a_stop_text_is_shown_at_the_end() -> None:
 
 
 def test_an_error_comes_after_the_tokens_before_it() -> None:
-    session = Session(Request("r", (5,), 50, Sampling()), (), TOKENIZER)
+    session = Session(Request("r", (5,), 50, Sampling()), StopTexts.of(()), TOKENIZER)
     session.deliver(TokenEvent("r", _token(10), None))
     session.deliver(exhausted("full", 1.0))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import pathlib
 import tempfile
@@ -14,30 +15,32 @@ from google.protobuf.message import DecodeError, Message
 from cluster.client import completion_request
 from cluster.config import ConfigError, load_config
 from cluster.gateway.errors import GatewayError
-from cluster.gateway.keys import Keys, KeysError
+from cluster.gateway.keys import ANONYMOUS, Keys, KeysError
 from cluster.gateway.session import Session
+from cluster.gateway.stop import StopTexts
 from cluster.gateway.validation import Limits, to_request
 from grok.engine.v1 import engine_pb2
 from grok.serving.v1 import cluster_pb2, generation_pb2
 from tests.conftest import DEMO, GOLDEN
+from tests.constraints import LocalConstraint
+from tests.fake_service import MODEL, TOKENIZER, InlineTexts, now
 from workers import wire
 from workers.checkpoint.errors import CheckpointError
 from workers.checkpoint.tensor_file import read_header
 from workers.engine.plan import EngineShape
-from workers.engine.request import Refused
+from workers.engine.request import Refused, Request
 from workers.engine.scheduler import Scheduler
 from workers.grammar import Grammars
 from workers.link import Link, LinkError
 from workers.model.config import ConfigError as ModelConfigError
 from workers.model.config import GrokConfig
-from workers.tokenizer import Tokenizer
 
 CORPUS = pathlib.Path(__file__).parent / "corpus"
 _FOLDER = pathlib.Path(tempfile.mkdtemp(prefix="fuzz"))
 
-_MODEL = GrokConfig.load(DEMO / "config.json")
-_TOKENIZER = Tokenizer(DEMO / "tokenizer.model")
-_LIMITS = Limits(_MODEL, 512, Grammars(_TOKENIZER, _MODEL.vocab_size, _MODEL.eos_token))
+_LIMITS = Limits(MODEL, 512, TOKENIZER.longest_piece)
+_TEXTS = InlineTexts()
+_GRAMMARS = Grammars(TOKENIZER, MODEL.vocab_size, MODEL.eos_token)
 _SHAPE = EngineShape(slots=2, groups=1, pages=64, page_size=16, chunk=64, context=512, exact_rows=True)
 _REQUESTS: tuple[type[Message], ...] = (
     generation_pb2.GenerateRequest, generation_pb2.GenerateOnceRequest, generation_pb2.TokenizeRequest,
@@ -55,31 +58,42 @@ def gateway(data: bytes) -> None:
     except DecodeError:
         return
     if isinstance(message, (generation_pb2.TokenizeRequest, generation_pb2.CountTokensRequest)):
-        ids = _TOKENIZER.encode(message.text)
-        assert all(0 <= id < _MODEL.vocab_size for id in ids)
-        _TOKENIZER.decode(ids)
+        ids = TOKENIZER.encode(message.text)
+        assert all(0 <= id < MODEL.vocab_size for id in ids)
+        TOKENIZER.decode(ids)
     elif isinstance(message, (generation_pb2.GenerateRequest, generation_pb2.GenerateOnceRequest)):
         _complete(message.completion)
 
 
 def _complete(completion: generation_pb2.Completion) -> None:
     try:
-        request = to_request(completion, _LIMITS, _TOKENIZER, "r")
-        session = Session(request, tuple(completion.stop), _TOKENIZER)
+        request = _request(completion)
+        session = Session(request, StopTexts.of(completion.stop), TOKENIZER)
+        asyncio.run(session.catch_up())
     except GatewayError as error:
         error.status()
         return
     received = wire.request_from_proto(wire.request_to_proto(session.rest()))
-    scheduler = Scheduler(_SHAPE, _MODEL.vocab_size, 1)
-    constraint = _LIMITS.grammars.matcher(received.grammar) if received.grammar else None
+    scheduler = Scheduler(_SHAPE, MODEL.vocab_size, 1)
     try:
-        scheduler.submit(received, constraint)
-    except (Refused, ValueError):  # tokens to resume after that the grammar does not allow
+        scheduler.submit(received, _constraint(received))
+    except Refused:
         assert received.resumed
         return
     plan = scheduler.plan()
-    assert plan is not None
+    if plan is None:  # tokens to resume after that the grammar does not allow
+        assert received.resumed
+        assert scheduler.failures()
+        return
     assert wire.plan_from_proto(wire.plan_to_proto(plan, 1)) == plan
+
+
+def _request(completion: generation_pb2.Completion) -> Request:
+    return now(to_request(completion, _LIMITS, _TEXTS, ANONYMOUS, "r", whole=False))
+
+
+def _constraint(request: Request) -> LocalConstraint | None:
+    return LocalConstraint(_GRAMMARS, request) if request.grammar else None
 
 
 def checkpoint(data: bytes) -> None:
@@ -149,11 +163,10 @@ def _hear(frame: bytes) -> None:
 
 def _submit(submit: engine_pb2.Submit) -> None:
     """As the leader does it."""
-    scheduler = Scheduler(_SHAPE, _MODEL.vocab_size, 1)
+    scheduler = Scheduler(_SHAPE, MODEL.vocab_size, 1)
     try:
         request = wire.request_from_proto(submit)
-        constraint = _LIMITS.grammars.matcher(request.grammar) if request.grammar else None
-        scheduler.submit(request, constraint)
+        scheduler.submit(request, _constraint(request))
     except (Refused, ValueError):
         return
     scheduler.plan()
@@ -183,7 +196,7 @@ def seeds(target: str) -> Iterator[bytes]:
         yield yaml.safe_dump({"alice": {"sha256": "a" * 64, "scopes": ["generate"], "max_requests": 3}}).encode()
     else:
         for completion in (completion_request("In the beginning", max_tokens=5), completion_request([5, 6], regex="a")):
-            request = to_request(completion, _LIMITS, _TOKENIZER, "r")
+            request = _request(completion)
             yield _framed(engine_pb2.LeaderInput(submit=wire.request_to_proto(request)))
         yield _framed(engine_pb2.Hello(epoch=3, secret=b"s" * 32, rank=1)) + _framed(engine_pb2.Done(number=4))
 

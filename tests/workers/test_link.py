@@ -71,6 +71,7 @@ def test_a_gateway_is_heard_and_answered() -> None:
         incoming = server.inbox.get(timeout=5)
         assert incoming is not None
         gateway, joined = incoming
+        assert gateway is not None
         assert joined == engine_pb2.LeaderInput()
         cancel = engine_pb2.LeaderInput(cancel=engine_pb2.Cancel(request_id="x"))
         link.send(cancel.SerializeToString())

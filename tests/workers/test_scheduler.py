@@ -340,6 +340,8 @@ def test_several_steps_are_planned_at_once_only_while_nobody_waits() -> None:
 class _AllowOnly:
     """Allows one token after the other."""
 
+    ready, problem = True, ""
+
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
 
@@ -348,6 +350,9 @@ class _AllowOnly:
 
     def accept(self, token: int) -> None:
         assert token == self.tokens.pop(0)
+
+    def close(self) -> None:
+        assert not self.tokens
 
 
 def test_a_grammar_gives_each_token_its_own_mask_and_holds_up_nobody_else() -> None:

@@ -17,9 +17,10 @@ def _plan(prompt: int) -> Plan:
 
 def _seen(watchdog: Watchdog, plan: Plan, seconds: float) -> None:
     for _ in range(ENOUGH):
-        watchdog.begin(plan)
-        time.sleep(seconds)
-        watchdog.end(plan)
+        watchdog.dispatched(plan)
+        with watchdog.waiting(plan):
+            time.sleep(seconds)
+        watchdog.done(plan)
 
 
 def test_a_step_is_judged_by_those_of_its_kind() -> None:
@@ -44,10 +45,11 @@ def test_a_step_that_never_ends_is_told_once() -> None:
     watchdog = Watchdog(bark)
     plan = _plan(0)
     _seen(watchdog, plan, 0.001)
-    time.sleep(1.2)  # idle time is no step
+    watchdog.dispatched(plan)
+    time.sleep(1.2)  # that the leader itself is busy says nothing of the devices
     assert not told
-    watchdog.begin(plan)
-    assert barked.wait(2.0)
-    time.sleep(0.2)
+    with watchdog.waiting(plan):
+        assert barked.wait(2.0)
+        time.sleep(0.2)
     assert len(told) == 1
     assert "plan 1 has been running for" in told[0]

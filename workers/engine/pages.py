@@ -111,6 +111,12 @@ class PagePool:
             ):  # another computed the same; what follows would hang on a page that is not the owner's
                 return
 
+    def forget(self, owner: str) -> None:
+        """Lets nobody share the pages of `owner` any more, nor what follows them."""
+        for page in self._owned[owner]:
+            if (cached := self._by_page.pop(page, None)) is not None:
+                del self._tree[cached.key]
+
     def give_back(self, owner: str) -> None:
         """Ends the ownership of all pages of `owner`.
 

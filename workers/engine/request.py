@@ -37,13 +37,25 @@ class Request:
 
 
 class Constraint(Protocol):
-    """Which tokens may come next in a completion that must follow a grammar."""
+    """Which tokens may come next in a completion that must follow a grammar. Another process may work it out."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the mask is known, or that there will be none."""
+
+    @property
+    def problem(self) -> str:
+        """Why the completion can't go on; empty if it can."""
 
     def mask(self) -> bytes:
-        """A bit for each token, as in `workers.engine.plan.Mask`; at least one is set."""
+        """A bit for each token, as in `workers.engine.plan.Mask`; at least one is set. For when it is ready without a
+        problem."""
 
     def accept(self, token: int) -> None:
         """Takes the next token."""
+
+    def close(self) -> None:
+        """Ends it: no more is asked."""
 
 
 class Finish(enum.Enum):
@@ -60,10 +72,12 @@ class Timing:
     Attributes:
       queue: from its arrival at the leader to its slot.
       prefill: from its slot to its first token.
+      computed: positions that were computed before that; the prefix cache had the others.
     """
 
     queue: float
     prefill: float
+    computed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +88,14 @@ class TokenEvent:
     token: Token
     finish: Finish | None
     timing: Timing | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A request that ended before its completion was whole, and why."""
+
+    request_id: str
+    reason: str
 
 
 @dataclasses.dataclass(frozen=True)

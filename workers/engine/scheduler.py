@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from workers.engine.draft import Drafter
 from workers.engine.pages import PagePool
 from workers.engine.plan import MAX_DRAFT, Admission, Chunk, Draft, EngineShape, Growth, Mask, Plan, StepTokens, Token
-from workers.engine.request import Constraint, Finish, Load, Refused, Request, TokenEvent
+from workers.engine.request import Constraint, Failure, Finish, Load, Refused, Request, TokenEvent
 
+#: Waiting requests that a plan passes over, as their prompts will be shared, before it looks at no more.
+MAX_PASSED_OVER = 16
 #: Rows of a step above which guesses are not computed: the weights that they read are then read anyway, and arithmetic counts.
 MAX_DRAFT_ROWS = 8
 
@@ -43,6 +45,11 @@ class _Sequence:
     @property
     def prompt_done(self) -> bool:
         return self.planned == len(self.prefix)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is known what may be drawn next."""
+        return self.constraint is None or self.constraint.ready
 
     @property
     def left(self) -> int:
@@ -116,6 +123,7 @@ class Scheduler:
         # Whether so few run that guesses are computed. Fixed while a plan is made, as who waits for tokens is given no pages.
         self._few = True
         self._anything = b"\xff" * (4 * -(-vocab_size // 32))
+        self._failures: list[Failure] = []
         self.prompt_budget = shape.chunk
         self.counts = Counts()
 
@@ -133,7 +141,7 @@ class Scheduler:
         )
 
     def submit(self, request: Request, constraint: Constraint | None = None) -> None:
-        """Queues a request, with what its grammar allows if it has one.
+        """Queues a request, with what its grammar allows after `request.resumed` if it has one.
 
         Raises:
           Refused: it can never be served (too long, or not well formed), or the queue is full.
@@ -166,23 +174,30 @@ class Scheduler:
             raise Refused(f"a token is outside the vocabulary of {self._vocab_size}")
         if len(self._waiting) >= self._max_waiting:
             raise Refused(f"{len(self._waiting)} requests are waiting already", full=True)
-        if constraint is not None and shape.exact_rows:
-            for token in request.resumed:
-                constraint.accept(token)
-        self._waiting[request.id] = _Waiting(request, constraint, len(request.resumed) if shape.exact_rows else 0)
+        self._waiting[request.id] = _Waiting(request, constraint, len(request.resumed))
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request without further events; its slot and pages are free for the next plan. False if unknown."""
-        if self._waiting.pop(request_id, None) is not None:
+        if (waiting := self._waiting.pop(request_id, None)) is not None:
+            if waiting.constraint is not None:
+                waiting.constraint.close()
             return True
         sequence = self._running.get(request_id)
         if sequence is None:
             return False
-        self._release(sequence)
+        self._end(sequence)
         return True
+
+    def failures(self) -> list[Failure]:
+        """The requests that have failed since this was last asked: they are forgotten, and get no further events."""
+        failures, self._failures = self._failures, []
+        return failures
 
     def plan(self) -> Plan | None:
         """The next step, or None when there is nothing to compute before tokens come back."""
+        for sequence in list(self._running.values()):
+            if sequence.constraint is not None and sequence.constraint.problem:
+                self._fail(sequence, f"the completion can't go on as its format wants: {sequence.constraint.problem}")
         self._few = len(self._running) <= MAX_DRAFT_ROWS // (1 + MAX_DRAFT)
         growths = self._grow()
         admissions = self._admit()
@@ -252,12 +267,21 @@ class Scheduler:
         return min(self._pages(request), self._shape.pages_for(len(self._prefix(request)) + 1))
 
     def _admit(self) -> tuple[Admission, ...]:
-        admissions = []
-        waiting = list(self._waiting.values())
+        admissions: list[Admission] = []
+        if not self._waiting or not self._free_slots:
+            return ()
+        queues: dict[tuple[int, str], collections.deque[tuple[int, _Waiting]]] = {}
+        for order, entry in enumerate(self._waiting.values()):
+            queues.setdefault((-entry.request.priority, entry.request.owner), collections.deque()).append(
+                (order, entry)
+            )
         places = collections.Counter(sequence.request.owner for sequence in self._running.values())
-        while waiting and self._free_slots:
-            first = min(waiting, key=lambda entry: (-entry.request.priority, places[entry.request.owner]))
-            waiting.remove(first)
+        passed_over = 0
+        while queues and self._free_slots and passed_over < MAX_PASSED_OVER:
+            best = min(queues, key=lambda key: (key[0], places[key[1]], queues[key][0][0]))
+            _, first = queues[best].popleft()
+            if not queues[best]:
+                del queues[best]
             request = first.request
             placed = self._place(request)
             if placed is None:
@@ -265,6 +289,7 @@ class Scheduler:
             slot, shared = placed
             cached = len(shared) * self._shape.page_size
             if self._will_be_shared(request, cached):
+                passed_over += 1
                 continue
             del self._waiting[request.id]
             self._free_slots.remove(slot)
@@ -386,6 +411,8 @@ class Scheduler:
                     continue
                 start = sequence.planned
                 piece = sequence.prefix[start : start + most]
+                if start + len(piece) == len(sequence.prefix) and not sequence.ready:
+                    continue  # what the first token may be is not known yet
                 sequence.planned += len(piece)
                 budget -= len(piece)
                 sequence.drawn += sequence.prompt_done
@@ -424,7 +451,9 @@ class Scheduler:
 
     def _awaited(self, sequence: _Sequence) -> bool:
         """Whether nothing can be planned for a sequence until tokens come back."""
-        return sequence.drafting or (self._needs_tokens(sequence) and sequence.drawn != len(sequence.tokens))
+        if sequence.drafting or not sequence.ready:
+            return True
+        return self._needs_tokens(sequence) and sequence.drawn != len(sequence.tokens)
 
     def _steps_ahead(self, decoding: list[_Sequence]) -> int:
         if any(self._needs_tokens(s) or (s.forced and s.drawn <= len(s.forced)) for s in decoding):
@@ -436,6 +465,9 @@ class Scheduler:
             if sequence.done:
                 return
             request = sequence.request
+            if math.isnan(token.logprob):
+                self._fail(sequence, "the model gave no numbers")
+                return
             sequence.tokens.append(token.id)
             if sequence.constraint is not None and len(sequence.tokens) > sequence.accepted:
                 sequence.constraint.accept(token.id)
@@ -449,7 +481,7 @@ class Scheduler:
             elif len(sequence.tokens) == request.max_tokens:
                 finish = Finish.LENGTH
             if finish is not None:
-                self._release(sequence)
+                self._end(sequence)
             yield TokenEvent(request.id, token, finish)
 
     def _watch(self, sequence: _Sequence, token: int) -> None:
@@ -462,10 +494,22 @@ class Scheduler:
         elif self._few:
             sequence.drafter = Drafter((*request.prompt, *sequence.tokens))
 
-    def _release(self, sequence: _Sequence) -> None:
+    def _fail(self, sequence: _Sequence, reason: str) -> None:
+        self._failures.append(Failure(sequence.request.id, reason))
+        self._end(sequence, sound=False)
+
+    def _end(self, sequence: _Sequence, *, sound: bool = True) -> None:
+        """Takes a sequence away for good. What one that is not `sound` computed is shared with nobody."""
+        if not sound:
+            self._pools[self._shape.group_of(sequence.slot)].forget(sequence.request.id)
+        self._release(sequence, publish=sound)
+        if sequence.constraint is not None:
+            sequence.constraint.close()
+
+    def _release(self, sequence: _Sequence, *, publish: bool = True) -> None:
         sequence.done = True
         request, pool = sequence.request, self._pools[self._shape.group_of(sequence.slot)]
-        if self._shape.exact_rows and sequence.prompt_done:
+        if self._shape.exact_rows and sequence.prompt_done and publish:
             pool.publish(request.id, (*request.prompt, *sequence.tokens[:-1]))
         del self._running[request.id]
         self._free_slots.append(sequence.slot)

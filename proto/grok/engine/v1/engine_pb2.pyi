@@ -45,6 +45,30 @@ FINISH_LENGTH: Finish.ValueType  # 2
 """max_tokens were drawn."""
 Global___Finish: _TypeAlias = Finish  # noqa: Y015
 
+class _Refused:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RefusedEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refused.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REFUSED_UNSPECIFIED: _Refused.ValueType  # 0
+    """It can never be served: the request is wrong."""
+    REFUSED_FULL: _Refused.ValueType  # 1
+    """It may be sent again later."""
+    REFUSED_FAILED: _Refused.ValueType  # 2
+    """It was begun, and can't go on."""
+
+class Refused(_Refused, metaclass=_RefusedEnumTypeWrapper):
+    """What a refusal means."""
+
+REFUSED_UNSPECIFIED: Refused.ValueType  # 0
+"""It can never be served: the request is wrong."""
+REFUSED_FULL: Refused.ValueType  # 1
+"""It may be sent again later."""
+REFUSED_FAILED: Refused.ValueType  # 2
+"""It was begun, and can't go on."""
+Global___Refused: _TypeAlias = Refused  # noqa: Y015
+
 @_typing.final
 class Hello(_message.Message):
     """The first frame on any connection to a leader. A wrong secret or epoch closes it."""
@@ -349,19 +373,23 @@ class Timing(_message.Message):
 
     QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
     PREFILL_SECONDS_FIELD_NUMBER: _builtins.int
+    COMPUTED_FIELD_NUMBER: _builtins.int
     queue_seconds: _builtins.float
     """From its arrival to its slot."""
     prefill_seconds: _builtins.float
     """From its slot to its first token."""
+    computed: _builtins.int
+    """Positions that were computed before it."""
     def __init__(
         self,
         *,
         queue_seconds: _builtins.float = ...,
         prefill_seconds: _builtins.float = ...,
+        computed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prefill_seconds", b"prefill_seconds", "queue_seconds", b"queue_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed", b"computed", "prefill_seconds", b"prefill_seconds", "queue_seconds", b"queue_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -369,29 +397,29 @@ Global___Timing: _TypeAlias = Timing  # noqa: Y015
 
 @_typing.final
 class Refusal(_message.Message):
-    """A request that the engine did not take."""
+    """A request that the engine does not take, or whose completion can't go on."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
-    FULL_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Of the request."""
     reason: _builtins.str
     """Why."""
-    full: _builtins.bool
-    """Whether it may be sent again later."""
+    refused: Global___Refused.ValueType
+    """What it means for the request."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         reason: _builtins.str = ...,
-        full: _builtins.bool = ...,
+        refused: Global___Refused.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["full", b"full", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "refused", b"refused", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -503,7 +531,7 @@ class LeaderOutput(_message.Message):
 
     @_builtins.property
     def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___Refusal]:
-        """Requests that were not taken."""
+        """Requests that were not taken, or failed."""
 
     @_builtins.property
     def load(self) -> Global___Load:

@@ -1,0 +1,118 @@
+"""Work on texts whose cost is the caller's choice: small texts at once, all else in other processes, a few at a time."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cluster.gateway.errors import exhausted
+from cluster.gateway.keys import Caller
+from workers.grammar import GrammarError
+from workers.sandbox import Budget, Sandbox
+from workers.tokenizer import Tokenizer
+
+#: Bytes of a text that is worked on at once: less than two milliseconds.
+INLINE_BYTES = 2048
+#: What a grammar may take until it is known that completions can follow it, and any other work.
+GRAMMAR_BUDGET, TEXT_BUDGET = Budget(1.0), Budget(15.0, mebibytes=1024)
+#: Jobs at a time, in all and of a key, and how many may wait.
+JOBS, JOBS_OF_A_KEY, MOST_WAITING = 4, 2, 64
+#: Grammars that are remembered.
+REMEMBERED = 128
+#: What is charged to a key: for each second of a processor, as if so many tokens had been computed.
+TOKENS_PER_SECOND = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What a job came to: its answer, or a problem, and the seconds of a processor that it took."""
+
+    answer: bytes
+    problem: str
+    seconds: float
+
+    @classmethod
+    def parse(cls, answer: bytes) -> Done:
+        """From the answer of `text_job`."""
+        line, _, body = answer.partition(b"\n")
+        head: dict[str, Any] = json.loads(line)
+        return cls(body, head.get("problem", ""), head["seconds"])
+
+
+class Texts:
+    """Gives work on texts to processes of their own. For one event loop. `charge` is told the tokens that it costs a key."""
+
+    def __init__(self, tokenizer: Tokenizer, sandbox: Sandbox, charge: Callable[[Caller, int], None]) -> None:
+        self.tokenizer = tokenizer
+        self._charge = charge
+        self._sandbox = sandbox
+        self._pool = concurrent.futures.ThreadPoolExecutor(JOBS, "texts")
+        self._places: dict[str, asyncio.Semaphore] = collections.defaultdict(lambda: asyncio.Semaphore(JOBS_OF_A_KEY))
+        self._waiting = 0
+        self._grammars: collections.OrderedDict[bytes, str] = collections.OrderedDict()
+
+    async def encode(self, text: str, caller: Caller) -> Sequence[int]:
+        """The tokens of a text. Raises GatewayError (RESOURCE_EXHAUSTED)."""
+        if len(text) <= INLINE_BYTES:
+            return self.tokenizer.encode(text)
+        done = await self.run("encode", text.encode(), caller)
+        return array.array("I", done.answer)
+
+    async def grammar(self, kind: str, source: str | list[str], allowed: Sequence[int], caller: Caller) -> str:
+        """The grammar of a format.
+
+        Raises:
+          GrammarError: no completion of the tokens `allowed` can follow it, or that takes too much to find out.
+          GatewayError: RESOURCE_EXHAUSTED.
+        """
+        asked = json.dumps({"kind": kind, "source": source, "allowed": list(allowed)}).encode()
+        key = hashlib.sha256(asked).digest()
+        if (known := self._grammars.get(key)) is not None:
+            self._grammars.move_to_end(key)
+            return known
+        done = await self.run("grammar", asked, caller, GRAMMAR_BUDGET)
+        if done.problem:
+            raise GrammarError(done.problem)
+        grammar = self._grammars[key] = done.answer.decode()
+        if len(self._grammars) > REMEMBERED:
+            self._grammars.popitem(last=False)
+        return grammar
+
+    async def run(self, job: str, data: bytes, caller: Caller, budget: Budget = TEXT_BUDGET) -> Done:
+        """A job's outcome; see `text_job`. Raises GatewayError (RESOURCE_EXHAUSTED) if too many wait."""
+        if self._waiting >= MOST_WAITING:
+            raise exhausted(f"{self._waiting} texts and formats are waiting to be worked on already", retry_seconds=1.0)
+        self._waiting += 1
+        try:
+            places, loop = self._places[caller.name], asyncio.get_running_loop()
+            await places.acquire()
+            working = self._pool.submit(self._run, job, data, budget)
+            # A job whose caller has left keeps its place until it has ended.
+            working.add_done_callback(lambda _: loop.call_soon_threadsafe(places.release))
+            done = await asyncio.wrap_future(working)
+            self._charge(caller, round(done.seconds * TOKENS_PER_SECOND))
+            return done
+        finally:
+            self._waiting -= 1
+
+    def close(self) -> None:
+        """Takes no more work."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._sandbox.close()
+
+    def _run(self, job: str, data: bytes, budget: Budget) -> Done:
+        with self._sandbox.job(budget) as stream:
+            try:
+                stream.send_bytes(job.encode())
+                stream.send_bytes(data)
+                answer = stream.recv_bytes()
+            except (EOFError, OSError):
+                return Done(b"", f"is too costly: it takes more than {budget}", budget.seconds)
+        return Done.parse(answer)
