@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+import collections
+from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
 import ray
@@ -63,30 +64,49 @@ def group_options(mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[st
     }
 
 
-class Placement:
-    """The workers of one replica in one epoch, in rank order, and those that stand by to take their places in the next one."""
+class HostError(RuntimeError):
+    """What went wrong at one host, or with it. `raised` tells whether its worker said so itself."""
 
-    def __init__(self, group: PlacementGroup, mesh: MeshSpec, hosts: list[Any]) -> None:
+    def __init__(self, rank: int, error: BaseException, *, raised: bool = False) -> None:
+        super().__init__(f"host {rank}: {error}")
+        self.rank = rank
+        self.error = error
+        self.raised = raised
+
+
+class Placement:
+    """The workers of one replica in one epoch, in rank order, and those that stand by to take their places in the next one.
+
+    `nodes` are the ids of their Ray nodes, as they were when the hosts were reserved: of a node that is lost Ray soon says
+    nothing, or names the one that its bundle went to.
+    """
+
+    def __init__(self, group: PlacementGroup, mesh: MeshSpec, nodes: list[str], hosts: list[Any]) -> None:
         self.group = group
+        self.nodes = nodes
         self.hosts = hosts
         self._mesh = mesh
         self._standbys: list[Any] = []
         self._pids: list[int] = []
 
     @classmethod
-    async def create(cls, mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[str] = frozenset()) -> Placement:
+    async def create(cls, mesh: MeshSpec, cluster: ClusterSection, avoided: tuple[str, ...] = ()) -> Placement:
         """Waits until there are hosts enough, then starts a worker on each. On the nodes `avoided` only if no others are there
-        within AVOID_SECONDS."""
+        within AVOID_SECONDS; if there are too few others, then rather on the last of them."""
         group = None
-        if avoided:
-            others = await asyncio.to_thread(spares_beside, mesh, cluster, avoided)
-            group = await _reserve(group_options(mesh, cluster, avoided), AVOID_SECONDS) if others else None
+        for count in range(len(avoided), 0, -1):
+            without = frozenset(avoided[:count])
+            if await asyncio.to_thread(spares_beside, mesh, cluster, without):
+                group = await _reserve(group_options(mesh, cluster, without), AVOID_SECONDS)
+                break
         group = group or await _reserve(group_options(mesh, cluster), None)
         assert group is not None
         resources = bundle(mesh, cluster.cpus_per_host)
+        table: dict[int, str] = (await asyncio.to_thread(placement_group_table, group))["bundles_to_node_id"]
         return cls(
             group,
             mesh,
+            [table.get(rank, "") for rank in range(mesh.hosts)],
             [
                 _host(
                     group,
@@ -100,12 +120,40 @@ class Placement:
         )
 
     async def endpoints(self) -> list[Endpoint]:
-        """Where the workers can be reached. Raises TimeoutError, naming who does not answer in START_SECONDS."""
-        found = await asyncio.gather(
-            *(answer(h.endpoint.remote(), START_SECONDS, f"host {rank}") for rank, h in enumerate(self.hosts))
-        )
+        """Where the workers can be reached. Raises HostError for one that does not answer in START_SECONDS, or is not what the
+        others are."""
+        found = await self.ask("endpoint", seconds=START_SECONDS)
         self._pids = [endpoint.pid for endpoint in found]
-        return list(found)
+        for rank, endpoint in enumerate(found):
+            if endpoint.code != found[0].code:
+                error = OSError(
+                    f"it runs other code than host 0: {endpoint.code} and {found[0].code}; install the same"
+                )
+                raise HostError(rank, error)
+        return found
+
+    async def check_reachable(self, endpoints: list[Endpoint]) -> None:
+        """Raises HostError if two hosts can't reach each other: about the one that more of them miss."""
+        places = [(endpoint.address, endpoint.metrics_port) for endpoint in endpoints]
+        missed = await self.ask("unreachable", [places] * len(places), seconds=START_SECONDS)
+        cuts = collections.Counter(rank for pair in enumerate(missed) for other in pair[1] for rank in (pair[0], other))
+        if cuts:
+            worst = max(cuts, key=lambda rank: (cuts[rank], rank))
+            others = sorted({pair[0] for pair in enumerate(missed) if worst in pair[1]} | set(missed[worst]))
+            raise HostError(worst, OSError(f"it and host {', '.join(map(str, others))} can't reach each other"))
+
+    async def ask(self, method: str, *each: Sequence[Any], seconds: float | None = None) -> list[Any]:
+        """What all workers answer to a call, whose arguments are given for each of them. Raises HostError for the first that
+        raises, or does not answer in time."""
+
+        async def one(rank: int, host: Any) -> Any:
+            call = getattr(host, method).remote(*(values[rank] for values in each))
+            try:
+                return await (call if seconds is None else answer(call, seconds, "it"))
+            except (OSError, ray.exceptions.RayError) as error:
+                raise HostError(rank, error, raised=isinstance(error, ray.exceptions.RayTaskError)) from error
+
+        return list(await asyncio.gather(*(one(rank, host) for rank, host in enumerate(self.hosts))))
 
     async def stand_by(self, model: ModelSpec, engine: EngineSpec) -> None:
         """Starts a worker beside each one, which has everything imported and traced, and does nothing. It takes no resources of
@@ -124,7 +172,7 @@ class Placement:
         is left."""
         standbys, pids, self._standbys = self._standbys, self._pids, []
         self._kill(self.hosts)
-        renewed = Placement(self.group, self._mesh, standbys)
+        renewed = Placement(self.group, self._mesh, self.nodes, standbys)
         try:
             if len(standbys) < len(self.hosts):
                 raise TimeoutError("nobody stands by")
@@ -140,11 +188,6 @@ class Placement:
             renewed.remove()
             raise
         return renewed
-
-    def nodes(self) -> list[str]:
-        """The ids of the Ray nodes, in rank order. Asks Ray."""
-        table: dict[int, str] = placement_group_table(self.group)["bundles_to_node_id"]
-        return [table[rank] for rank in range(self._mesh.hosts)]
 
     async def silent(self) -> list[int]:
         """The ranks of the workers that don't answer."""
@@ -166,10 +209,16 @@ class Placement:
 
 async def answer(result: Awaitable[Answer], seconds: float, who: str) -> Answer:
     """What `who` answers. Raises TimeoutError after `seconds`, and whatever the call does."""
+    call = asyncio.ensure_future(result)
     try:
-        return await asyncio.wait_for(result, seconds)
-    except TimeoutError:
-        raise TimeoutError(f"{who} has not answered for {seconds:g} s") from None
+        await asyncio.wait([call], timeout=seconds)
+        if not call.done():
+            await asyncio.sleep(0)  # if this loop itself stood still, the answer is there by now
+        if not call.done():
+            raise TimeoutError(f"{who} has not answered for {seconds:g} s")
+        return call.result()
+    finally:
+        call.cancel()
 
 
 def _host(group: PlacementGroup, rank: int, **resources: Any) -> Any:

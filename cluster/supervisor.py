@@ -12,11 +12,12 @@ import ray.exceptions
 
 from cluster.config import Config
 from cluster.gateway.router import LeaderAddress, Router
-from cluster.placement import SILENT_SECONDS, Placement, answer, spares_beside
-from cluster.suspects import Suspects
+from cluster.placement import SILENT_SECONDS, HostError, Placement, spares_beside
+from cluster.suspects import RAISED, Suspects
 from cluster.telemetry import metrics
 from grok.serving.v1 import cluster_pb2
-from workers.assignment import Assignment, Endpoint, Progress
+from workers.assignment import COMPILING, JOINING, LOADING, PREPARING, WARMING_UP, Assignment, Endpoint, Progress
+from workers.link import LinkError
 
 _LOG = logging.getLogger(__name__)
 
@@ -25,9 +26,15 @@ POLL_SECONDS = 0.25
 BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 #: After so many failures in a row nobody waits for the replica any more, and it is tried only so often.
 GIVE_UP_FAILURES, GIVEN_UP_SECONDS = 10, 300.0
-#: An epoch that served so long breaks a row of failures. It need not be long: a request that breaks whoever computes it is
-#: found by the router, and a host that breaks whatever runs there is avoided.
-HEALTHY_SECONDS = 2.0
+#: For each so many seconds that an epoch serves, one of a row of failures is forgotten.
+HEALTHY_SECONDS = 5.0
+#: Seconds that a leader has to say why its stream has ended.
+REASON_SECONDS = 0.5
+#: Seconds that a host may be in a phase without any progress, phases in their order. What it reads from may hang, or another
+#: host that it waits for.
+STALLED_SECONDS = {
+    "starting": 60.0, PREPARING: 120.0, JOINING: 120.0, LOADING: 60.0, COMPILING: 900.0, WARMING_UP: 300.0,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,26 +121,26 @@ class Replica:
                 failure = await self._live()
                 if failure is None:
                     continue
-                self.last_failure = failure
+                self.last_failure = _summary(failure)
                 if self.state == cluster_pb2.REPLICA_STATE_DRAINING:
                     return
-                await self._fail()
+                await self._fail(failure)
         finally:
             if self._placement is not None:
                 self._placement.remove()
 
-    async def _live(self) -> str | None:
+    async def _live(self) -> Exception | None:
         """Runs an epoch to its end; returns why it failed, None if it was told to end."""
         self._restart.clear()
         self._serving = asyncio.Event()
         try:
             await self._epoch(await self._place())
-        except (ray.exceptions.RayError, OSError) as error:
-            return _summary(error)
+        except (HostError, ray.exceptions.RayError, OSError) as error:
+            return error
         except Exception as error:  # whatever went wrong in this replica, the others go on
             _LOG.exception("replica %d", self.index, extra=self.log_fields)
-            return _summary(error)
-        return None if self._restart.is_set() else "the leader ended"
+            return error
+        return None if self._restart.is_set() else LinkError("the leader ended")
 
     async def _place(self) -> Placement:
         """Workers for the next epoch: those that stood by, if their hosts are well, else new ones."""
@@ -141,15 +148,13 @@ class Replica:
         metrics.EPOCH.labels(str(self.index)).set(self.epoch)
         metrics.REBUILDS.labels(str(self.index)).inc(0)
         self._count_failures(self.failures)
-        nodes = {view.endpoint.node for view in self.hosts}
         self.hosts = []
         self._enter(cluster_pb2.REPLICA_STATE_PLACING)
         now = asyncio.get_running_loop().time()
         config, failing = self._config, self._suspects.failing(now)
         if self._placement is not None:
-            if not nodes.isdisjoint(failing) and await asyncio.to_thread(
-                spares_beside, config.mesh_spec, config.cluster, failing
-            ):
+            worst = frozenset([node for node in self._placement.nodes if node in failing][:1])
+            if worst and await asyncio.to_thread(spares_beside, config.mesh_spec, config.cluster, worst):
                 self._placement.remove()
                 self._placement = None
             else:
@@ -158,55 +163,72 @@ class Replica:
             self._placement = await Placement.create(config.mesh_spec, config.cluster, self._suspects.avoided(now))
         return self._placement
 
-    async def _fail(self) -> None:
-        """Notes a failure and whose it was, and waits as long as its being one of a row demands."""
+    async def _fail(self, failure: Exception) -> None:
+        """Notes a failure and whose it was, and waits as long as its being one of a row demands. Raises nothing: whatever Ray
+        answers, the replica is built again."""
         self._count_failures(self.failures + 1)
         given_up = self.failures >= GIVE_UP_FAILURES
         self._enter(cluster_pb2.REPLICA_STATE_GIVEN_UP if given_up else cluster_pb2.REPLICA_STATE_FAILED)
         _LOG.error("replica %d: epoch %d ended: %s", self.index, self.epoch, self.last_failure, extra=self.log_fields)
         metrics.REBUILDS.labels(str(self.index)).inc()
         if self._placement is not None:
-            await self._blame(self._placement)
+            try:
+                await self._blame(self._placement, failure)
+            except Exception:
+                _LOG.exception("replica %d: who is to be blamed is not known", self.index, extra=self.log_fields)
         if given_up:
             self._router.forget(self.index)
         await asyncio.sleep(
             GIVEN_UP_SECONDS if given_up else BACKOFF_SECONDS[min(self.failures, len(BACKOFF_SECONDS)) - 1]
         )
 
-    async def _blame(self, placement: Placement) -> None:
-        """Notes the hosts whose workers do not answer."""
-        silent, now = await placement.silent(), asyncio.get_running_loop().time()
-        if silent and not self.hosts:  # they never said who they are
-            nodes = await asyncio.to_thread(placement.nodes)
-            for rank in silent:
-                self._suspects.lost(nodes[rank], now)
-            return
-        for endpoint in [self.hosts[rank].endpoint for rank in silent]:
-            self._suspects.lost(endpoint.node, now)
-            metrics.HOST_LOSSES.labels(endpoint.address).inc()
+    async def _blame(self, placement: Placement, failure: Exception) -> None:
+        """Notes the hosts that are to be blamed: those whose workers do not answer; else the one that said what is wrong, or of
+        which that was said; else, if it happens again and again, one after the other."""
+        blamed, count = await placement.silent(), 1
+        if not blamed and (accused := _accused(failure)) is not None:
+            blamed, count = [accused.rank], RAISED if accused.raised else 1
+        elif not blamed and self.failures > 1:
+            blamed = [self.failures % len(placement.nodes)]
+        now = asyncio.get_running_loop().time()
+        for rank in blamed:
+            self._suspects.lost(placement.nodes[rank], now, count)
+            if rank < len(self.hosts):
+                metrics.HOST_LOSSES.labels(self.hosts[rank].endpoint.address).inc()
 
     async def _epoch(self, placement: Placement) -> None:
-        """Runs one epoch to its end. Raises RayError or OSError when it fails."""
+        """Runs one epoch to its end. Raises HostError, RayError or OSError when it fails."""
         endpoints = await placement.endpoints()
         self.hosts = [HostView(endpoint, Progress("starting", 0.0)) for endpoint in endpoints]
         for endpoint in endpoints:
             metrics.HOST_LOSSES.labels(endpoint.address).inc(0)
         self._enter(cluster_pb2.REPLICA_STATE_STARTING)
+        if len(endpoints) > 1:
+            await placement.check_reachable(endpoints)
         assignments = self._assignments(endpoints)
         await _first(self._watch_progress(placement), self._form(placement, assignments))
         await self._poll(placement)
         leader = LeaderAddress(self.index, self.epoch, assignments[0].leader, assignments[0].secret)
-        # The first that ends decides: a mesh without one host is none.
-        await _first(
-            *(host.serve.remote() for host in placement.hosts),
-            self._router.serve(leader, self._ready),
-            self._stand_by(placement),
-            self._restart.wait(),
-        )
+        serving = asyncio.ensure_future(placement.ask("serve"))
+        try:
+            # The first that ends decides: a mesh without one host is none.
+            await _first(
+                asyncio.shield(serving),
+                self._router.serve(leader, self._ready),
+                self._stand_by(placement),
+                self._restart.wait(),
+            )
+            if not self._restart.is_set():
+                await asyncio.wait([serving], timeout=REASON_SECONDS)
+                if serving.done():
+                    serving.result()
+        finally:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
 
     async def _form(self, placement: Placement, assignments: list[Assignment]) -> None:
-        await asyncio.gather(*(h.form.remote(a) for h, a in zip(placement.hosts, assignments, strict=True)))
-        await asyncio.gather(*(h.warm_up.remote() for h in placement.hosts))
+        await placement.ask("form", assignments)
+        await placement.ask("warm_up")
 
     async def _stand_by(self, placement: Placement) -> None:
         """Has workers stand by for the next epoch, once this one serves."""
@@ -237,15 +259,31 @@ class Replica:
         ]
 
     async def _watch_progress(self, placement: Placement) -> None:
+        """Asks again and again what the hosts do. Raises HostError for one that does not answer, or does not get on."""
+        loop = asyncio.get_running_loop()
+        since: dict[int, tuple[Progress, float]] = {}
         while True:
             await self._poll(placement)
+            for rank, view in enumerate(self.hosts):
+                if rank not in since or since[rank][0] != view.progress:
+                    since[rank] = view.progress, loop.time()
+            stalled = [
+                (phase, rank)
+                for phase, (name, seconds) in enumerate(STALLED_SECONDS.items())
+                for rank, (progress, began) in since.items()
+                if progress.phase == name and loop.time() - began > seconds
+            ]
+            if stalled:
+                _, rank = min(stalled)  # the others may wait for the one that is furthest behind
+                progress, began = since[rank]
+                raise HostError(
+                    rank, TimeoutError(f"{progress.phase} for {loop.time() - began:.0f} s without progress")
+                )
             await asyncio.sleep(POLL_SECONDS)
 
     async def _poll(self, placement: Placement) -> None:
-        """Asks all hosts what they do. Raises TimeoutError, naming one that does not answer."""
-        progress = await asyncio.gather(
-            *(answer(h.progress.remote(), SILENT_SECONDS, f"host {rank}") for rank, h in enumerate(placement.hosts))
-        )
+        """Asks all hosts what they do. Raises HostError for one that does not answer."""
+        progress = await placement.ask("progress", seconds=SILENT_SECONDS)
         self.hosts = [HostView(view.endpoint, p) for view, p in zip(self.hosts, progress, strict=True)]
         self._on_progress(self)
 
@@ -260,9 +298,10 @@ class Replica:
         asyncio.get_running_loop().call_later(HEALTHY_SECONDS, self._recover, self.epoch)
 
     def _recover(self, epoch: int) -> None:
-        """Forgets failures when an epoch has served long enough."""
-        if (self.epoch, self.state) == (epoch, cluster_pb2.REPLICA_STATE_READY):
-            self._count_failures(0)
+        """Forgets failures while an epoch serves."""
+        if self.failures and (self.epoch, self.state) == (epoch, cluster_pb2.REPLICA_STATE_READY):
+            self._count_failures(self.failures - 1)
+            asyncio.get_running_loop().call_later(HEALTHY_SECONDS, self._recover, epoch)
 
     def _count_failures(self, failures: int) -> None:
         self.failures = failures
@@ -285,6 +324,16 @@ async def _first(*parts: Awaitable[object]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _accused(failure: Exception) -> HostError | None:
+    """The host that a failure speaks of, None if of none. A worker whose stream broke speaks of who was at its other end."""
+    if not isinstance(failure, HostError):
+        return None
+    cause = getattr(failure.error, "cause", failure.error)
+    if not isinstance(cause, LinkError):
+        return failure
+    return None if cause.rank is None else HostError(cause.rank, cause)
 
 
 def _summary(error: BaseException) -> str:

@@ -9,6 +9,8 @@ import collections
 AVOIDED_SECONDS, MEMORY_SECONDS = 30.0, 600.0
 #: A host that loses so many workers within MEMORY_SECONDS is left, if there are others, even if somebody stands by there.
 TOO_MANY = 3
+#: A worker that says itself what is wrong counts as so many that were lost.
+RAISED = 2
 
 
 class Suspects:
@@ -17,18 +19,20 @@ class Suspects:
     def __init__(self) -> None:
         self._losses: dict[str, collections.deque[float]] = {}
 
-    def lost(self, node: str, now: float) -> None:
-        """Notes that a host's worker was lost at `now`."""
-        self._losses.setdefault(node, collections.deque(maxlen=16)).append(now)
+    def lost(self, node: str, now: float, count: int = 1) -> None:
+        """Notes that a host's worker was lost at `now`. Nodes without a name are nobody's."""
+        if node:
+            self._losses.setdefault(node, collections.deque(maxlen=16)).extend([now] * count)
 
-    def avoided(self, now: float) -> frozenset[str]:
-        """The hosts on which no worker should be started if there are others."""
-        return frozenset(
+    def avoided(self, now: float) -> tuple[str, ...]:
+        """The hosts on which no worker should be started if there are others, first those that lost one last."""
+        found = [
             node
             for node in list(self._losses)
             if (count := self._count(node, now))
             and now - self._losses[node][-1] < min(AVOIDED_SECONDS * 2 ** (count - 1), MEMORY_SECONDS)
-        )
+        ]
+        return tuple(sorted(found, key=lambda node: -self._losses[node][-1]))
 
     def failing(self, now: float) -> frozenset[str]:
         """The hosts that lose workers again and again."""

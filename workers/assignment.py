@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-#: The phase in which a host reads its part of the checkpoint.
-LOADING = "loading and compiling"
+#: The phases of a host that is to join a mesh, in their order after "starting". While one reads its part of the checkpoint it
+#: also compiles.
+PREPARING, JOINING, LOADING = "preparing", "joining the mesh", "loading and compiling"
+COMPILING, WARMING_UP = "compiling", "warming up"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Endpoint:
       node: id of the Ray node.
       coordinator_port, leader_port: free ports, for the case that it becomes rank 0.
       metrics_port: of its Prometheus endpoint.
+      code: digest of the code that it runs.
     """
 
     address: str
@@ -111,6 +114,7 @@ class Endpoint:
     coordinator_port: int
     leader_port: int
     metrics_port: int
+    code: str
 
 
 @dataclasses.dataclass(frozen=True)

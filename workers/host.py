@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import pathlib
 import signal
+import socket
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -15,12 +17,15 @@ import ray
 
 from workers import logs, metrics
 from workers.assignment import Assignment, Endpoint, EngineSpec, MeshSpec, ModelSpec, Progress
+from workers.code import code_digest
 from workers.link import free_port
 from workers.worker import Worker
 
 if TYPE_CHECKING:
     from workers.preparation import Preparation
 
+#: Seconds that a connection to another host may take.
+_REACH_SECONDS = 3.0
 #: How often a worker looks whether Ray's node is still there. Ray itself looks every second.
 _ORPHAN_SECONDS = 0.1
 #: How Ray tells a process which of its host's accelerators are its own.
@@ -49,7 +54,13 @@ class Host:
             coordinator_port=free_port(self._address),
             leader_port=free_port(self._address),
             metrics_port=self._metrics_port,
+            code=code_digest(),
         )
+
+    def unreachable(self, places: list[tuple[str, int]]) -> list[int]:
+        """Which of these addresses and ports, by their index, can't be connected to from here."""
+        with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:
+            return [i for i, reached in enumerate(pool.map(_reaches, places)) if not reached]
 
     def environment(self) -> dict[str, str]:
         """The environment that tells which accelerators this worker has."""
@@ -103,6 +114,14 @@ class Host:
     def progress(self) -> Progress:
         """What the worker is doing."""
         return self._worker.progress if self._worker else Progress("starting", 0.0)
+
+
+def _reaches(place: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(place, timeout=_REACH_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _end_with(parent: int) -> None:

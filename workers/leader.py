@@ -145,7 +145,7 @@ class Leader:
                         self._scheduler.submit(CANARY)
                 return
             if incoming is None:
-                raise LinkError("the mesh is broken")
+                raise self._server.broken
             if block:
                 block, until = False, time.monotonic() + HEAR_SECONDS
             gateway, message = incoming

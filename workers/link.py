@@ -35,10 +35,16 @@ MAX_OUTGOING = 10_000
 #: Each end of a stream that others watch says something so often, if only that it lives; who is silent for longer is lost.
 PULSE_SECONDS = 0.25
 SILENCE_SECONDS = 1.5
+#: Gateways have longer: theirs is a busy loop, and to be without one for a while harms nobody.
+GATEWAY_SILENCE_SECONDS = 15.0
 
 
 class LinkError(ConnectionError):
-    """A peer is gone, or does not speak the protocol."""
+    """A peer is gone, or does not speak the protocol. `rank` is that of the follower, where it is one."""
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class Link:
@@ -152,6 +158,8 @@ class LeaderServer:
         self.done: dict[int, int] = {}
         self._last_sent = 0
         self._closed = False
+        #: Why the mesh is given up, once it is.
+        self.broken = LinkError("the mesh is broken")
         self._gateways: set[GatewayLink] = set()
         self._joined = threading.Condition()
         #: None when all is over.
@@ -168,7 +176,7 @@ class LeaderServer:
     def broadcast(self, plan: engine_pb2.Plan) -> None:
         """Sends a plan to all followers. Raises LinkError when one is gone."""
         if self._closed:
-            raise LinkError("a follower is lost")
+            raise self.broken
         frame = plan.SerializeToString()
         self._last_sent = plan.number
         if self._followers:
@@ -181,10 +189,12 @@ class LeaderServer:
         """Wakes the leader's loop. Any thread may call it."""
         self.inbox.put((None, None))
 
-    def give_up(self, reason: str) -> None:
-        """Ends all streams because the mesh is broken: so gateways know at once, and the leader with its next plan."""
+    def give_up(self, reason: str, rank: int | None = None) -> None:
+        """Ends all streams because the mesh is broken, if it is known by the follower `rank`: so gateways know at once, and the
+        leader with its next plan."""
         if not self._closed:
             _LOG.error("%s; giving up", reason)
+            self.broken = LinkError(reason, rank)
             self.close()
 
     def close(self) -> None:
@@ -252,15 +262,16 @@ class LeaderServer:
                 if sent is not None and number > self.done[rank]:
                     seconds.observe(time.perf_counter() - sent)
                 self.done[rank] = max(number, self.done[rank])
-            self.give_up(f"follower {rank} has ended")
+            self.give_up(f"follower {rank} has ended", rank)
         except (LinkError, DecodeError) as error:
-            self.give_up(f"follower {rank} is lost: {error}")
+            self.give_up(f"follower {rank} is lost: {error}", rank)
 
     def _read_gateway(self, link: Link) -> None:
         gateway = GatewayLink(link)
         self._gateways.add(gateway)
         threading.Thread(target=self._pulse, args=(gateway,), daemon=True, name="gateway-pulse").start()
         self.inbox.put((gateway, engine_pb2.LeaderInput()))
+        link.settimeout(GATEWAY_SILENCE_SECONDS)
         try:
             while (frame := link.receive()) is not None:
                 self.inbox.put((gateway, engine_pb2.LeaderInput.FromString(frame)))

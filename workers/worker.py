@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from grok.engine.v1 import engine_pb2
 from workers import metrics
-from workers.assignment import LOADING, Assignment, Progress
+from workers.assignment import COMPILING, JOINING, LOADING, PREPARING, WARMING_UP, Assignment, Progress
 from workers.engine.scheduler import Scheduler
 from workers.grammar_job import Constraints
 from workers.link import LeaderServer, connect, wait_for_listener
@@ -52,7 +52,7 @@ class Worker:
         """
         a = self._assignment
         metrics.EPOCH.set(a.epoch)
-        self._report("joining the mesh", 0.0)
+        self._report(PREPARING, 0.0)
         if a.leader and a.rank == 0:
             # Before the long work, in which somebody else might take the port.
             self._server = LeaderServer(a.leader, a.epoch, a.secret)
@@ -61,6 +61,7 @@ class Worker:
         preparation = self._preparation or Preparation(a.model, a.mesh, a.engine)
         import jax
 
+        self._report(JOINING, 0.0)
         jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
         if a.mesh.hosts > 1:
             if a.rank:
@@ -105,11 +106,12 @@ class Worker:
             metrics.CHECKPOINT_BYTES.inc(progress.read - self.progress.bytes_read)
             fraction = progress.tensors / len(checkpoint.tensors)
             rate = progress.read / max(seconds, 1e-9)
-            self.progress = Progress(LOADING, fraction, devices, progress.read, progress.total, rate)
+            phase = LOADING if fraction < 1 else COMPILING
+            self.progress = Progress(phase, fraction, devices, progress.read, progress.total, rate)
 
         def compiled(fraction: float) -> None:
             if self.progress.phase != LOADING:
-                self._report("compiling", fraction)
+                self._report(COMPILING, fraction)
 
         load = functools.partial(
             load_parameters, checkpoint, partition, weights=a.model.weights, dtype=dtype, report=loaded
@@ -131,7 +133,7 @@ class Worker:
 
     def warm_up(self) -> None:
         """Runs every program once, together with all other hosts, which must have formed."""
-        self._report("warming up", 0.0)
+        self._report(WARMING_UP, 0.0)
         self.runtime.warm_up()
         self._compilations_before_serving = self._compilations
         self._report("ready", 1.0)
