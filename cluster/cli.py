@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -17,7 +18,15 @@ from typing import Any
 import grpc
 
 from cluster import capacity, daemon
-from cluster.client import API_KEY_VARIABLE, DEFAULT_ADDRESS, Client, Options, Tls, completion_request
+from cluster.client import (
+    API_KEY_VARIABLE,
+    DEFAULT_ADDRESS,
+    Client,
+    ClientError,
+    Options,
+    Tls,
+    completion_request,
+)
 from cluster.config import ACTIVATIONS, KV_CACHES, WEIGHTS, ConfigError, load_config
 from cluster.gateway.keys import KeysError, new_key
 from cluster.gateway.tls import TlsError
@@ -38,6 +47,15 @@ CONFIG = pathlib.Path("ray_config.yaml")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code. What the user did wrong is said in one line, with code 2."""
     parsed = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal need not know every character of a model's
+    if sys.flags.optimize:
+        print(
+            "grokmesh: without assertions neither Haiku nor Ray works: unset PYTHONOPTIMIZE, leave out -O",
+            file=sys.stderr,
+        )
+        return 2
     try:
         result: int = parsed.run(parsed)
         return result
@@ -51,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         HardwareError,
         LocalClusterError,
         TlsError,
+        ClientError,
     ) as error:
         print(f"grokmesh: {error}", file=sys.stderr)
         return 2
@@ -208,9 +227,10 @@ def _address(parser: argparse.ArgumentParser) -> None:
 
 
 def _access(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How a client gets access, as Client takes it."""
+    """How a client gets access, as Client takes it: with the key of the environment, or one's own service's."""
     files = (arguments.tls_ca, arguments.tls_certificate, arguments.tls_key)
-    return {"api_key": os.environ.get(API_KEY_VARIABLE), "tls": Tls(*files) if any(files) else None}
+    key = os.environ.get(API_KEY_VARIABLE) or daemon.admin_key(arguments.address)
+    return {"api_key": key, "tls": Tls(*files) if any(files) else None}
 
 
 def _client(arguments: argparse.Namespace, **options: Any) -> Client:
@@ -237,7 +257,11 @@ def _generate(arguments: argparse.Namespace) -> int:
     names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "regex", "choice")
     options: Options = {name: value for name in names if (value := getattr(arguments, name)) is not None}  # type: ignore[assignment]
     if arguments.json_schema:
-        options["json_schema"] = arguments.json_schema.read_text()
+        try:
+            options["json_schema"] = arguments.json_schema.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            print(f"grokmesh: {arguments.json_schema}: {error}; JSON is UTF-8", file=sys.stderr)
+            return 2
     try:
         completion_request(arguments.prompt, **options)
     except ValueError as error:  # a number that its field can't hold
@@ -264,7 +288,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     # JAX stays out of this process: the control plane never imports it.
-    command = [sys.executable, "-m", "workers.verify"]
+    command = [sys.executable, "-P", "-m", "workers.verify"]
     for name in ("checkpoint", "golden", "mesh", "hosts", "rules", "weights", "activations"):
         command += [f"--{name}", str(getattr(arguments, name))]
     return subprocess.run(command, check=False).returncode
@@ -314,7 +338,7 @@ def _bench_serve(arguments: argparse.Namespace) -> int:
 
 
 def _bench_engine(arguments: argparse.Namespace) -> int:
-    command = [sys.executable, "-m", "workers.bench.engine"]
+    command = [sys.executable, "-P", "-m", "workers.bench.engine"]
     for name in ("checkpoint", "weights", "kv_cache", "devices", "context", "output"):
         if (value := getattr(arguments, name)) is not None:
             command += [f"--{name.replace('_', '-')}", str(value)]

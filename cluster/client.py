@@ -43,6 +43,10 @@ Request = TypeVar("Request")
 Response = TypeVar("Response")
 
 
+class ClientError(ValueError):
+    """Something that a client can't be made of."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Token:
     """A token, its logarithmic probability under the model, and the likeliest tokens at its place with theirs."""
@@ -91,7 +95,10 @@ class Tls:
     key: pathlib.Path | None = None
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """For a channel. Raises OSError if a file can't be read."""
+        """For a channel. Raises OSError if a file can't be read, ClientError if only one of certificate and key is given."""
+        if (self.certificate is None) != (self.key is None):
+            given = self.certificate or self.key
+            raise ClientError(f"a client's certificate and its key belong together; only {given} is given")
         ca, certificate, key = (
             f.read_bytes() if f is not None else None for f in (self.ca, self.certificate, self.key)
         )
@@ -168,8 +175,11 @@ class Client:
         tls: Tls | None = None,
         attempts: int = 5,
     ) -> None:
+        options = _options(address)
         self._channel = (
-            grpc.insecure_channel(address) if tls is None else grpc.secure_channel(address, tls.credentials())
+            grpc.insecure_channel(address, options)
+            if tls is None
+            else grpc.secure_channel(address, tls.credentials(), options)
         )
         self._metadata = _metadata(api_key)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
@@ -280,8 +290,11 @@ class AsyncClient:
         tls: Tls | None = None,
         attempts: int = 5,
     ) -> None:
+        options = _options(address)
         self._channel = (
-            grpc.aio.insecure_channel(address) if tls is None else grpc.aio.secure_channel(address, tls.credentials())
+            grpc.aio.insecure_channel(address, options)
+            if tls is None
+            else grpc.aio.secure_channel(address, tls.credentials(), options)
         )
         self._metadata = _metadata(api_key)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
@@ -392,8 +405,20 @@ class _Stream:
         return pause
 
 
+def _options(address: str) -> list[tuple[str, Any]]:
+    """How a channel is: answers may have any size; a proxy that the environment names is none for this machine itself."""
+    host = address.rpartition(":")[0].removeprefix("dns:").lstrip("/").strip("[]")
+    local = host in ("localhost", "::1") or host.startswith("127.") or address.startswith("unix:")
+    options: list[tuple[str, Any]] = [("grpc.max_receive_message_length", -1)]
+    return [*options, ("grpc.enable_http_proxy", 0)] if local else options
+
+
 def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
-    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
+    """The metadata that bring a key, which may end with a line end, as what is read from a file does. Raises ClientError."""
+    key = (api_key or "").strip()
+    if not all(" " < character <= "~" for character in key):
+        raise ClientError("the API key has characters that no key has: it is made of letters, digits, '-' and '_'")
+    return (("authorization", f"Bearer {key}"),) if key else ()
 
 
 def _part(response: generation_pb2.GenerateResponse | generation_pb2.GenerateOnceResponse) -> Completion:

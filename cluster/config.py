@@ -225,7 +225,7 @@ def load_config(path: pathlib.Path) -> Config:
       ConfigError: it is missing, no YAML, or says something impossible.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     try:
@@ -240,10 +240,10 @@ def load_config(path: pathlib.Path) -> Config:
     config: Config = reader.section(Config, root, "")
     checkpoint = config.model.checkpoint
     if "://" not in checkpoint:
-        checkpoint = str((path.parent / pathlib.Path(checkpoint).expanduser()).resolve())
+        checkpoint = str(reader.path("model.checkpoint", checkpoint))
     model = dataclasses.replace(config.model, checkpoint=checkpoint)
-    files = {
-        name: (path.parent / file.expanduser()).resolve()
+    files: dict[str, Any] = {
+        name: reader.path(f"gateway.{name}", file)
         for name in ("api_keys", "tls_certificate", "tls_key", "tls_client_ca")
         if (file := getattr(config.gateway, name)) is not None
     }
@@ -286,6 +286,13 @@ class _Reader:
     def fail(self, name: str, problem: str) -> typing.NoReturn:
         line = self._lines.get(name)
         raise ConfigError(f"{self._path}{f':{line}' if line else ''}: {problem}")
+
+    def path(self, name: str, value: str | pathlib.Path) -> pathlib.Path:
+        """A file or folder, relative to the configuration's."""
+        try:
+            return (self._path.parent / pathlib.Path(value).expanduser()).resolve()
+        except (RuntimeError, ValueError, OSError) as error:
+            self.fail(name, f"{name}={value}: {error}; write the whole path")
 
     def section(self, cls: type[Any], node: yaml.Node | None, name: str) -> Any:
         """An instance of the dataclass `cls` from a mapping."""

@@ -7,7 +7,9 @@ import fcntl
 import json
 import os
 import pathlib
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,10 +33,15 @@ class DaemonError(RuntimeError):
 
 
 def state_directory() -> pathlib.Path:
-    """Where running services are noted: $XDG_STATE_HOME/grokmesh, only for its owner's eyes."""
-    base = os.environ.get("XDG_STATE_HOME") or pathlib.Path.home() / ".local" / "state"
-    directory = pathlib.Path(base) / "grokmesh"
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Where running services are noted: $XDG_STATE_HOME/grokmesh, only for its owner's eyes. Raises DaemonError."""
+    try:
+        base = os.environ.get("XDG_STATE_HOME") or pathlib.Path.home() / ".local" / "state"
+        directory = pathlib.Path(base) / "grokmesh"
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except (RuntimeError, OSError) as error:  # no home, or one that can't be written to
+        raise DaemonError(
+            f"running services can't be noted: {error}; set XDG_STATE_HOME to a folder of yours"
+        ) from error
     return directory
 
 
@@ -42,14 +49,18 @@ def _note(address: str) -> pathlib.Path:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise DaemonError(f"{address} is no host:port")
-    return state_directory() / f"serve-{host.replace('/', '_')}-{port}.json"
+    try:  # one name for all spellings of an address
+        host = str(socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError:
+        host = host.replace("/", "_")
+    return state_directory() / f"serve-{host}-{port}.json"
 
 
 @contextlib.contextmanager
 def noted(address: str) -> Iterator[None]:
     """Notes this process as the service at `address` while the block runs. The note is locked as long as it is true, however
     this process ends. Raises DaemonError if another process holds it."""
-    with _note(address).open("a+") as note:
+    with _opened(address) as note:
         if not _lock(note):
             raise DaemonError(f"a service runs at {address} already; grokmesh stop ends it")
         _sign(note)
@@ -59,7 +70,7 @@ def noted(address: str) -> Iterator[None]:
 
 def inherit(address: str) -> None:
     """Waits until the process that is noted as the service at `address` has ended, then notes this one until it ends."""
-    note = _note(address).open("a+")
+    note = _opened(address)
     fcntl.flock(note, fcntl.LOCK_EX)
     _sign(note)
     _INHERITED.append(note)
@@ -69,9 +80,28 @@ def inherit(address: str) -> None:
 _INHERITED: list[IO[str]] = []
 
 
+#: With which this process' service knows its own user, who may administer it.
+ADMIN_KEY = f"gm-local-{secrets.token_urlsafe(32)}"
+
+
+def admin_key(address: str) -> str | None:
+    """The key of the scope `admin` of a service at `address` that this user runs on this machine, or None."""
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6 if "[" in host else socket.AF_INET) as probe:
+        probe.bind((host.strip("[]"), 0))  # only an address of this machine can be bound to
+        for listening in (address, f"0.0.0.0:{port}", f"[::]:{port}"):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, DaemonError):
+                return str(json.loads(_note(listening).read_text())["admin_key"])
+    return None
+
+
+def _opened(address: str) -> IO[str]:
+    return open(os.open(_note(address), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "a+")  # noqa: PTH123
+
+
 def _sign(note: IO[str]) -> None:
     note.truncate(0)
-    note.write(json.dumps({"pid": os.getpid()}))
+    note.write(json.dumps({"pid": os.getpid(), "admin_key": ADMIN_KEY}))
     note.flush()
 
 
@@ -102,7 +132,8 @@ def start(config: Config, path: pathlib.Path, timeout: float, *, replace: bool =
     elif running(address):
         raise DaemonError(f"a service runs at {address} already; grokmesh stop ends it, serve --replace replaces it")
     log = _note(address).with_suffix(".log")
-    log.unlink(missing_ok=True)  # a predecessor goes on writing to its own
+    if log.exists():  # a predecessor goes on writing to its own
+        log.replace(log.with_suffix(".log.1"))
     process = launch(path, log, detached=True, replace=replace)
     if timeout:
         follow(process, log, timeout)
@@ -113,9 +144,19 @@ def start(config: Config, path: pathlib.Path, timeout: float, *, replace: bool =
 
 def launch(path: pathlib.Path, log: pathlib.Path, *, detached: bool, replace: bool = False) -> subprocess.Popen[bytes]:
     """Runs `grokmesh serve` with the configuration `path`, its words in `log`; detached, it outlives a closed terminal."""
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli", "serve", "--config", str(path), *(["--replace"] if replace else [])],
+            # Not with the current folder's modules.
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "cluster.cli",
+                "serve",
+                "--config",
+                str(path),
+                *(["--replace"] if replace else []),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

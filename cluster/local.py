@@ -11,6 +11,7 @@ import os
 import secrets
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ _NODE: dict[str, Any] = {
     "num_gpus": 0,
     "include_dashboard": False,
 }
+#: Characters that the folder of Ray's files may have, and one that has fewer.
+_LONGEST_FOLDER, _SHORT_FOLDER = 36, "/tmp"
 _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_MODE": "token",
@@ -39,13 +42,16 @@ def prepare_environment() -> None:
     Who does not know the cluster's token, as other users of this machine don't, can't make it do anything.
     """
     os.environ.update(_ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))
+    if len(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) > _LONGEST_FOLDER:
+        # Ray's sockets lie there, and the path of a socket has at most 107 bytes.
+        os.environ["RAY_TMPDIR"] = _SHORT_FOLDER
 
 
 @contextlib.contextmanager
 def local_cluster(hosts: int, cpus_per_host: int) -> Iterator[str]:
     """Runs a cluster of `hosts` nodes while the block runs, and gives its address. Raises LocalClusterError."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.local", str(hosts), str(cpus_per_host)],
+        [sys.executable, "-P", "-m", "cluster.local", str(hosts), str(cpus_per_host)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.metadata
+import ipaddress
 import logging
 import pathlib
 import signal
+import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +33,7 @@ from cluster.telemetry import metrics
 from cluster.telemetry.traces import make_tracer
 from cluster.telemetry.web import WebServer
 from grok.serving.v1 import cluster_pb2
+from workers import logs
 from workers.assignment import LOADING
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.storage import locate
@@ -41,6 +45,8 @@ _LOG = logging.getLogger(__name__)
 #: Seconds that Ray may take to be there, when this process starts beside it.
 RAY_SECONDS = 120.0
 WATCH_SECONDS = 2.0
+#: Bytes of a log after which it begins anew, the last one kept beside it, and seconds between looks.
+MOST_LOG_BYTES, LOG_SECONDS = 64 * 1024 * 1024, 30.0
 
 
 def serve(config: Config, path: pathlib.Path, *, replace: bool = False) -> None:
@@ -66,7 +72,12 @@ def serve(config: Config, path: pathlib.Path, *, replace: bool = False) -> None:
             f"{config.model.checkpoint}: the tokenizer has {tokenizer.vocab_size} pieces, "
             f"the model embeds {checkpoint.config.vocab_size}"
         )
-    keys = Keys.load(config.gateway.api_keys)
+    keys = Keys(config.gateway.api_keys, daemon.ADMIN_KEY)
+    if config.gateway.api_keys is None and not _loopback(config.gateway.address):
+        _LOG.warning(
+            "anybody who reaches gateway.address=%s can use this service: set gateway.api_keys, or listen on 127.0.0.1",
+            config.gateway.address,
+        )
     model = checkpoint.config
     limits = Limits(model, config.engine.context or model.sequence_len, tokenizer.longest_piece)
     with contextlib.ExitStack() as stack:
@@ -77,9 +88,19 @@ def serve(config: Config, path: pathlib.Path, *, replace: bool = False) -> None:
         asyncio.run(_serve(config, limits, tokenizer, keys, predecessor))
 
 
-async def _serve(
-    config: Config, limits: Limits, tokenizer: Tokenizer, keys: Keys | None, predecessor: int | None
-) -> None:
+def _loopback(address: str) -> bool:
+    """Whether only this machine can reach an address."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return all(
+            ipaddress.ip_address(found[4][0]).is_loopback
+            for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        )
+    except (OSError, ValueError):
+        return False
+
+
+async def _serve(config: Config, limits: Limits, tokenizer: Tokenizer, keys: Keys, predecessor: int | None) -> None:
     await _Service(config, limits, tokenizer, keys, predecessor).run()  # gRPC wants to be made within the loop
 
 
@@ -87,7 +108,7 @@ class _Service:
     """The parts of a service, and the order in which they start and stop."""
 
     def __init__(
-        self, config: Config, limits: Limits, tokenizer: Tokenizer, keys: Keys | None, predecessor: int | None
+        self, config: Config, limits: Limits, tokenizer: Tokenizer, keys: Keys, predecessor: int | None
     ) -> None:
         version = importlib.metadata.version("grokmesh")
         model = limits.model
@@ -129,7 +150,7 @@ class _Service:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         if self._predecessor is None:
             await self._listen()
-        work = [self._fleet.run(), self._follow_readiness(), _watch_ray()]
+        work = [self._fleet.run(), self._follow_readiness(), _watch_ray(), _keep_log_small()]
         tasks = [asyncio.ensure_future(part) for part in (stop.wait(), *work)]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -173,6 +194,12 @@ class _Service:
         self._predecessor = None
         inherit = threading.Thread(target=daemon.inherit, args=(self._config.gateway.address,), daemon=True)
         inherit.start()
+
+
+async def _keep_log_small() -> None:
+    while True:
+        await asyncio.to_thread(logs.keep_small, sys.stderr.fileno(), MOST_LOG_BYTES)
+        await asyncio.sleep(LOG_SECONDS)
 
 
 async def _watch_ray() -> None:

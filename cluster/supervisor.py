@@ -154,7 +154,8 @@ class Replica:
         config, failing = self._config, self._suspects.failing(now)
         if self._placement is not None:
             worst = frozenset([node for node in self._placement.nodes if node in failing][:1])
-            if worst and await asyncio.to_thread(spares_beside, config.mesh_spec, config.cluster, worst):
+            spare = await asyncio.to_thread(spares_beside, config.mesh_spec, config.cluster, worst) if worst else False
+            if spare:
                 self._placement.remove()
                 self._placement = None
             else:

@@ -68,7 +68,7 @@ async def _serve(address: str, seconds: float, keys: pathlib.Path | None, contex
     status: Any = unittest.mock.Mock()  # nobody asks for it
     sandbox = Sandbox("cluster.gateway.text_job", ARGUMENTS)
     gateway = Gateway(
-        config, Keys.load(keys), limits, TOKENIZER, sandbox, router, RecentLatency(), status, trace.NoOpTracer()
+        config, Keys(keys), limits, TOKENIZER, sandbox, router, RecentLatency(), status, trace.NoOpTracer()
     )
     await gateway.start()
     pages = SHAPE.slots * -(-context // SHAPE.page_size) + 1

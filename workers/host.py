@@ -18,6 +18,7 @@ import ray
 from workers import logs, metrics
 from workers.assignment import Assignment, Endpoint, EngineSpec, MeshSpec, ModelSpec, Progress
 from workers.code import code_digest
+from workers.environment import settle
 from workers.link import free_port
 from workers.worker import Worker
 
@@ -69,6 +70,7 @@ class Host:
     def prepare(self, model: ModelSpec, mesh: MeshSpec, engine: EngineSpec, environment: dict[str, str]) -> None:
         """Stands by: does all that can be done before a place is free. `environment` is that of the worker that has it."""
         with self._preparing:
+            settle(os.environ)
             for name in _ACCELERATORS:
                 os.environ.pop(name, None)
             os.environ.update(environment)
@@ -93,6 +95,7 @@ class Host:
         """See `Worker.form`."""
         logs.configure(replica=assignment.replica, epoch=assignment.epoch, rank=assignment.rank)
         with self._preparing:  # its time may come before it is done
+            settle(os.environ)
             self._worker = Worker(assignment, self._preparation)
         self._worker.form()
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
+import os
+import pathlib
+import shutil
+import stat
 import sys
 from typing import Any
 
@@ -36,6 +41,18 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
+
+
+def keep_small(descriptor: int, most: int) -> None:
+    """If a process writes its log to a file of more than `most` bytes, moves what is there to `FILE.1` and begins again. The
+    file must have been opened to be appended to, as whoever else writes to it goes on."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_size <= most:
+        return
+    path = pathlib.Path(f"/proc/self/fd/{descriptor}").readlink()
+    with contextlib.suppress(OSError):  # on a full disk it is lost, which frees the disk
+        shutil.copyfile(path, path.with_name(f"{path.name}.1"))
+    os.ftruncate(descriptor, 0)
 
 
 def configure(**context: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 from collections.abc import Callable, Sequence
 
@@ -9,8 +10,6 @@ import sentencepiece
 
 from workers.checkpoint.storage import Location
 
-#: What SentencePiece decodes an incomplete UTF-8 sequence to.
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 #: Bytes that a character can take, each a token.
 _LONGEST_CHARACTER = 4
 #: Prompt tokens that give the first tokens of a completion their context.
@@ -56,8 +55,14 @@ class Tokenizer:
         """The bytes that a token adds to a text, None if it stands for no text."""
         if self.has_no_text(id) or self._processor.IsUnknown(id):
             return None
-        piece = str(self._processor.IdToPiece(id))
-        return bytes([int(piece[3:5], 16)]) if self._processor.IsByte(id) else piece.replace("\u2581", " ").encode()
+        byte = self.byte(id)
+        return bytes([byte]) if byte is not None else str(self._processor.IdToPiece(id)).replace("\u2581", " ").encode()
+
+    def byte(self, id: int) -> int | None:
+        """The byte that a token stands for, None if it stands for anything else."""
+        if id >= self.vocab_size or not self._processor.IsByte(id):
+            return None
+        return int(str(self._processor.IdToPiece(id))[3:5], 16)
 
     def piece(self, id: int) -> str:
         """The piece of text that a token stands for, with U+2581 for a space."""
@@ -67,8 +72,9 @@ class Tokenizer:
 class Detokenizer:
     """Turns a completion into text token by token. The pieces joined are the text that the completion adds to its prompt.
 
-    Each step decodes a short window: some tokens whose text was told (or is the prompt's), and those since. A character that
-    is not complete yet stands as U+FFFD, one a byte, at the end of the window's text, and is held back.
+    Each step decodes a short window: some tokens whose text was told (or is the prompt's), and those since. A character of
+    which only some bytes have come, each a token, stands as U+FFFD, one a byte, at the end of the window's text, and is held
+    back.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
@@ -97,8 +103,22 @@ class Detokenizer:
             self._told = len(self._tokenizer.decode(self._window))
         return fresh
 
-    @staticmethod
-    def _certain(text: str) -> int:
-        """Length of a text without the incomplete character at its end."""
-        missing = len(text) - len(text.rstrip(_REPLACEMENT))
-        return len(text) if missing >= _LONGEST_CHARACTER else len(text) - missing
+    def _certain(self, text: str) -> int:
+        """Length of the window's text without the incomplete character at its end."""
+        bytes_at_end = bytearray()
+        for id in reversed(self._window[-_LONGEST_CHARACTER:]):
+            if (byte := self._tokenizer.byte(id)) is None:
+                break
+            bytes_at_end.insert(0, byte)
+        return len(text) - _incomplete(bytes(bytes_at_end))
+
+
+def _incomplete(end: bytes) -> int:
+    """How many bytes at the end of a text begin a character that is not whole."""
+    for count in range(min(len(end), _LONGEST_CHARACTER - 1), 0, -1):
+        try:
+            codecs.utf_8_decode(end[-count:], "strict", True)
+        except UnicodeDecodeError as error:
+            if error.start == 0 and error.reason == "unexpected end of data":
+                return count
+    return 0

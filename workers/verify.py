@@ -145,7 +145,7 @@ def _worker(arguments: argparse.Namespace, data: int, model: int) -> Worker:
 
 def _start_others(arguments: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
     """Starts ranks 1 and on; they are silent, since rank 0 says the same, and end with it."""
-    command = [sys.executable, "-m", "workers.verify"]
+    command = [sys.executable, "-P", "-m", "workers.verify"]
     for name in ("checkpoint", "golden", "mesh", "hosts", "rules", "weights", "activations", "coordinator"):
         command += [f"--{name}", str(getattr(arguments, name))]
     return [

@@ -6,7 +6,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import logging
-import pathlib
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from grok.engine.v1 import engine_pb2
 from workers import metrics
 from workers.assignment import COMPILING, JOINING, LOADING, PREPARING, WARMING_UP, Assignment, Progress
 from workers.engine.scheduler import Scheduler
+from workers.environment import bypass_proxies
 from workers.grammar_job import Constraints
 from workers.link import LeaderServer, connect, wait_for_listener
 from workers.sandbox import Sandbox
@@ -64,6 +65,7 @@ class Worker:
         self._report(JOINING, 0.0)
         jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
         if a.mesh.hosts > 1:
+            bypass_proxies([a.coordinator.rpartition(":")[0]], os.environ)
             if a.rank:
                 wait_for_listener(a.coordinator, JOIN_SECONDS)  # JAX itself would try again only after a second
             jax.distributed.initialize(
@@ -83,7 +85,7 @@ class Worker:
         from workers.runtime.runtime import Runtime
 
         if a.compilation_cache:
-            use_cache(pathlib.Path(a.compilation_cache).expanduser(), a.rank)
+            use_cache(a.compilation_cache, a.rank)
         mesh = make_mesh(a.mesh.data, a.mesh.model)
         checkpoint, dtype = preparation.checkpoint, preparation.dtype
         if self._server is not None:

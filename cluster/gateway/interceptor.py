@@ -18,7 +18,7 @@ from opentelemetry import trace
 
 from cluster.gateway.call import CURRENT, Call
 from cluster.gateway.errors import GatewayError, code_name, exhausted
-from cluster.gateway.keys import ANONYMOUS, Keys
+from cluster.gateway.keys import Keys
 from cluster.gateway.texts import INLINE_BYTES
 from cluster.telemetry import metrics
 from cluster.telemetry.traces import parent_of
@@ -50,7 +50,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     Every call is handled as one whose client streams: then it is the handler that reads its message, when it wants to.
     """
 
-    def __init__(self, keys: Keys | None, tracer: trace.Tracer, completion_bytes: int) -> None:
+    def __init__(self, keys: Keys, tracer: trace.Tracer, completion_bytes: int) -> None:
         """`completion_bytes` is the most that a request for a completion may have."""
         self._keys = keys
         self._tracer = tracer
@@ -172,7 +172,7 @@ def _malformed(problem: str) -> GatewayError:
 class _Outcome:
     """Knows who calls, turns what the call raises into its status, and tells of it."""
 
-    def __init__(self, name: str, method: str, context: Any, keys: Keys | None, tracer: trace.Tracer) -> None:
+    def __init__(self, name: str, method: str, context: Any, keys: Keys, tracer: trace.Tracer) -> None:
         self._context = context
         self._keys = keys
         self._call = Call(name)
@@ -190,7 +190,7 @@ class _Outcome:
     def _check(self) -> None:
         """Refuses callers without a key, or with one that does not allow the call."""
         try:
-            self._call.caller = self._keys.caller(self._metadata) if self._keys else ANONYMOUS
+            self._call.caller = self._keys.caller(self._metadata)
         except GatewayError:
             metrics.REJECTIONS.labels("unauthenticated").inc()
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
@@ -48,8 +49,10 @@ class Caller:
     max_priority: int = 0
 
 
-#: Callers where no keys are asked for.
-ANONYMOUS = Caller("anonymous", SCOPES, max_priority=MAX_PRIORITY)
+#: Callers where no keys are asked for. They complete prompts, and nothing else.
+ANONYMOUS = Caller("anonymous")
+#: The user who runs the service, on its own machine.
+LOCAL_ADMIN = Caller("local-admin", SCOPES, max_priority=MAX_PRIORITY)
 
 
 def new_key(name: str) -> tuple[str, str]:
@@ -66,21 +69,23 @@ class Keys:
     A file that changes is read again within a second or so; one that holds no keys any more changes nothing.
     """
 
-    def __init__(self, path: pathlib.Path) -> None:
-        """Reads a file of keys. Raises KeysError, which names file and entry."""
-        self._callers = Reloading((path,), lambda: _read(path), KeysError)
-
-    @classmethod
-    def load(cls, path: pathlib.Path | None) -> Keys | None:
-        """The keys of a file, None without one. Raises KeysError, which names file and entry."""
-        return None if path is None else cls(path)
+    def __init__(self, path: pathlib.Path | None, admin_key: str = "") -> None:
+        """Reads a file of keys; without one, anybody may complete prompts. Besides, `admin_key` is the local administrator's.
+        Raises KeysError, which names file and entry."""
+        self._callers = None if path is None else Reloading((path,), lambda: _read(path), KeysError)
+        self._admin = _digest(admin_key) if admin_key else ""
 
     def caller(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
         """Whose key a call brings. Raises GatewayError (UNAUTHENTICATED)."""
         header = next((value for key, value in metadata if key == "authorization"), "")
         kind, _, key = str(header).partition(" ")
         # Looking the hash up leaks no more by its timing than how much of a hash agrees, which leads to no key.
-        caller = self._callers.get().get(_digest(key.strip())) if kind.lower() == "bearer" else None
+        digest = _digest(key.strip()) if kind.lower() == "bearer" else None
+        if digest == self._admin:
+            return LOCAL_ADMIN
+        if self._callers is None:
+            return ANONYMOUS
+        caller = self._callers.get().get(digest) if digest else None
         if caller is None:
             raise GatewayError(
                 grpc.StatusCode.UNAUTHENTICATED,
@@ -91,22 +96,47 @@ class Keys:
 
 
 def _read(path: pathlib.Path) -> dict[str, Caller]:
+    """The callers by the hashes of their keys. What stands there is taken as it stands: `no` and `010` are names."""
     try:
-        entries = yaml.safe_load(path.read_text())
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise KeysError(f"{path}: {error}") from error
-    if not isinstance(entries, dict) or not entries:
+    if not isinstance(root, yaml.MappingNode) or not root.value:
         raise KeysError(f"{path}: must hold lines of `name: SHA-256 of the key`; grokmesh key makes them")
     callers: dict[str, Caller] = {}
-    for name, entry in entries.items():
-        fields = dict(entry) if isinstance(entry, dict) else {"sha256": entry}
-        digest = str(fields.pop("sha256", ""))
-        if not _NAME.fullmatch(str(name)) or not _HASH.fullmatch(digest):
-            raise KeysError(f"{path}: {name} is no name with the SHA-256 of a key; grokmesh key makes them")
-        if digest in callers:
-            raise KeysError(f"{path}: {name} has the key of {callers[digest].name}")
-        callers[digest] = _caller(f"{path}: {name}", str(name), fields)
+    names: set[str] = set()
+    for name_node, entry in root.value:
+        name = str(name_node.value)
+        where = f"{path}:{name_node.start_mark.line + 1}: {name}"
+        fields = _fields(entry, where) if isinstance(entry, yaml.MappingNode) else {"sha256": entry}
+        digest = fields.pop("sha256", None)
+        if not _NAME.fullmatch(name) or not isinstance(digest, yaml.ScalarNode) or not _HASH.fullmatch(digest.value):
+            raise KeysError(f"{where} is no name with the SHA-256 of a key; grokmesh key makes them")
+        if name in names:
+            raise KeysError(f"{where} is there twice")
+        if digest.value in callers:
+            raise KeysError(f"{where} has the key of {callers[digest.value].name}")
+        names.add(name)
+        callers[digest.value] = _caller(where, name, {field: _value(node) for field, node in fields.items()})
     return callers
+
+
+def _fields(entry: yaml.MappingNode, where: str) -> dict[str, yaml.Node]:
+    fields: dict[str, yaml.Node] = {}
+    for key, value in entry.value:
+        if key.value in fields:
+            raise KeysError(f"{where}: {key.value} is there twice")
+        fields[str(key.value)] = value
+    return fields
+
+
+def _value(node: yaml.Node) -> Any:
+    """A number, or the texts of a list."""
+    if isinstance(node, yaml.SequenceNode):
+        return [getattr(item, "value", None) for item in node.value]
+    with contextlib.suppress(ValueError):
+        return int(node.value) if isinstance(node, yaml.ScalarNode) and node.style is None else node.value
+    return node.value
 
 
 def _caller(where: str, name: str, fields: dict[str, Any]) -> Caller:

@@ -56,7 +56,7 @@ class Gateway:
     def __init__(
         self,
         config: Config,
-        keys: Keys | None,
+        keys: Keys,
         limits: Limits,
         tokenizer: Tokenizer,
         sandbox: Sandbox,

@@ -26,7 +26,8 @@ class WebServer:
     """Serves `/` (the status page), `/status.json`, `/metrics` and `/targets` (for Prometheus' http_sd_config)."""
 
     def __init__(self, address: str, status: Status) -> None:
-        self._host, port = address.rsplit(":", 1)
+        host, port = address.rsplit(":", 1)
+        self._host = host.strip("[]")
         self._port = int(port)
         self._status = status
         application = web.Application()

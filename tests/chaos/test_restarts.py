@@ -7,6 +7,7 @@ import contextlib
 import os
 import pathlib
 
+from cluster import daemon
 from cluster.client import Client
 from tests.chaos.history import Load, make_cases
 from tests.cluster.service import Service, running
@@ -15,8 +16,12 @@ RESTARTS = int(os.environ.get("GROKMESH_RESTARTS", "2"))
 ONE_HOST = {"hosts": 1, "devices_per_host": 1, "data": 1, "model": 1}
 
 
+def _admin(service: Service) -> Client:
+    return Client(service.address, api_key=daemon.admin_key(service.address))
+
+
 def test_replicas_are_restarted_while_clients_that_never_try_twice_stream(tmp_path: pathlib.Path) -> None:
-    with running(tmp_path, mesh=ONE_HOST, replicas=2) as service, Client(service.address) as client:
+    with running(tmp_path, mesh=ONE_HOST, replicas=2) as service, _admin(service) as client:
         service.wait_for(lambda status: all(replica.slots for replica in status.replicas), 60)
         load = Load(service.address, make_cases(client, 12, seed=5), clients=4, seed=5, attempts=1)
         epochs = [client.restart(i % 2, timeout=60) for i in range(RESTARTS)]

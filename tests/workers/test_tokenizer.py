@@ -32,9 +32,13 @@ def test_the_pieces_of_any_text_join_to_it(text: str, split: int) -> None:
 
 @given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=60))
 def test_any_tokens_can_be_streamed(ids: list[int]) -> None:
-    streamed = _stream(TOKENIZER, [], ids)
-    if "\N{REPLACEMENT CHARACTER}" not in streamed:
-        assert streamed == TOKENIZER.decode(ids)
+    assert _stream(TOKENIZER, [], ids) == TOKENIZER.decode(ids)
+
+
+def test_a_replacement_character_of_the_text_itself_is_no_incomplete_one() -> None:
+    text = "\N{REPLACEMENT CHARACTER}" * 3 + "é!"
+    prompt = TOKENIZER.encode("x")
+    assert _stream(TOKENIZER, prompt, TOKENIZER.encode("x" + text)[len(prompt) :]) == text
 
 
 def test_a_character_of_several_tokens_is_shown_whole() -> None:

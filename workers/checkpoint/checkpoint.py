@@ -71,7 +71,11 @@ def _tensor_files(directory: Location) -> list[Location]:
     folder = directory / "ckpt-0"
     if not folder.is_dir():
         raise CheckpointError(folder, "is no directory; a checkpoint is DIR/ckpt-0/tensor00000_000 and on")
-    files: list[Location] = sorted(folder.iterdir(), key=lambda path: path.name)
+    files: list[Location] = sorted(
+        # Hidden ones are of file systems and desktops, as lost+found is.
+        (path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "lost+found"),
+        key=lambda path: path.name,
+    )
     for i, path in enumerate(files):
         if not re.fullmatch(r"tensor\d{5}_\d{3}", path.name):
             raise CheckpointError(path, "is no tensor file; expected names such as tensor00000_000")

@@ -254,6 +254,10 @@ class _Walk:
                 if len(state) != 2:
                     self._fail(f"a QuantizedWeight8bit with fields {sorted(state)}; expected weight and scales")
                 target.fields = {"weight": w, "scales": s}
+            case _Array(), (1, _, _, True, _):
+                self._fail("has an array in Fortran's order; write it with numpy.ascontiguousarray")
+            case _Dtype(), (3, ">", *_):
+                self._fail("has an array of big-endian numbers; write it with array.astype of a little-endian type")
             case _:
                 self._fail(f"an object state that is not an array's, but a {type(state).__name__}")
 

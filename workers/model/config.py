@@ -121,7 +121,7 @@ class GrokConfig:
         """Reads `path`, a `config.json`. Raises ConfigError when it is no JSON object or does not describe a model."""
         try:
             values = json.loads(path.read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected a JSON object")

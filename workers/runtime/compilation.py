@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -12,13 +13,22 @@ from typing import Any
 import jax
 from jax._src import distributed
 
+_LOG = logging.getLogger(__name__)
+
 #: Threads that compile. XLA uses several for one program, but not all the time.
 MAX_THREADS = 8
 
 
-def use_cache(directory: pathlib.Path, rank: int) -> None:
-    """Keeps compiled programs of this rank in a folder of its own: on CPU hosts they differ by rank. Before any compilation."""
-    jax.config.update("jax_compilation_cache_dir", str(directory / f"rank{rank}"))
+def use_cache(directory: str, rank: int) -> None:
+    """Keeps compiled programs of this rank in a folder of its own: on CPU hosts they differ by rank. Before any compilation. A
+    folder that can't be had costs time at the next start, and nothing else."""
+    try:
+        own = pathlib.Path(directory).expanduser() / f"rank{rank}"
+        own.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, OSError) as error:
+        _LOG.warning("cluster.compilation_cache=%s: %s; nothing is kept of what is compiled", directory, error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(own))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
