@@ -255,6 +255,7 @@ class Replica:
                 mesh=config.mesh_spec,
                 engine=config.engine_spec,
                 compilation_cache=config.cluster.compilation_cache or None,
+                stall_seconds=config.telemetry.stall_seconds,
             )
             for rank in range(len(endpoints))
         ]

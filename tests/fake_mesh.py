@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from workers.engine.plan import EngineShape, Plan, StepTokens, Token
@@ -17,6 +17,7 @@ from workers.link import LeaderServer, LinkError, free_port
 from workers.model.config import GrokConfig
 from workers.runtime.profiler import Profiler
 from workers.sandbox import Sandbox
+from workers.stalls import StallWatch
 
 
 class FakeRuntime:
@@ -51,7 +52,13 @@ class FakeRuntime:
 
 @contextlib.contextmanager
 def leading(
-    shape: EngineShape, vocab_size: int, max_waiting: int, seconds: float = 0.0, sandbox: Sandbox | None = None
+    shape: EngineShape,
+    vocab_size: int,
+    max_waiting: int,
+    seconds: float = 0.0,
+    sandbox: Sandbox | None = None,
+    stall_seconds: float | None = None,
+    stalled: Callable[[str], None] = print,
 ) -> Iterator[str]:
     """The address of a leader of epoch 1, whose secret is b"s", that serves while the block runs; steps take `seconds`. Only
     with a `sandbox` does it follow grammars."""
@@ -61,9 +68,10 @@ def leading(
     scheduler = Scheduler(shape, vocab_size, max_waiting)
     followed: Any = sandbox
     constraints = Constraints(followed, 2 * shape.slots, server.wake)
-    leader = Leader(runtime, scheduler, server, 1, lambda: 0, Profiler(), constraints, prefill_slowdown=2.0)
 
     def lead() -> None:
+        stalls = StallWatch("the leader's loop", stall_seconds, stalled)
+        leader = Leader(runtime, scheduler, server, 1, lambda: 0, Profiler(), constraints, stalls, prefill_slowdown=2.0)
         with contextlib.suppress(LinkError):  # at the end
             leader.run()
 

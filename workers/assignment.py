@@ -81,6 +81,7 @@ class Assignment:
       coordinator: `host:port` where JAX's coordination service listens, on rank 0.
       leader: `host:port` where the leader listens; empty for nowhere.
       compilation_cache: directory of compiled programs kept between starts, or None.
+      stall_seconds: see `cluster.config.TelemetrySection`.
     """
 
     replica: int
@@ -93,6 +94,7 @@ class Assignment:
     mesh: MeshSpec
     engine: EngineSpec
     compilation_cache: str | None
+    stall_seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from grok.engine.v1 import engine_pb2
 from workers import metrics, wire
@@ -17,10 +17,11 @@ from workers.engine.plan import Plan, Sampling
 from workers.engine.request import Failure, Refused, Request, Timing, TokenEvent
 from workers.engine.scheduler import Counts, Scheduler
 from workers.grammar_job import Constraints, RemoteConstraint
-from workers.link import PULSE_SECONDS, GatewayLink, LeaderServer, Link, LinkError
+from workers.link import PULSE_SECONDS, GatewayLink, Incoming, LeaderServer, Link, LinkError
 from workers.model.config import GrokConfig
 from workers.runtime.profiler import Profiler
 from workers.runtime.runtime import Pending, Runtime
+from workers.stalls import StallWatch
 from workers.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Leader:
         compilations: Callable[[], int],
         profiler: Profiler,
         constraints: Constraints,
+        stalls: StallWatch,
         prefill_slowdown: float,
     ) -> None:
         self._runtime = runtime
@@ -60,6 +62,7 @@ class Leader:
         self._compilations = compilations
         self._profiler = profiler
         self._constraints = constraints
+        self._stalls = stalls
         self._opening: dict[str, tuple[Request, RemoteConstraint]] = {}
         self._budget = PromptBudget(runtime.shape.chunk, prefill_slowdown)
         self._counted = Counts()
@@ -79,6 +82,7 @@ class Leader:
         clock = _Clock()
         idle = True
         while True:
+            self._stalls.turn()
             self._hear(block=idle)
             if idle:
                 clock.restart()
@@ -104,7 +108,7 @@ class Leader:
             idle = pending is None and dispatched is None
             pending = dispatched
             if pending is not None:
-                with self._watchdog.waiting(pending.plan):
+                with self._waiting(pending.plan):
                     _probe(self._runtime, pending)
             self._fail(self._scheduler.failures())
             self._tell(events)
@@ -122,11 +126,17 @@ class Leader:
 
     def _execute(self, plan: Plan) -> Pending:
         self._watchdog.dispatched(plan)
-        with self._watchdog.waiting(plan):
+        with self._waiting(plan):
             return self._runtime.execute(plan)
 
+    @contextlib.contextmanager
+    def _waiting(self, plan: Plan) -> Iterator[None]:
+        """The devices have to do with a plan while the block runs."""
+        with self._watchdog.waiting(plan), self._stalls.resting():
+            yield
+
     def _read(self, pending: Pending) -> list[TokenEvent]:
-        with self._watchdog.waiting(pending.plan):
+        with self._waiting(pending.plan):
             tokens = self._runtime.read(pending)
         self._watchdog.done(pending.plan)
         self._routing.add(tokens.expert_tokens)
@@ -138,7 +148,7 @@ class Leader:
         until = time.monotonic() + (CANARY_SECONDS if block else 0.0) + HEAR_SECONDS
         while time.monotonic() < until:
             try:
-                incoming = self._server.inbox.get(block, CANARY_SECONDS)
+                incoming = self._next(block)
             except queue.Empty:
                 if block:
                     with contextlib.suppress(Refused):  # the last one waits for a slot still
@@ -159,6 +169,12 @@ class Leader:
                 self._submit(gateway, message.submit)
             elif message.HasField("cancel"):
                 self._cancel(message.cancel.request_id)
+
+    def _next(self, block: bool) -> Incoming | None:
+        if not block:
+            return self._server.inbox.get_nowait()
+        with self._stalls.resting():
+            return self._server.inbox.get(timeout=CANARY_SECONDS)
 
     def _submit(self, gateway: GatewayLink, message: engine_pb2.Submit) -> None:
         try:

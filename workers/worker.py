@@ -18,6 +18,7 @@ from workers.environment import bypass_proxies
 from workers.grammar_job import Constraints
 from workers.link import LeaderServer, connect, wait_for_listener
 from workers.sandbox import Sandbox
+from workers.stalls import StallWatch
 
 if TYPE_CHECKING:
     from workers.preparation import Preparation
@@ -159,8 +160,9 @@ class Worker:
             compilations = self._compilations_while_serving
             slowdown = a.engine.prefill_slowdown
             constraints = Constraints(self._sandbox, 2 * runtime.shape.slots, self._server.wake)
+            stalls = StallWatch("the leader's loop", a.stall_seconds, _LOG.warning)
             leader = Leader(
-                runtime, scheduler, self._server, a.epoch, compilations, self.profiler, constraints, slowdown
+                runtime, scheduler, self._server, a.epoch, compilations, self.profiler, constraints, stalls, slowdown
             )
             leader.run()
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 
 import grpc.aio
@@ -20,10 +21,14 @@ from cluster.gateway.service import GenerationService
 from cluster.gateway.texts import Texts
 from cluster.gateway.tls import server_credentials
 from cluster.gateway.validation import Limits
+from cluster.telemetry import metrics
 from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
 from workers.model.parameters import parameter_table
 from workers.sandbox import Sandbox
+from workers.stalls import StallWatch
 from workers.tokenizer import Tokenizer
+
+_LOG = logging.getLogger(__name__)
 
 GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
@@ -31,6 +36,8 @@ CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
 #: Seconds that completions have to end which were told to go on elsewhere, and that calls have which are none.
 END_SECONDS, IDLE_GRACE_SECONDS = 10.0, 1.0
 _POLL_SECONDS = 0.05
+#: Seconds between measurements of the loop's lag.
+BEAT_SECONDS = 0.05
 #: Calls at a time beside completions: status, health, what is turned away.
 EXTRA_CALLS = 1024
 #: Of gRPC: how much a connection may hold, and when one that is dead or of no use ends.
@@ -70,6 +77,7 @@ class Gateway:
         """With `shares_port` another service may listen at the same address, as a predecessor does."""
         self._config = config.gateway
         self._shares_port = shares_port
+        self._stall_seconds = config.telemetry.stall_seconds
         self._router = router
         self._health = health.aio.HealthServicer()
         self.admission = Admission(config.gateway.max_requests, config.gateway.queue_seconds)
@@ -114,6 +122,7 @@ class Gateway:
             raise OSError(f"gateway.address={self._config.address} can't be listened on") from error
         await self.set_ready(False)
         await self._server.start()
+        self._lag = asyncio.ensure_future(_measure_lag(self._stall_seconds))
 
     async def set_ready(self, ready: bool) -> None:
         """Tells health checkers whether any replica serves."""
@@ -138,12 +147,26 @@ class Gateway:
         await self._server.stop(0)
         await stopping
         self._texts.close()
+        self._lag.cancel()
 
     async def _emptied(self, seconds: float) -> None:
         """Waits until no completion is in the gateway, at most so long."""
         deadline = asyncio.get_running_loop().time() + seconds
         while self.admission.in_flight and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(_POLL_SECONDS)
+
+
+async def _measure_lag(stall_seconds: float | None) -> None:
+    """Measures how late this loop comes to what is due; whatever makes it late by more than `stall_seconds` is logged."""
+    loop = asyncio.get_running_loop()
+    pause = BEAT_SECONDS if stall_seconds is None else stall_seconds / 2
+    # A turn, as the watch knows it, goes from one beat to the next.
+    watch = StallWatch("the gateway's loop", None if stall_seconds is None else stall_seconds + pause, _LOG.warning)
+    while True:
+        watch.turn()
+        due = loop.time() + pause
+        await asyncio.sleep(pause)
+        metrics.LOOP_LAG.observe(max(loop.time() - due, 0.0))
 
 
 def _check_free(address: str) -> None:

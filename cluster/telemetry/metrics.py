@@ -65,6 +65,12 @@ IN_FLIGHT = Gauge("grokmesh_gateway_requests_in_flight", "Completions in the gat
 QUEUED = Gauge(
     "grokmesh_gateway_queued_requests", "Completions in the gateway that have no token yet.", registry=REGISTRY
 )
+LOOP_LAG = Histogram(
+    "grokmesh_gateway_loop_lag_seconds",
+    "How late the gateway's event loop comes to what is due, taken twenty times a second. All requests wait for it.",
+    buckets=(0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0),
+    registry=REGISTRY,
+)
 REPLICAS_READY = Gauge("grokmesh_replicas_ready", "Replicas that serve.", registry=REGISTRY)
 REPLICAS_WANTED = Gauge("grokmesh_replicas_wanted", "Replicas that should serve.", registry=REGISTRY)
 EPOCH = Gauge("grokmesh_replica_epoch", "Epoch of a replica's mesh.", ["replica"], registry=REGISTRY)
