@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import os
 import pathlib
 import re
 import subprocess
@@ -24,6 +26,15 @@ PROJECT = pathlib.Path(__file__).parent.parent
 DEPLOY = PROJECT / "deploy"
 CLUSTERS = ("cluster.yaml", "gcp-gpu.yaml", "gcp-tpu.yaml")
 KUBERNETES = "1.35"
+LOCKS = sorted(PROJECT.glob("requirements*.lock"))
+PLUGINS = {"cpu": set(), "gpu": {"jax-cuda13-plugin", "jax-cuda13-pjrt"}, "tpu": {"libtpu"}}
+# Stands for Python: makes an environment that has itself for Python, and writes down what that is told.
+STUB = """#!/bin/sh
+case "$2" in
+    venv) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    *) echo "$@" >> "$TOLD" ;;
+esac
+"""
 
 
 def _manifests() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -111,6 +122,73 @@ def test_the_clusters_service_is_configured_for_its_hosts() -> None:
     config = load_config(DEPLOY / "ray_config.yaml")
     assert (config.cluster.address, config.gateway.address) == ("auto", "0.0.0.0:50051")
     assert config.model.checkpoint == str(PROJECT / "models" / "demo")
+
+
+def _locked(path: pathlib.Path) -> dict[str, list[str]]:
+    """What a lock says of each package: versions, where each is meant, and their hashes. Fails at any other line."""
+    packages: dict[str, list[str]] = {}
+    name = ""
+    for line in path.read_text().splitlines():
+        if found := re.fullmatch(r"([a-z0-9-]+)(?:\[[a-z0-9,-]+\])?==[a-z0-9.!+]+( ; [^;]+)? \\", line):
+            name = found[1]
+        else:
+            assert re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", line), f"{path.name}: {line}"
+        packages.setdefault(name, []).append(line.removesuffix(" \\").strip())
+    return packages
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=[lock.name for lock in LOCKS])
+def test_a_lock_names_versions_and_hashes_of_all_its_packages_and_no_place_to_get_them_from(lock: pathlib.Path) -> None:
+    for name, lines in _locked(lock).items():
+        for line, following in itertools.pairwise([*lines, name]):
+            assert "==" not in line or following.startswith("--hash="), f"{name} has a version without a hash"
+
+
+def test_a_package_is_the_same_in_all_locks() -> None:
+    for one, other in itertools.combinations(LOCKS, 2):
+        first, second = _locked(one), _locked(other)
+        differing = {name for name in first.keys() & second.keys() if first[name] != second[name]}
+        assert not differing, f"{one.name} and {other.name}"
+
+
+@pytest.mark.parametrize("extra", PLUGINS)
+def test_a_host_installs_nothing_without_its_hash(extra: str, tmp_path: pathlib.Path) -> None:
+    """One lock holds all that a platform needs, JAX's plugin too; the project itself comes from here, without dependencies."""
+    python, told = tmp_path / "python", tmp_path / "told"
+    python.write_text(STUB)
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "EXTRA": extra, "TOLD": str(told)}
+    subprocess.run([PROJECT / "scripts" / "install.sh", tmp_path / "grokmesh"], env=environment, check=True)
+    packages, project = told.read_text().splitlines()
+    found = re.fullmatch(r"-m pip install( --[a-z-]+)* --require-hashes -r (\S+)", packages)
+    assert found, packages
+    assert re.fullmatch(r"-m pip install( --[a-z-]+)* --no-deps --no-build-isolation \.", project)
+    locked, base = _locked(PROJECT / found[2]), _locked(PROJECT / "requirements.lock")
+    assert base.keys() | PLUGINS[extra] <= locked.keys()
+
+
+def test_a_platform_that_is_unknown_is_refused_before_anything_is_made(tmp_path: pathlib.Path) -> None:
+    install = [PROJECT / "scripts" / "install.sh", tmp_path / "grokmesh"]
+    environment = {**os.environ, "EXTRA": "npu"}
+    done = subprocess.run(install, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "EXTRA=npu is unknown; use cpu, gpu or tpu\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_whatever_else_is_installed_by_scripts_and_deploy_is_hashed_too() -> None:
+    lines = [
+        (path.name, line)
+        for folder in (PROJECT / "scripts", DEPLOY)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".pyc" and path.name != "install.sh"
+        for line in path.read_text().splitlines()
+        if re.search(r"\bpip[0-9.]* install|\buv (pip|add|sync)|\bpipx ", line)
+    ]
+    assert {name for name, _ in lines} >= {"gcp-gpu.yaml", "gcp-tpu.yaml"}
+    for name, line in lines:
+        found = re.search(r"install --require-hashes -r ~/grokmesh/(\S+)$", line)
+        assert found, f"{name}: {line}"
+        assert PROJECT / found[1] in LOCKS
 
 
 def test_the_image_is_linted_pinned_and_installs_as_a_bare_machine_does(tmp_path: pathlib.Path) -> None:
