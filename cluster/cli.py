@@ -397,11 +397,14 @@ def _profile(arguments: argparse.Namespace) -> int:
     folder: pathlib.Path = arguments.output / "plugins" / "profile" / time.strftime("%Y_%m_%d_%H_%M_%S")
     with _client(arguments, attempts=1) as client:
         files = client.profile(arguments.replica, arguments.steps, timeout=arguments.timeout)
-    folder.mkdir(parents=True)
     for rank, path, content in files:
-        # A run's files lie beside each other, named by host; XProf shows the hosts of a run together.
+        # A run's files lie beside each other, named by host; XProf shows the hosts of a run together. Many steps are several
+        # runs, which the workers number.
         ending = path.name.removeprefix(path.name.split(".")[0])
-        (folder / f"host-{rank}{ending}").write_bytes(content)
+        number = path.parent.name.rpartition("_")[2]
+        run = folder if number == "0000" else folder.with_name(f"{folder.name}_{number}")
+        run.mkdir(parents=True, exist_ok=True)
+        (run / f"host-{rank}{ending}").write_bytes(content)
     print(f"{len(files)} files in {folder}")
     print(f"xprof --logdir {arguments.output} shows them; ui.perfetto.dev opens the .trace.json.gz files")
     return 0

@@ -58,4 +58,4 @@ def test_an_idle_engine_gives_no_trace_and_two_are_not_taken_at_once(
     with pytest.raises(ProfilerError, match="2 of 2 steps"):
         first.result()
     _step(profiler)  # nothing is begun for one that has gone
-    assert profiler._running is None
+    assert profiler._span is None
