@@ -12,7 +12,7 @@ import pathlib
 from cluster.config import Config, ConfigError
 from workers.capacity import hardware as hw
 from workers.capacity.hardware import GIB
-from workers.capacity.memory import Precision
+from workers.capacity.memory import Precision, whole_bytes
 from workers.capacity.planner import (
     CHUNK,
     PAGE_SIZE,
@@ -23,13 +23,18 @@ from workers.capacity.planner import (
     pages_that_fit,
     plan,
 )
-from workers.capacity.report import as_json, describe
+from workers.capacity.report import DISK, OBJECT_STORE, as_json, describe
 from workers.capacity.witness import Engine, NoCompilerError, Witness, summon
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.storage import locate
 from workers.model.config import GrokConfig
 
 _LOG = logging.getLogger(__name__)
+
+#: Seconds that requests wait for a lost replica at the least.
+LEAST_FAILOVER = 120.0
+#: Bytes a second that a CPU host packs for its kernels.
+PACKING = 0.5e9
 _DEMO = pathlib.Path(__file__).parent.parent / "models" / "demo"
 
 
@@ -70,6 +75,20 @@ def with_pages(config: Config, model: GrokConfig, path: pathlib.Path) -> Config:
     if pages < full:
         _LOG.info("memory has room for %d of the %d KV pages that all slots could fill", pages * groups, full * groups)
     return dataclasses.replace(config, engine=dataclasses.replace(engine, kv_pages=pages * groups))
+
+
+def with_failover(config: Config, model: GrokConfig) -> Config:
+    """The configuration with a `gateway.failover_seconds` in which a replica that has lost a host can load the model again."""
+    if config.gateway.failover_seconds is not None:
+        return config
+    rate = OBJECT_STORE if "://" in config.model.checkpoint else DISK
+    if config.cluster.platform == "cpu":
+        rate = min(rate, PACKING)
+    loading = whole_bytes(model, "int8") / config.mesh.hosts / rate
+    seconds = max(LEAST_FAILOVER, 60 + 2 * loading)
+    if seconds > LEAST_FAILOVER:
+        _LOG.info("a host reads the model in about %.0f s: requests wait for a lost replica %.0f s", loading, seconds)
+    return dataclasses.replace(config, gateway=dataclasses.replace(config.gateway, failover_seconds=seconds))
 
 
 def _hardware(config: Config) -> hw.Hardware | None:

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -136,6 +137,14 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="list a checkpoint's tensors and its configuration")
     inspect.add_argument("directory", help="directory with ckpt-0/, or its URL in an object store")
+    inspect.add_argument(
+        "--digest",
+        metavar="DATAxMODEL",
+        help="read all, and record beside it the digests of what the devices of such a mesh hold; hosts compare with them",
+    )
+    inspect.add_argument(
+        "--rules", choices=RULES, default="tensor", help="how the model lies on that mesh (default: %(default)s)"
+    )
     inspect.set_defaults(run=_inspect)
 
     convert = commands.add_parser("convert", help="write a checkpoint in another format")
@@ -295,9 +304,24 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    from workers.checkpoint.checkpoint import open_checkpoint
+    from workers.checkpoint.digests import FILE, record
     from workers.checkpoint.inspection import describe
+    from workers.model.layout import Layout
 
-    print(describe(locate(arguments.directory)))
+    if not arguments.digest:
+        print(describe(locate(arguments.directory)))
+        return 0
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", arguments.digest)
+    directory = pathlib.Path(arguments.directory)
+    if found is None or not directory.is_dir():
+        problem = "is no DATAxMODEL, such as 1x8" if found is None else f"needs a directory; {directory} is none"
+        print(f"grokmesh: --digest {arguments.digest}: {problem}", file=sys.stderr)
+        return 2
+    checkpoint = open_checkpoint(directory)
+    sizes = {"data": int(found[1]), "model": int(found[2])}
+    count = record(checkpoint, directory, Layout.of(checkpoint.config, sizes, arguments.rules))
+    print(f"{directory / FILE}: digests of {count} parts")
     return 0
 
 

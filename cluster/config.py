@@ -150,7 +150,8 @@ class GatewaySection:
       max_message_bytes: of a client's message.
       drain_seconds: how long requests may go on after the service is told to stop.
       failover_seconds: how long requests wait for a lost replica to be built again where no other serves. They go on then where
-        they were, and their clients see nothing but a pause.
+        they were, and their clients see nothing but a pause. If absent, at least two minutes, and a minute more than twice what
+        the planner thinks that loading takes.
       api_keys: file of `name: SHA-256 of the key` lines, as `grokmesh key` makes them, or of names with scopes and limits;
         relative to this file. Without it anybody may call.
       tls_certificate, tls_key: PEM files of the gateway's certificate chain and its key; without them nothing is encrypted. All
@@ -163,7 +164,7 @@ class GatewaySection:
     queue_seconds: float = 60.0
     max_message_bytes: int = 4 * 1024 * 1024
     drain_seconds: float = 10.0
-    failover_seconds: float = 120.0
+    failover_seconds: float | None = None
     api_keys: pathlib.Path | None = None
     tls_certificate: pathlib.Path | None = None
     tls_key: pathlib.Path | None = None
@@ -374,7 +375,7 @@ class _Reader:
             "autoscaling.up_seconds", "autoscaling.down_seconds", "engine.prefill_slowdown",
         ):  # fmt: skip
             value = _lookup(config, name)
-            if not (math.isfinite(value) and value >= 0):
+            if value is not None and not (math.isfinite(value) and value >= 0):
                 self.fail(name, f"{name}={value} must be a finite number of at least 0")
         most = config.autoscaling.max_replicas
         if most is not None and most < config.replicas:

@@ -10,6 +10,7 @@ from cluster.autoscaling import Autoscaler, Signals
 from cluster.config import Config
 from cluster.gateway.latency import RecentLatency
 from cluster.gateway.router import Router
+from cluster.integrity import Canary, Digests
 from cluster.supervisor import Replica
 from cluster.suspects import Suspects
 from cluster.telemetry import metrics
@@ -28,7 +29,12 @@ class Fleet:
     """
 
     def __init__(
-        self, config: Config, router: Router, latency: RecentLatency, report: Callable[[Replica], None]
+        self,
+        config: Config,
+        router: Router,
+        latency: RecentLatency,
+        digests: Digests,
+        report: Callable[[Replica], None],
     ) -> None:
         self.wanted = config.replicas
         self._config = config
@@ -37,6 +43,7 @@ class Fleet:
         self._report = report
         self._autoscaler = Autoscaler(config.autoscaling, config.replicas)
         self._suspects = Suspects()
+        self._digests, self._canary = digests, Canary()
         self._replicas: dict[int, Replica] = {}
         self._lives: dict[int, asyncio.Task[None]] = {}
         self._endings: set[asyncio.Task[None]] = set()
@@ -79,7 +86,9 @@ class Fleet:
         staying = [r for r in self.replicas if r.state != cluster_pb2.REPLICA_STATE_DRAINING]
         for _ in range(self.wanted - len(staying)):
             index = next(i for i in range(len(self._replicas) + 1) if i not in self._replicas)
-            replica = Replica(index, self._config, self._router, self._suspects, self._report)
+            replica = Replica(
+                index, self._config, self._router, self._suspects, self._digests, self._canary, self._report
+            )
             self._replicas[index] = replica
             self._lives[index] = asyncio.ensure_future(replica.run())
         # Those that do not serve yet go first, then the youngest.

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import ray
 
 from cluster import daemon
-from cluster.capacity import with_pages
+from cluster.capacity import with_failover, with_pages
 from cluster.config import Config, ConfigError, check_model
 from cluster.fleet import Fleet
 from cluster.gateway.keys import Keys
@@ -26,6 +26,7 @@ from cluster.gateway.latency import RecentLatency
 from cluster.gateway.router import Router
 from cluster.gateway.server import Gateway
 from cluster.gateway.validation import Limits
+from cluster.integrity import Digests
 from cluster.local import local_cluster
 from cluster.status import ClusterService
 from cluster.supervisor import Replica
@@ -36,6 +37,7 @@ from grok.serving.v1 import cluster_pb2
 from workers import logs
 from workers.assignment import LOADING
 from workers.checkpoint.checkpoint import open_checkpoint
+from workers.checkpoint.digests import read_record
 from workers.checkpoint.storage import locate
 from workers.sandbox import Sandbox
 from workers.tokenizer import Tokenizer
@@ -65,7 +67,7 @@ def serve(config: Config, path: pathlib.Path, *, replace: bool = False) -> None:
     location = locate(config.model.checkpoint)
     checkpoint = open_checkpoint(location)
     check_model(config, checkpoint.config, path)
-    config = with_pages(config, checkpoint.config, path)
+    config = with_failover(with_pages(config, checkpoint.config, path), checkpoint.config)
     tokenizer = Tokenizer(location / "tokenizer.model")
     if tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise ConfigError(
@@ -119,11 +121,13 @@ class _Service:
         self._predecessor = predecessor
         self._tracer, self._end_traces = make_tracer(config.telemetry.traces_endpoint, config.model.name, version)
         self._readiness: asyncio.Queue[bool] = asyncio.Queue()
+        assert config.gateway.failover_seconds is not None
         self._router = Router(
             config.gateway.failover_seconds, on_change=lambda ready: self._readiness.put_nowait(ready > 0)
         )
         latency = RecentLatency()
-        self._fleet = Fleet(config, self._router, latency, _Reporter().report)
+        digests = Digests(read_record(locate(config.model.checkpoint)))
+        self._fleet = Fleet(config, self._router, latency, digests, _Reporter().report)
         self._metrics_url = f"http://{config.telemetry.address}/metrics"
         status = ClusterService(
             config, version, self._fleet, self._router, lambda: self._gateway.admission.in_flight, self._metrics_url

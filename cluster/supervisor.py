@@ -6,12 +6,13 @@ import asyncio
 import dataclasses
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import ray.exceptions
 
 from cluster.config import Config
 from cluster.gateway.router import LeaderAddress, Router
+from cluster.integrity import Canary, Digests
 from cluster.placement import SILENT_SECONDS, HostError, Placement, spares_beside
 from cluster.suspects import RAISED, Suspects
 from cluster.telemetry import metrics
@@ -58,6 +59,8 @@ class Replica:
         config: Config,
         router: Router,
         suspects: Suspects,
+        digests: Digests,
+        canary: Canary,
         on_progress: Callable[[Replica], None],
     ) -> None:
         self.index = index
@@ -67,6 +70,8 @@ class Replica:
         self.failures = 0
         self.last_failure = ""
         self._suspects = suspects
+        self._digests = digests
+        self._canary = canary
         self._placement: Placement | None = None
         self._serving = asyncio.Event()
         self._restart = asyncio.Event()
@@ -215,7 +220,7 @@ class Replica:
             # The first that ends decides: a mesh without one host is none.
             await _first(
                 asyncio.shield(serving),
-                self._router.serve(leader, self._ready),
+                self._router.serve(leader, self._ready, self._accept),
                 self._stand_by(placement),
                 self._restart.wait(),
             )
@@ -228,7 +233,12 @@ class Replica:
             await asyncio.gather(serving, return_exceptions=True)
 
     async def _form(self, placement: Placement, assignments: list[Assignment]) -> None:
-        await placement.ask("form", assignments)
+        loaded = await placement.ask("form", assignments)
+        difference = self._digests.check(placement.nodes, loaded)
+        if difference is not None:
+            problem = f"it has loaded other bytes of {difference.part} than {difference.others}"
+            raise HostError(difference.rank, OSError(f"{problem}; look at its copy of the checkpoint"), raised=True)
+        _LOG.info("%d of %d parts of the weights were compared", *self._digests.checked(loaded), extra=self.log_fields)
         await placement.ask("warm_up")
 
     async def _stand_by(self, placement: Placement) -> None:
@@ -293,6 +303,13 @@ class Replica:
     def log_fields(self) -> dict[str, int]:
         """For a log line's `extra`."""
         return {"replica": self.index, "epoch": self.epoch}
+
+    def _accept(self, canary: Sequence[float]) -> bool:
+        """Whether the mesh computes what others did."""
+        accepted = self._canary.accept(canary)
+        if not accepted:
+            _LOG.error("the mesh computes %s, unlike those before", list(canary), extra=self.log_fields)
+        return accepted
 
     def _ready(self) -> None:
         self._serving.set()

@@ -91,13 +91,13 @@ class Host:
                     return
             time.sleep(0.01)
 
-    def form(self, assignment: Assignment) -> None:
+    def form(self, assignment: Assignment) -> dict[str, int]:
         """See `Worker.form`."""
         logs.configure(replica=assignment.replica, epoch=assignment.epoch, rank=assignment.rank)
         with self._preparing:  # its time may come before it is done
             settle(os.environ)
             self._worker = Worker(assignment, self._preparation)
-        self._worker.form()
+        return self._worker.form()
 
     def warm_up(self) -> None:
         """See `Worker.warm_up`."""

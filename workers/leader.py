@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from grok.engine.v1 import engine_pb2
 from workers import metrics, wire
 from workers.engine.budget import PromptBudget
-from workers.engine.plan import Plan, Sampling
+from workers.engine.plan import Plan, Sampling, StepTokens
 from workers.engine.request import Failure, Refused, Request, Timing, TokenEvent
 from workers.engine.scheduler import Counts, Scheduler
 from workers.grammar_job import Constraints, RemoteConstraint
@@ -72,6 +72,9 @@ class Leader:
         metrics.SLOTS.set(runtime.shape.slots)
         self._owners: dict[str, GatewayLink] = {}
         self._gateways: set[GatewayLink] = set()
+        self._greeted: set[GatewayLink] = set()
+        #: Of the first canary.
+        self._canary: list[float] = []
         self._refusals: dict[GatewayLink, list[engine_pb2.Refusal]] = {}
         self._watchdog = Watchdog(server.give_up)
 
@@ -121,7 +124,12 @@ class Leader:
         while (plan := self._scheduler.plan()) is not None:
             self._server.broadcast(wire.plan_to_proto(plan, self._epoch))
             self._count(plan)
-            self._read(self._execute(plan))
+            with self._waiting(plan):
+                tokens = self._runtime.read(self._execute(plan))
+            self._canary += [
+                logprob for token in tokens.prefilled for logprob in (token.logprob, *dict(token.top).values())
+            ]
+            self._complete(plan, tokens)
         self._fail(self._scheduler.failures())
 
     def _execute(self, plan: Plan) -> Pending:
@@ -138,7 +146,10 @@ class Leader:
     def _read(self, pending: Pending) -> list[TokenEvent]:
         with self._waiting(pending.plan):
             tokens = self._runtime.read(pending)
-        self._watchdog.done(pending.plan)
+        return self._complete(pending.plan, tokens)
+
+    def _complete(self, plan: Plan, tokens: StepTokens) -> list[TokenEvent]:
+        self._watchdog.done(plan)
         self._routing.add(tokens.expert_tokens)
         return [event for event in self._scheduler.complete(tokens) if event.request_id != CANARY.id]
 
@@ -228,6 +239,7 @@ class Leader:
     def _drop(self, gateway: GatewayLink) -> None:
         """Nobody waits any more for what a lost gateway asked for."""
         self._gateways.discard(gateway)
+        self._greeted.discard(gateway)
         self._refusals.pop(gateway, None)
         for request_id in [id for id, owner in self._owners.items() if owner is gateway]:
             self._cancel(request_id)
@@ -274,6 +286,11 @@ class Leader:
                 if event.finish is not None:
                     self._forget(event.request_id)
         for gateway in self._gateways:
+            if gateway not in self._greeted:
+                self._greeted.add(gateway)
+                first = engine_pb2.Load(canary=self._canary)
+                first.MergeFrom(shared)
+                gateway.send(engine_pb2.LeaderOutput(epoch=self._epoch, load=first))
             gateway.send(
                 engine_pb2.LeaderOutput(
                     epoch=self._epoch,

@@ -45,8 +45,9 @@ class Worker:
         self.profiler: Profiler
         self.progress = Progress("starting", 0.0)
 
-    def form(self) -> None:
-        """Joins the mesh, loads this host's shards and compiles every program.
+    def form(self) -> dict[str, int]:
+        """Joins the mesh, loads this host's shards and compiles every program. Returns the digests of what was loaded; see
+        `checkpoint.digests`.
 
         Raises:
           CheckpointError, ConfigError: the model can't be loaded.
@@ -123,16 +124,18 @@ class Worker:
             if partition.kernels.stacked:
                 # Stacking runs programs on all devices, which hosts must start in the same order.
                 self.runtime = Runtime(preparation.blueprint, partition, compiled)
-                self.runtime.set_parameters(load()[0])
+                parameters, read = load()
             else:
                 # Reading and packing weights leaves cores for the compiler, and the other way round.
                 loading = pool.submit(load)
                 self.runtime = Runtime(preparation.blueprint, partition, compiled)
-                self.runtime.set_parameters(loading.result()[0])
+                parameters, read = loading.result()
+        self.runtime.set_parameters(parameters)
         self.profiler = Profiler()
         for kind, size in self.runtime.device_bytes.items():
             metrics.DEVICE_BYTES.labels(kind).set(size)
         self._report("compiled", 1.0)
+        return read.digests
 
     def warm_up(self) -> None:
         """Runs every program once, together with all other hosts, which must have formed."""

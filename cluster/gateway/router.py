@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import logging
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cluster.gateway.errors import Violation, breaking, exhausted, failed, invalid, unavailable
 from cluster.gateway.forecast import Ahead, Capacity, Forecast
@@ -117,7 +117,7 @@ class ReplicaLink:
             await asyncio.sleep(PULSE_SECONDS)
             self._silent += 1
         _LOG.error("replica %d has been silent for %g s", self.leader.replica, SILENCE_SECONDS)
-        self._writer.transport.abort()
+        self.abort()
 
     async def _tell_alive(self) -> None:
         while True:
@@ -133,6 +133,10 @@ class ReplicaLink:
                     _LOG.error("replica %d sent a frame of %d bytes", self.leader.replica, length)
                     return
                 self._hear(engine_pb2.LeaderOutput.FromString(await self._reader.readexactly(length)))
+
+    def abort(self) -> None:
+        """Ends the stream; `run` returns."""
+        self._writer.transport.abort()
 
     def close(self) -> list[Session]:
         """Ends the stream; returns the sessions that it leaves behind."""
@@ -202,12 +206,20 @@ class Router:
         link = self._links.get(replica)
         return link.load if link else engine_pb2.Load()
 
-    async def serve(self, leader: LeaderAddress, on_ready: Callable[[], None]) -> None:
+    async def serve(
+        self,
+        leader: LeaderAddress,
+        on_ready: Callable[[], None],
+        accept: Callable[[Sequence[float]], bool] = lambda _: True,
+    ) -> None:
         """Carries sessions to a replica, once all of its hosts have computed a token, until its stream ends; what is left of
-        them goes elsewhere. Raises OSError."""
+        them goes elsewhere. That token's logarithmic probabilities must be ones that `accept` takes. Raises OSError."""
         link = await ReplicaLink.connect(leader, self._refused, self._proceeded)
 
         def proven() -> None:
+            if not accept(link.load.canary):
+                link.abort()
+                return
             self._links[leader.replica] = link
             self._lost.discard(leader.replica)
             on_ready()

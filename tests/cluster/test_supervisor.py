@@ -13,6 +13,7 @@ import ray.exceptions
 from cluster import supervisor
 from cluster.config import Config, ModelSection
 from cluster.gateway.router import Router
+from cluster.integrity import Canary, Digests
 from cluster.placement import HostError, Placement
 from cluster.supervisor import GIVE_UP_FAILURES, Replica
 from cluster.suspects import TOO_MANY, Suspects
@@ -43,7 +44,7 @@ class _Host:
     def _form(self) -> asyncio.Future[Any]:
         if self._node.startswith("sick"):
             return _failed(ray.exceptions.RayTaskError("form", "the device is broken", ValueError("broken")))
-        return _never() if self._node.startswith("stuck") else _done(None)
+        return _never() if self._node.startswith("stuck") else _done({})
 
 
 def _never() -> asyncio.Future[Any]:
@@ -107,7 +108,8 @@ def _replica(
     monkeypatch.setattr(Placement, "create", create)
     monkeypatch.setattr(supervisor, "spares_beside", lambda mesh, cluster, avoided: True)
     config = Config(ModelSection("demo", str(DEMO)))
-    return Replica(0, config, Router(0), suspects, lambda r: states.append(r.state) if states is not None else None)
+    report = (lambda replica: None) if states is None else (lambda replica: states.append(replica.state))
+    return Replica(0, config, Router(0), suspects, Digests({}), Canary(), report)
 
 
 def test_a_replica_that_keeps_failing_is_given_up_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

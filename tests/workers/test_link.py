@@ -120,8 +120,9 @@ def test_a_follower_that_is_lost_or_silent_ends_all_streams(silent: bool) -> Non
         while server.inbox.get(timeout=5) is not None:
             pass
         assert time.monotonic() - began < SILENCE_SECONDS + 0.5
-        with pytest.raises(LinkError, match="a follower is lost"):
+        with pytest.raises(LinkError, match="follower 1 ") as raised:
             server.broadcast(engine_pb2.Plan(epoch=3, number=1))
+        assert raised.value.rank == 1, "so that its host can be blamed"
         with contextlib.suppress(LinkError):
             while gateway.receive() is not None:
                 pass

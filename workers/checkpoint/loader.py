@@ -19,6 +19,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from workers.checkpoint.checkpoint import Checkpoint
+from workers.checkpoint.digests import digest, part_name, source_groups
 from workers.checkpoint.errors import CheckpointError
 from workers.checkpoint.reading import Bounds, read_slice
 from workers.checkpoint.tensor_file import ArraySpan, TensorFile
@@ -54,6 +55,8 @@ class LoadProgress:
         self.total = total
         self.read = 0
         self.tensors = 0
+        #: Of each part of an array that a device holds, by its name; see `digests`.
+        self.digests: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def add(self, count: int = 0, tensors: int = 0) -> None:
@@ -316,7 +319,7 @@ class _Reader:
         def scale_shard(index: Index) -> Array:
             first, stop, _ = index[-2].indices(kept)
             repeats = kept // groups
-            source = slice(first // repeats, -(-stop // repeats))
+            source = slice(*source_groups((first, stop), repeats))
             rows = np.arange(first, stop) // repeats - source.start
             return self._slice(scales, (*index[:-2], source, index[-1]))[..., rows, :]
 
@@ -377,10 +380,14 @@ class _Reader:
         bounds = _bounds(span, index)
         if span is self._file.values and self._together is not None:
             whole = self._part(span, self._together)
-            return np.ascontiguousarray(
-                whole[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(bounds, self._together, strict=True))]
-            )
-        return self._part(span, bounds)
+            place = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(bounds, self._together, strict=True))
+            part = np.ascontiguousarray(whole[place])
+        else:
+            part = self._part(span, bounds)
+        name = part_name(self._file.path, span, bounds)
+        if name not in self._progress.digests:
+            self._progress.digests[name] = digest(part)
+        return part
 
     def _part(self, span: ArraySpan, bounds: Bounds) -> Array:
         key = (span.offset, bounds)

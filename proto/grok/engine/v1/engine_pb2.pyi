@@ -440,6 +440,7 @@ class Load(_message.Message):
     ROUTING_FIELD_NUMBER: _builtins.int
     PAGES_CACHED_FIELD_NUMBER: _builtins.int
     POSITIONS_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Sequences with a slot."""
     waiting: _builtins.int
@@ -460,6 +461,12 @@ class Load(_message.Message):
     def routing(self) -> _containers.RepeatedCompositeFieldContainer[Global___Routing]:
         """What the router did so far."""
 
+    @_builtins.property
+    def canary(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """In the first load to a gateway: logarithmic probabilities of the token that all hosts computed together before they served,
+        and of those likeliest at its place.
+        """
+
     def __init__(
         self,
         *,
@@ -472,10 +479,11 @@ class Load(_message.Message):
         routing: _abc.Iterable[Global___Routing] | None = ...,
         pages_cached: _builtins.int = ...,
         positions: _builtins.int = ...,
+        canary: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compilations", b"compilations", "pages_cached", b"pages_cached", "pages_total", b"pages_total", "pages_used", b"pages_used", "positions", b"positions", "routing", b"routing", "running", b"running", "slots", b"slots", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "compilations", b"compilations", "pages_cached", b"pages_cached", "pages_total", b"pages_total", "pages_used", b"pages_used", "positions", b"positions", "routing", b"routing", "running", b"running", "slots", b"slots", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
