@@ -108,6 +108,6 @@ class Fleet:
         life.cancel()
         await asyncio.gather(life, return_exceptions=True)
         del self._replicas[replica.index]
-        for metric in (metrics.EPOCH, metrics.FAILURES):
+        for metric in (metrics.EPOCH, metrics.REPLICA_FAILURES):
             metric.remove(str(replica.index))
         _LOG.info("replica %d has ended", replica.index, extra=replica.log_fields)

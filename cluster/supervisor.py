@@ -324,7 +324,7 @@ class Replica:
 
     def _count_failures(self, failures: int) -> None:
         self.failures = failures
-        metrics.FAILURES.labels(str(self.index)).set(failures)
+        metrics.REPLICA_FAILURES.labels(str(self.index)).set(failures)
 
     def _enter(self, state: cluster_pb2.ReplicaState.ValueType) -> None:
         self.state = state

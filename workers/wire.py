@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grok.engine.v1 import engine_pb2
-from workers.engine.plan import Admission, Chunk, Draft, Growth, Mask, Plan, Sampling, Token
+from workers.engine.plan import Admission, Chunk, Draft, Forced, Growth, Mask, Plan, Sampling, Token
 from workers.engine.request import Finish, Load, Request, Timing, TokenEvent
 
 _FINISH = {
@@ -106,6 +106,7 @@ def plan_to_proto(plan: Plan, epoch: int) -> engine_pb2.Plan:
         drafts=[engine_pb2.Draft(slot=d.slot, position=d.position, tokens=d.tokens) for d in plan.drafts],
         steps=plan.steps,
         growths=[engine_pb2.Growth(slot=g.slot, first=g.first, pages=g.pages) for g in plan.growths],
+        forced=[engine_pb2.Forced(slot=f.slot, token=f.token) for f in plan.forced],
     )
 
 
@@ -128,6 +129,7 @@ def plan_from_proto(message: engine_pb2.Plan) -> Plan:
         drafts=tuple(Draft(d.slot, d.position, tuple(d.tokens)) for d in message.drafts),
         steps=message.steps,
         growths=tuple(Growth(g.slot, g.first, tuple(g.pages)) for g in message.growths),
+        forced=tuple(Forced(f.slot, f.token) for f in message.forced),
     )
 
 

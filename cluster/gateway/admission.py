@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
-from cluster.gateway.errors import Violation, exhausted, invalid, unavailable
+from cluster.gateway.errors import KEY_LIMIT, Violation, exhausted, invalid, unavailable
 from cluster.gateway.keys import ANONYMOUS, Caller
 from cluster.telemetry import metrics
 
@@ -81,12 +81,12 @@ class Admission:
             caller != ANONYMOUS and own + count > free
         ):
             metrics.REJECTIONS.labels("key_requests").inc()
-            raise exhausted(f"{own} requests of this key are in the gateway already", retry_seconds=1.0)
+            raise exhausted(f"{own} requests of this key are in the gateway already", 1.0, KEY_LIMIT)
         if caller.tokens_per_minute is not None:
             wait = self._bucket(caller, caller.tokens_per_minute).wait(self._clock())
             if wait > 0:
                 metrics.REJECTIONS.labels("key_tokens").inc()
-                raise exhausted(f"this key has {caller.tokens_per_minute} tokens a minute", retry_seconds=wait)
+                raise exhausted(f"this key has {caller.tokens_per_minute} tokens a minute", wait, KEY_LIMIT)
 
     def used(self, caller: Caller, tokens: int) -> None:
         """Charges a key for what a completion took."""

@@ -98,9 +98,13 @@ def failed(message: str) -> GatewayError:
     return GatewayError(grpc.StatusCode.FAILED_PRECONDITION, "COMPLETION_FAILED", message)
 
 
-def exhausted(message: str, retry_seconds: float) -> GatewayError:
+#: Reason of errors that a key's own limits cause.
+KEY_LIMIT = "KEY_LIMIT"
+
+
+def exhausted(message: str, retry_seconds: float, reason: str = "OVERLOADED") -> GatewayError:
     """RESOURCE_EXHAUSTED: too much is asked at once."""
-    return GatewayError(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", message, retry_seconds=retry_seconds)
+    return GatewayError(grpc.StatusCode.RESOURCE_EXHAUSTED, reason, message, retry_seconds=retry_seconds)
 
 
 def _cut(text: str, most: int) -> str:

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from opentelemetry import trace
 
 from cluster.gateway.call import CURRENT, Call
-from cluster.gateway.errors import GatewayError, code_name, exhausted
+from cluster.gateway.errors import KEY_LIMIT, GatewayError, code_name, exhausted
 from cluster.gateway.keys import Keys
 from cluster.gateway.texts import INLINE_BYTES
 from cluster.telemetry import metrics
@@ -206,6 +206,9 @@ class _Outcome:
         status = self._status(code, error)
         seconds = time.monotonic() - call.began
         metrics.REQUESTS.labels(call.method, code).inc()
+        own_limit = isinstance(error, GatewayError) and error.reason == KEY_LIMIT
+        if code in metrics.FAILURE_CODES and call.method.startswith("Generate") and not own_limit:
+            metrics.FAILURES.labels(code).inc()
         if code == "RESOURCE_EXHAUSTED":
             metrics.REJECTION_SECONDS.observe(seconds)
         level = logging.INFO if call.method in _WORK and code not in _TURNED_AWAY else logging.DEBUG

@@ -11,6 +11,8 @@ disable_created_metrics()
 
 #: Codes that a completion can end with, besides the client's own faults.
 SERVER_CODES = ("OK", "UNAVAILABLE", "INTERNAL", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "CANCELLED")
+#: Of these, those that are failures of the service.
+FAILURE_CODES = ("UNAVAILABLE", "INTERNAL", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
 REJECTION_REASONS = (
     "draining", "full", "queue", "engine_full", "no_replica", "unauthenticated", "scope", "key_requests", "key_tokens",
 )  # fmt: skip
@@ -40,6 +42,13 @@ REQUEST_DURATION = Histogram(
     registry=REGISTRY,
 )
 REQUESTS = Counter("grokmesh_gateway_requests", "Calls that ended.", ["method", "code"], registry=REGISTRY)
+FAILURES = Counter(
+    "grokmesh_gateway_failures",
+    "Completions that ended by no choice of the caller's: errors of the service, requests that it turned away, deadlines that "
+    "it missed. What a key's own limits turn away is not among them.",
+    ["code"],
+    registry=REGISTRY,
+)
 REJECTIONS = Counter(
     "grokmesh_gateway_rejections", "Completions that were not admitted.", ["reason"], registry=REGISTRY
 )
@@ -77,7 +86,7 @@ EPOCH = Gauge("grokmesh_replica_epoch", "Epoch of a replica's mesh.", ["replica"
 REBUILDS = Counter(
     "grokmesh_replica_rebuilds", "Meshes that were formed again after a failure.", ["replica"], registry=REGISTRY
 )
-FAILURES = Gauge(
+REPLICA_FAILURES = Gauge(
     "grokmesh_replica_failures_in_a_row",
     "Epochs of a replica that failed one after the other.",
     ["replica"],
@@ -100,5 +109,7 @@ def begin(version: str) -> None:
     for method in ("Generate", "GenerateOnce"):
         for code in SERVER_CODES:
             REQUESTS.labels(method, code)
+    for code in FAILURE_CODES:
+        FAILURES.labels(code)
     for reason in REJECTION_REASONS:
         REJECTIONS.labels(reason)

@@ -40,6 +40,12 @@ GATEWAY = Dashboard(
                     "reqps",
                     (Query(rate("grokmesh_gateway_requests_total", "method, code"), "{{method}} {{code}}"),), "stacked",
                 ),
+                Panel(
+                    "Lag of the event loop",
+                    "How late the gateway comes to what is due. All streams wait for it. Above 50 ms: it is short of a core, or one "
+                    "request holds it up; telemetry.stall_seconds has the log name what does.",
+                    "s", quantiles("grokmesh_gateway_loop_lag_seconds"), warn=0.02, bad=0.05,
+                ),
             ),
         ),
         Row(

@@ -79,8 +79,8 @@ MESH = Dashboard(
                 Panel(
                     "Plans behind",
                     "Plans that the leader sent and a follower has not carried out. One or two are normal: the leader runs ahead. "
-                    "More for long: that host is slow or stuck.",
-                    "short", _each("grokmesh_mesh_plan_lag", "replica {{replica}}, host {{follower}}"), warn=3, bad=5,
+                    "Three for long: that host is stuck; more can't be, as each step waits for all hosts.",
+                    "short", _each("grokmesh_mesh_plan_lag", "replica {{replica}}, host {{follower}}"), warn=2, bad=3,
                     width=6,
                 ),
                 Panel(

@@ -17,8 +17,8 @@ SERVICE = Dashboard(
                 Panel(
                     "Completions without error, last hour",
                     "Share of completions that did not end with a fault of the service (UNAVAILABLE, INTERNAL, "
-                    "RESOURCE_EXHAUSTED). The objective is 99.9 %. Below it: see which code is to blame under Requests by code, "
-                    "then the runbook, GrokmeshErrorBudgetBurns.",
+                    "RESOURCE_EXHAUSTED but for keys' own limits, DEADLINE_EXCEEDED). The objective is 99.9 %. Below it: see which "
+                    "code is to blame under Requests by code, then the runbook, GrokmeshErrorBudgetBurns.",
                     "percentunit",
                     (Query('1 - grokmesh:request_errors:ratio_rate1h{model=~"$model"}', "{{model}}"),),
                     "stat", 0.999, 0.99, 6,

@@ -126,6 +126,14 @@ class Mask:
 
 
 @dataclasses.dataclass(frozen=True)
+class Forced:
+    """The token that a slot draws next, whatever the logits say: one that was drawn before, on a mesh that is gone."""
+
+    slot: int
+    token: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Chunk:
     """Consecutive prompt positions of one slot, from `start` on. The last one draws the first token."""
 
@@ -149,8 +157,8 @@ class Draft:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One step: growths, admissions and masks, then prefill calls (each at most one chunk a group), then `steps` tokens for
-    each slot of `decode` and what is right of each of `drafts`, whose slots are others.
+    """One step: growths, admissions, masks and forced tokens, then prefill calls (each at most one chunk a group), then `steps`
+    tokens for each slot of `decode` and what is right of each of `drafts`, whose slots are others.
 
     Plans are carried out by all hosts in the order of their numbers.
     """
@@ -163,6 +171,7 @@ class Plan:
     drafts: tuple[Draft, ...] = ()
     steps: int = 1
     growths: tuple[Growth, ...] = ()
+    forced: tuple[Forced, ...] = ()
 
     @property
     def prompt_tokens(self) -> int:

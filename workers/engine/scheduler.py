@@ -9,7 +9,19 @@ from collections.abc import Iterator
 
 from workers.engine.draft import Drafter
 from workers.engine.pages import PagePool
-from workers.engine.plan import MAX_DRAFT, Admission, Chunk, Draft, EngineShape, Growth, Mask, Plan, StepTokens, Token
+from workers.engine.plan import (
+    MAX_DRAFT,
+    Admission,
+    Chunk,
+    Draft,
+    EngineShape,
+    Forced,
+    Growth,
+    Mask,
+    Plan,
+    StepTokens,
+    Token,
+)
 from workers.engine.request import Constraint, Failure, Finish, Load, Refused, Request, TokenEvent
 
 #: Waiting requests that a plan passes over, as their prompts will be shared, before it looks at no more.
@@ -105,8 +117,8 @@ class Scheduler:
     Sequences with a grammar or a draft wait for their tokens.
 
     A request that is resumed goes on as if it had never ended. Where a position's numbers do not depend on what computes it,
-    its tokens are computed like a prompt. Elsewhere they are decoded one by one, as they were when they were drawn: a mask
-    leaves each of them no choice.
+    its tokens are computed like a prompt. Elsewhere they are decoded one by one, as they were when they were drawn, and plans
+    say which ones they are.
     """
 
     def __init__(self, shape: EngineShape, vocab_size: int, max_waiting: int, steps: int = 1) -> None:
@@ -122,7 +134,6 @@ class Scheduler:
         self._next_number = 1
         # Whether so few run that guesses are computed. Fixed while a plan is made, as who waits for tokens is given no pages.
         self._few = True
-        self._anything = b"\xff" * (4 * -(-vocab_size // 32))
         self._failures: list[Failure] = []
         self.prompt_budget = shape.chunk
         self.counts = Counts()
@@ -205,7 +216,7 @@ class Scheduler:
         calls = list(self._prefill(self.prompt_budget if others_decode else self._shape.chunk))
         last = [sequence for call in calls for sequence, chunk in call if chunk.last]
         ready = [s for s in self._running.values() if s.prompt_done and s.left > 0 and not self._awaited(s)]
-        ready = [s for s in ready if not (s.forced and s in last)]  # a plan has one mask for a slot
+        ready = [s for s in ready if not (s.forced and s in last)]  # a plan has one mask, or forced token, for a slot
         ready.sort(key=lambda sequence: sequence.slot)
         drafts = list(self._draft(ready))
         decoding = [s for s in ready if not s.drafting]
@@ -214,10 +225,11 @@ class Scheduler:
             return None
         steps = self._steps_ahead(decoding) if not calls and not drafts and not self._waiting else 1
         places = [(s, s.drawn - 1) for s in last] + [(s, s.drawn) for s in decoding]
+        forced = tuple(Forced(s.slot, s.forced[place]) for s, place in places if place < len(s.forced))
         masks = tuple(
-            Mask(sequence.slot, words)
-            for sequence, place in places
-            if (words := self._mask(sequence, place)) is not None
+            Mask(s.slot, s.constraint.mask())
+            for s, place in places
+            if place >= len(s.forced) and s.constraint is not None
         )
         for sequence in decoding:
             sequence.drawn += steps
@@ -230,6 +242,7 @@ class Scheduler:
             drafts=tuple(draft for _, draft in drafts),
             steps=steps,
             growths=growths,
+            forced=forced,
         )
         self._in_flight.append(_InFlight(plan.number, last, decoding, drafts))
         self._next_number += 1
@@ -341,22 +354,10 @@ class Scheduler:
         self.counts.prompt_tokens_cached += cached
         prompt = request.prompt if sampling.repetition_penalty != 1.0 else ()
         drawn = known if sampling.penalized and not forced else ()
-        masked = dataclasses.replace(sampling, masked=sampling.masked or bool(forced))
-        return Admission(slot, pages, masked, request.id, prompt, drawn)
+        return Admission(slot, pages, sampling, request.id, prompt, drawn)
 
     def _prefix(self, request: Request) -> tuple[int, ...]:
         return (*request.prompt, *request.resumed) if self._shape.exact_rows else request.prompt
-
-    def _mask(self, sequence: _Sequence, place: int) -> bytes | None:
-        """What a sequence may draw as its token number `place`; None if nothing is said."""
-        if place < len(sequence.forced):
-            token = sequence.forced[place]
-            words = bytearray(len(self._anything))
-            words[token // 8] = 1 << token % 8
-            return bytes(words)
-        if sequence.constraint is not None:
-            return sequence.constraint.mask()
-        return self._anything if sequence.forced and place == len(sequence.forced) else None
 
     def _place(self, request: Request) -> tuple[int, tuple[int, ...]] | None:
         """The lowest free slot of the group with the longest cached prefix, then the most free pages, if one has enough;

@@ -20,7 +20,7 @@ from workers.model.config import GrokConfig
 from workers.model.grok import Output, forward
 from workers.model.partition import Partition
 from workers.runtime.cache import LayerPages, PagedAttend
-from workers.runtime.slots import DRAWS, LENGTH, PAGES, POSITION, SLOT, positions, sampling_rows
+from workers.runtime.slots import DRAWS, FORCED, LENGTH, PAGES, POSITION, SLOT, positions, sampling_rows
 
 Pages = tuple[LayerPages, ...]
 
@@ -75,7 +75,7 @@ class Programs:
         packed = self._replicate(packed)
         output, pages = self._forward(params, state.pages, state.tokens[:, None], packed, lambda hidden: hidden[:, 0])
         rows = sampling_rows(packed, packed[:, POSITION] + 1, packed[:, DRAWS] == 1)
-        samples = self._sample(output.logits, state.sampling, rows)
+        samples = _force(self._sample(output.logits, state.sampling, rows), packed)
         tokens = jnp.where(rows.active, samples[:, 0], state.tokens)
         return self._next(state, pages, tokens, rows, samples[:, 0]), samples, self._count(output, packed, 1)
 
@@ -117,7 +117,7 @@ class Programs:
 
         output, pages = self._forward(params, state.pages, self._chunk(packed), packed, read)
         rows = sampling_rows(packed, packed[:, POSITION] + packed[:, LENGTH], packed[:, DRAWS] == 1)
-        samples = self._sample(output.logits, state.sampling, rows)
+        samples = _force(self._sample(output.logits, state.sampling, rows), packed)
         target = jnp.where(rows.active, packed[:, SLOT], self._shape.slots)
         tokens = state.tokens.at[target].set(samples[:, 0], mode="drop")
         count = self._count(output, packed, self._shape.chunk)
@@ -199,6 +199,12 @@ class Programs:
     def _replicate(self, x: jax.Array) -> jax.Array:
         whole: jax.Array = lax.with_sharding_constraint(x, self._whole)
         return whole
+
+
+def _force(samples: jax.Array, packed: jax.Array) -> jax.Array:
+    """Packed samples [B, ...] with the tokens that packed rows [B, ...] force."""
+    forced = packed[:, FORCED]
+    return samples.at[:, 0].set(jnp.where(forced > 0, forced - 1, samples[:, 0]))
 
 
 def _scatter(counts: jax.Array, counted: jax.Array, slots: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -115,6 +115,7 @@ class Runtime:
                 self._set("bias", admission.slot, self._bias_row(admission.sampling))
             if admission.sampling.penalized:
                 self._set("counts", admission.slot, self._counts_row(admission))
+        self._slots.force(plan.forced)
         for mask in plan.masks:
             self._set("mask", mask.slot, np.frombuffer(mask.words, np.int32))
         prefills, decodes, counts = [], [], []

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from workers.engine.plan import MAX_DRAFT, Admission, Chunk, Draft, EngineShape, Growth
+from workers.engine.plan import MAX_DRAFT, Admission, Chunk, Draft, EngineShape, Forced, Growth
 from workers.kernels.sampling import BIASED, MASKED, PENALIZED, SamplingRows
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 
 #: Columns of a packed row. The pages follow, and after them the tokens of a chunk or a draft.
 SLOT, POSITION, LENGTH, DRAWS, FLAGS, TOP_K, SEED_LOW, SEED_HIGH = range(8)
-TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY, PAGES = range(8, 15)
+TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY, FORCED, PAGES = range(8, 16)
 
 
 class SlotTable:
@@ -38,13 +38,19 @@ class SlotTable:
         row[TOP_K] = s.top_k
         row[SEED_LOW : SEED_HIGH + 1].view(np.uint32)[:] = (s.seed & 0xFFFFFFFF, s.seed >> 32)
         floats = (s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
-        row[TEMPERATURE:PAGES].view(np.float32)[:] = floats
+        row[TEMPERATURE:FORCED].view(np.float32)[:] = floats
         row[PAGES : PAGES + len(admission.pages)] = admission.pages
 
     def grow(self, growth: Growth) -> None:
         """Adds pages to a slot's row."""
         start = PAGES + growth.first
         self._rows[growth.slot, start : start + len(growth.pages)] = growth.pages
+
+    def force(self, forced: tuple[Forced, ...]) -> None:
+        """Notes the tokens that slots draw next, for the calls of one plan: one more than the token, 0 for a free choice."""
+        self._rows[:, FORCED] = 0
+        for one in forced:
+            self._rows[one.slot, FORCED] = one.token + 1
 
     def prefill(self, chunks: tuple[Chunk, ...]) -> IntArray:
         """The packed rows [groups, PAGES + N + chunk] of one prefill call; moves the slots' positions on."""

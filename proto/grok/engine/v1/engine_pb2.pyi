@@ -670,6 +670,32 @@ class Mask(_message.Message):
 Global___Mask: _TypeAlias = Mask  # noqa: Y015
 
 @_typing.final
+class Forced(_message.Message):
+    """See workers.engine.plan.Forced."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    slot: _builtins.int
+    """Of the sequence."""
+    token: _builtins.int
+    """Its next token."""
+    def __init__(
+        self,
+        *,
+        slot: _builtins.int = ...,
+        token: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["slot", b"slot", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Forced: _TypeAlias = Forced  # noqa: Y015
+
+@_typing.final
 class Draft(_message.Message):
     """See workers.engine.plan.Draft."""
 
@@ -776,6 +802,7 @@ class Plan(_message.Message):
     DRAFTS_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     GROWTHS_FIELD_NUMBER: _builtins.int
+    FORCED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Of the leader."""
     number: _builtins.int
@@ -806,6 +833,10 @@ class Plan(_message.Message):
     def growths(self) -> _containers.RepeatedCompositeFieldContainer[Global___Growth]:
         """Slots that get more pages."""
 
+    @_builtins.property
+    def forced(self) -> _containers.RepeatedCompositeFieldContainer[Global___Forced]:
+        """Slots whose next token is known."""
+
     def __init__(
         self,
         *,
@@ -818,10 +849,11 @@ class Plan(_message.Message):
         drafts: _abc.Iterable[Global___Draft] | None = ...,
         steps: _builtins.int = ...,
         growths: _abc.Iterable[Global___Growth] | None = ...,
+        forced: _abc.Iterable[Global___Forced] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissions", b"admissions", "decode", b"decode", "drafts", b"drafts", "epoch", b"epoch", "growths", b"growths", "masks", b"masks", "number", b"number", "prefills", b"prefills", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissions", b"admissions", "decode", b"decode", "drafts", b"drafts", "epoch", b"epoch", "forced", b"forced", "growths", b"growths", "masks", b"masks", "number", b"number", "prefills", b"prefills", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
