@@ -20,8 +20,6 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 
 _MIB = 1024 * 1024
-#: Children yield the processors to whoever serves.
-_NICENESS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +30,13 @@ class Budget:
       seconds: of a processor, for each answer.
       total_seconds: of a processor, in all.
       mebibytes: of memory beyond what the template has.
+      niceness: how far it yields the processors to whoever serves.
     """
 
     seconds: float
     total_seconds: int = 60
     mebibytes: int = 512
+    niceness: int = 5
 
     def __str__(self) -> str:
         return f"{self.seconds:g} s of a processor or {self.mebibytes} MiB of memory"
@@ -64,23 +64,29 @@ class Sandbox:
         SandboxError."""
         ours, theirs = socket.socketpair()
         with theirs:
-            order = f"{budget.seconds} {budget.total_seconds} {budget.mebibytes}".encode()
-            with self._lock:
-                for _ in range(2):  # a template that has died is started again
-                    try:
-                        assert self._control is not None
-                        socket.send_fds(self._control, [order], [theirs.fileno()])
-                        return Connection(ours.detach())
-                    except OSError:
-                        self._start()
-        ours.close()
-        raise SandboxError(f"{self._command[0]} does not start; see the log")
+            try:
+                with self._lock:
+                    self._order(" ".join(map(str, dataclasses.astuple(budget))).encode(), theirs.fileno())
+            except SandboxError:
+                ours.close()
+                raise
+        return Connection(ours.detach())
 
     def close(self) -> None:
         """Ends the template. Jobs end with their streams."""
         with self._lock:
             self._closed = True
             self._end()
+
+    def _order(self, order: bytes, stream: int) -> None:
+        for _ in range(2):
+            try:
+                assert self._control is not None
+                socket.send_fds(self._control, [order], [stream])
+                return
+            except OSError:  # the template has died
+                self._start()
+        raise SandboxError(f"{self._command[0]} does not start; see the log")
 
     def _start(self) -> None:
         self._end()
@@ -139,15 +145,15 @@ def run_template(control: int, work: Callable[[JobStream], None]) -> None:
             if os.fork():
                 os.close(stream)
                 continue
-            seconds, total, mebibytes = order.decode().split()
+            seconds, *others = order.decode().split()
             orders.close()
-            _work(work, Connection(stream), Budget(float(seconds), int(total), int(mebibytes)))
+            _work(work, Connection(stream), Budget(float(seconds), *map(int, others)))
 
 
 def _work(work: Callable[[JobStream], None], stream: Connection, budget: Budget) -> None:
     """The child's life, in which signals' own effects are the limits: they hold whatever code runs."""
     with contextlib.suppress(BaseException):
-        os.nice(_NICENESS)
+        os.nice(budget.niceness)
         # What is said when memory ends is nobody's business.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -21,7 +21,7 @@ from workers.tokenizer import Tokenizer
 #: Bytes of a text that is worked on at once: less than two milliseconds.
 INLINE_BYTES = 2048
 #: What a grammar may take until it is known that completions can follow it, and any other work.
-GRAMMAR_BUDGET, TEXT_BUDGET = Budget(1.0), Budget(15.0, mebibytes=1024)
+GRAMMAR_BUDGET, TEXT_BUDGET = Budget(1.0, niceness=15), Budget(15.0, mebibytes=1024, niceness=15)
 #: Jobs at a time, in all and of a key, and how many may wait.
 JOBS, JOBS_OF_A_KEY, MOST_WAITING = 4, 2, 64
 #: Grammars that are remembered.
