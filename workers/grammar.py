@@ -187,7 +187,8 @@ class _Pieces:
     """What llguidance asks of a tokenizer."""
 
     def __init__(self, pieces: list[bytes | None], eos_token: int) -> None:
-        self._ids = {piece: id for id, piece in reversed(list(enumerate(pieces))) if piece}
+        # Of tokens that spell the same the last, which is the model's own piece: those of single bytes come first.
+        self._ids = {piece: id for id, piece in enumerate(pieces) if piece}
         self._longest = max(map(len, self._ids))
         self.eos_token_id = eos_token
         self.bos_token_id = None

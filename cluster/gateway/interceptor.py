@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -130,6 +131,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     responses = handler.stream_stream(parsed(messages), context)
                 else:
                     responses = handler.unary_stream(await _receive(messages, parse, self._open_places), context)
+                if inspect.isawaitable(responses):  # it writes to the context itself
+                    await responses
+                    return
                 async with contextlib.aclosing(responses):
                     async for response in responses:
                         yield response

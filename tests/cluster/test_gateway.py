@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import urllib.parse
 from typing import Unpack
 
 import grpc
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from cluster.client import Options, completion_request
 from cluster.gateway.admission import MARGIN, Admission
-from cluster.gateway.errors import GatewayError, exhausted
+from cluster.gateway.errors import GatewayError, Violation, exhausted, invalid
 from cluster.gateway.keys import ANONYMOUS, Caller
 from cluster.gateway.session import Delta, Session
 from cluster.gateway.stop import StopMatcher, StopTexts
@@ -140,6 +141,28 @@ def test_all_wrong_fields_are_named_at_once() -> None:
     with pytest.raises(GatewayError) as raised:
         _request("x", top_p=2.0, temperature=-1.0, max_tokens=0)
     assert len(raised.value.violations) == 3
+
+
+def test_an_answer_that_no_client_could_take_is_refused_before_the_work() -> None:
+    completion = completion_request("x", n=16, max_tokens=3000, top_logprobs=8)
+    grok = Limits(MODEL, 8192, 48)
+    whole = to_request(completion, grok, TEXTS, ANONYMOUS, "r", whole=True)
+    with pytest.raises(GatewayError, match=r"may make an answer of .* call Generate, which streams"):
+        now(whole)
+    assert now(to_request(completion, grok, TEXTS, ANONYMOUS, "r", whole=False)).max_tokens == 3000
+
+
+def test_a_status_with_many_long_violations_is_small_enough_to_arrive() -> None:
+    error = invalid([Violation(f"completion.field{i}", "\N{SNOWMAN}" * 5000) for i in range(99)])
+    ((_, details),) = error.status().trailing_metadata or ()
+    # As they travel: one in base64, the other with each character that is not ASCII as nine.
+    assert len(details) * 4 / 3 + len(urllib.parse.quote(str(error.status().details))) < 8000
+
+
+def test_what_a_grammar_ends_with_is_never_forbidden() -> None:
+    (a,) = (id for id in range(TOKENIZER.vocab_size) if TOKENIZER.spelled(id) == b"a" and TOKENIZER.byte(id) is None)
+    assert _request("x", regex="a+", allowed_tokens=[a]).sampling.allowed_tokens == (LIMITS.model.eos_token, a)
+    assert LIMITS.model.eos_token not in _request("x", allowed_tokens=[300]).sampling.allowed_tokens
 
 
 def test_what_is_absent_gets_its_documented_meaning() -> None:

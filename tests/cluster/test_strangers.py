@@ -71,9 +71,9 @@ def _others_go_on(address: str) -> Iterator[None]:
 
 
 def _refused(address: str, completion: generation_pb2.Completion) -> Any:
+    request = generation_pb2.GenerateOnceRequest(completion=completion)
     with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as raised:
-        stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        stub.GenerateOnce(generation_pb2.GenerateOnceRequest(completion=completion), timeout=60)
+        generation_pb2_grpc.GenerationServiceStub(channel).GenerateOnce(request, timeout=60)
     return raised.value
 
 
@@ -86,7 +86,6 @@ def _refused(address: str, completion: generation_pb2.Completion) -> Any:
         ({"regex": "a" * 983 + "("}, "invalid regex"),
         ({"regex": "[0-9]{3}", "allowed_tokens": [300]}, "none of the tokens that may be drawn can follow"),
         ({"json_schema": '{"const": NaN}'}, "NaN is no number of JSON"),
-        ({"n": 16, "max_tokens": 400, "top_logprobs": 8}, "may make an answer of"),
         ({"logit_bias": dict.fromkeys(range(5000, 5055), 1.0)}, "has token 5000"),
     ],
 )
@@ -94,7 +93,7 @@ def test_a_costly_or_senseless_request_is_refused_with_a_reason_that_arrives(
     service: tuple[str, int], options: Options, problem: str
 ) -> None:
     with _others_go_on(service[0]):
-        error = _refused(service[0], completion_request("x", **{"max_tokens": 8, **options}))  # type: ignore[typeddict-item]
+        error = _refused(service[0], completion_request("x", **options))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert problem in error.details()
     (details,) = [value for key, value in error.trailing_metadata() if key == "grpc-status-details-bin"]
@@ -220,14 +219,14 @@ def test_a_key_pays_once_for_what_is_computed(tmp_path: pathlib.Path) -> None:
         with grpc.insecure_channel(address) as channel:
             stub = generation_pb2_grpc.GenerationServiceStub(channel)
             metadata = (("authorization", f"Bearer {resuming}"),)
-            answered = 0
-            with pytest.raises(grpc.RpcError) as raised:
-                for i in range(100):
-                    resumed.resume.ids[-1] = 301 + i  # of which the cache knows nothing
-                    resumed.tokens.ids[0] = 10 + i
+            error: Any = None
+            for answered in range(100):
+                resumed.tokens.ids[0] = 10 + answered  # of which the cache knows nothing
+                try:
                     stub.GenerateOnce(generation_pb2.GenerateOnceRequest(completion=resumed), metadata=metadata)
-                    answered += 1
-        error: Any = raised.value
+                except grpc.RpcError as turned_away:
+                    error = turned_away
+                    break
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "this key has 6000 tokens a minute" in error.details()
         assert answered <= 30, "each computes 401 positions"

@@ -42,6 +42,13 @@ def test_a_regex_allows_the_tokens_that_go_on_with_it() -> None:
     assert {TOKENIZER.spelled(id) for id in _allowed(matcher)} == {b"c"}
 
 
+def test_where_only_one_text_can_follow_it_is_spelled_by_the_models_own_pieces() -> None:
+    matcher = GRAMMARS.matcher(regex("a+"))
+    (first,) = _allowed(matcher)
+    assert TOKENIZER.spelled(first) == b"a"
+    assert TOKENIZER.byte(first) is None
+
+
 def test_after_the_end_only_the_end_token_is_allowed() -> None:
     matcher = GRAMMARS.matcher(choice(["x"]))
     matcher.accept(next(iter(_allowed(matcher))))
@@ -86,3 +93,49 @@ def test_what_no_completion_can_follow_is_refused_with_a_reason(grammar: str, re
 def test_what_is_no_grammar_at_all_is_refused(make: object) -> None:
     with pytest.raises(GrammarError):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ("false", "allows no value"),
+        ('{"const": NaN}', "NaN is no number of JSON"),
+        ('{"maximum": 1e400}', "1e400 is too large"),
+        ('{"const": "\\ud800"}', "is no JSON that can be followed"),
+        ('{"properties": {"a": ' * 130 + "{}" + "}}" * 130, "recursion limit"),
+        ('{"const": 9007199254740993}', "is not kept exactly"),
+        ('{"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5}', "can't be kept"),
+        ('{"type": "number", "minimum": -1.5, "exclusiveMaximum": -1}', "can't be kept"),
+    ],
+)
+def test_schemas_that_would_not_be_kept_are_refused(schema: str, reason: str) -> None:
+    with pytest.raises(GrammarError, match=reason):
+        json_schema(schema)
+
+
+def test_a_schema_that_allows_anything_is_followed() -> None:
+    GRAMMARS.check(json_schema("true"))
+
+
+@pytest.mark.parametrize("count", [499, 1900])
+def test_large_objects_and_choices_are_followed(count: int) -> None:
+    GRAMMARS.check(json_schema(json.dumps({"type": "object", "properties": {f"p{i:04d}": {} for i in range(count)}})))
+    GRAMMARS.check(choice([f"choice number {i}" for i in range(count)]))
+
+
+def test_only_tokens_that_the_caller_allows_follow_and_at_the_end_the_end_token() -> None:
+    digits = {id for id in range(TOKENIZER.vocab_size) if (TOKENIZER.spelled(id) or b"").isdigit()}
+    matcher = GRAMMARS.matcher(regex("[0-9]{3}"), sorted(digits)[:4])
+    for _ in range(3):
+        assert _allowed(matcher) <= set(sorted(digits)[:4])
+        matcher.accept(min(_allowed(matcher)))
+    assert _allowed(matcher) == {EOS}
+    with pytest.raises(GrammarError, match="none of the tokens that may be drawn can follow"):
+        GRAMMARS.check(regex("[0-9]{3}"), [300])
+
+
+def test_problems_are_short() -> None:
+    with pytest.raises(GrammarError) as raised:
+        GRAMMARS.check(regex("a" * 983 + "("))
+    assert len(str(raised.value)) < 300
+    assert "invalid regex" in str(raised.value)

@@ -127,18 +127,13 @@ class Programs:
         """A chunk as in `_prefill`, with the logits of all its positions.
 
         Returns:
-          the state, logits [groups, chunk, V] float32, and for each position [groups, chunk] the smallest gap, over the
-          layers, between the router logits of the last chosen and the first rejected expert.
+          the state, logits [groups, chunk, V] float32, and what the routers made of the positions: probabilities
+          [groups, chunk, L, E] float32.
         """
         packed = self._replicate(packed)
         output, pages = self._forward(params, state.pages, self._chunk(packed), packed, lambda hidden: hidden)
-        chosen = self._config.num_selected_experts
-        if chosen < self._config.num_experts:
-            top, _ = lax.top_k(output.routed.probabilities, chosen + 1)  # [L, B, T, S + 1]
-            gap = jnp.min(jnp.log(top[..., chosen - 1] / top[..., chosen]), axis=0)
-        else:
-            gap = jnp.full(output.routed.probabilities.shape[1:3], jnp.inf)
-        return dataclasses.replace(state, pages=pages), self._replicate(output.logits), self._replicate(gap)
+        probabilities = jnp.moveaxis(output.routed.probabilities, 0, 2)
+        return dataclasses.replace(state, pages=pages), self._replicate(output.logits), self._replicate(probabilities)
 
     def _set_row(self, array: jax.Array, slot: jax.Array, row: jax.Array) -> jax.Array:
         """`array` [slots, ...] with `row` [...] at `slot`."""

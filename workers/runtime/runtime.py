@@ -60,6 +60,7 @@ class Runtime:
         config, shape = blueprint.config, blueprint.shape
         self.config = config
         self.shape = shape
+        self.kernels = partition.kernels.name
         self._partition = partition
         self._params: Params = {}
         self._state = _zeros(blueprint.state, mesh)
@@ -162,16 +163,16 @@ class Runtime:
         return tuple(map(tuple, by_group.tolist()))
 
     def score(self, plan: Plan) -> tuple[Array, Array]:
-        """Carries out the single chunk of a plan; logits [chunk, V] of its positions and router gaps [chunk].
+        """Carries out the single chunk of a plan; logits [chunk, V] and router probabilities [chunk, L, E] of its positions.
 
         See `Programs._score`. It is compiled on first use: serving never calls it.
         """
         for admission in plan.admissions:
             self._slots.admit(admission)
         ((chunk,),) = plan.prefills
-        self._state, logits, gaps = self._score(self._params, self._state, self._slots.prefill((chunk,)))
+        self._state, logits, probabilities = self._score(self._params, self._state, self._slots.prefill((chunk,)))
         group, length = self.shape.group_of(chunk.slot), len(chunk.tokens)
-        first = [_first(a)[group, :length] for a in (logits, gaps)]
+        first = [_first(a)[group, :length] for a in (logits, probabilities)]
         return first[0], first[1]
 
     def _set(self, name: str, slot: int, row: Array) -> None:
