@@ -59,6 +59,7 @@ def leading(
     sandbox: Sandbox | None = None,
     stall_seconds: float | None = None,
     stalled: Callable[[str], None] = print,
+    ended: Callable[[LinkError], None] = lambda _: None,
 ) -> Iterator[str]:
     """The address of a leader of epoch 1, whose secret is b"s", that serves while the block runs; steps take `seconds`. Only
     with a `sandbox` does it follow grammars."""
@@ -72,8 +73,10 @@ def leading(
     def lead() -> None:
         stalls = StallWatch("the leader's loop", stall_seconds, stalled)
         leader = Leader(runtime, scheduler, server, 1, lambda: 0, Profiler(), constraints, stalls, prefill_slowdown=2.0)
-        with contextlib.suppress(LinkError):  # at the end
+        try:
             leader.run()
+        except LinkError as error:
+            ended(error)
 
     threading.Thread(target=lead, daemon=True).start()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import math
 import os
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from workers.engine.plan import Draft, EngineShape, Plan, Sampling, StepTokens, Token
 from workers.engine.request import Finish, Refused, Request, TokenEvent
-from workers.engine.scheduler import Scheduler
+from workers.engine.scheduler import MAX_PASSED_OVER, Scheduler
 
 EOS = 2
 VOCAB = 100
@@ -432,3 +433,100 @@ def test_what_can_not_be_served_is_refused_with_a_reason(request_: Request, reas
     with pytest.raises(Refused, match=reason) as refused:
         Scheduler(SHAPE, VOCAB, MAX_WAITING).submit(request_)
     assert not refused.value.full
+
+
+def _broken(plan: Plan) -> StepTokens:
+    """What comes of a plan where the model gives no numbers."""
+    answer = _answer(plan, [7] * 64)
+    nothing = Token(7, math.nan, ())
+    return dataclasses.replace(answer, prefilled=(nothing,) * len(answer.prefilled))
+
+
+def test_a_request_for_which_the_model_gives_no_numbers_fails_and_what_it_computed_is_shared_with_nobody() -> None:
+    scheduler = Scheduler(dataclasses.replace(EXACT, chunk=16), VOCAB, MAX_WAITING)
+    scheduler.submit(_request("broken", 12, 5))
+    plan = scheduler.plan()
+    assert plan is not None
+    assert scheduler.complete(_broken(plan)) == []
+    (failure,) = scheduler.failures()
+    assert (failure.request_id, failure.reason) == ("broken", "the model gave no numbers")
+    assert scheduler.failures() == []
+    assert scheduler.load.pages_used == 0
+    scheduler.submit(_request("again", 12, 5))
+    scheduler.plan()
+    assert scheduler.counts.prompt_tokens_cached == 0
+
+
+class _Slow:
+    """A constraint whose masks come when they are let."""
+
+    def __init__(self) -> None:
+        self.ready, self.problem, self.closed = True, "", False
+
+    def mask(self) -> bytes:
+        assert self.ready
+        return b"\xff" * 16
+
+    def accept(self, token: int) -> None:
+        del token
+        self.ready = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_request_whose_mask_is_not_known_yet_waits_and_nobody_else_does() -> None:
+    scheduler, slow = Scheduler(EXACT, VOCAB, MAX_WAITING), _Slow()
+    scheduler.submit(_request("slow", 2, 5), slow)
+    scheduler.submit(_request("free", 2, 30))
+    first = scheduler.plan()
+    assert first is not None
+    (slot,) = (admission.slot for admission in first.admissions if admission.request_id == "slow")
+    scheduler.complete(_answer(first, [7] * 4))
+    for _ in range(3):
+        plan = scheduler.plan()
+        assert plan is not None
+        assert slot not in plan.decode
+        scheduler.complete(_answer(plan, [7] * 4))
+    slow.ready = True
+    plan = scheduler.plan()
+    assert plan is not None
+    assert slot in plan.decode
+    scheduler.complete(_answer(plan, [7] * 4))
+    slow.ready, slow.problem = True, "it leads nowhere"
+    scheduler.plan()
+    (failure,) = scheduler.failures()
+    assert failure.request_id == "slow"
+    assert "it leads nowhere" in failure.reason
+    assert slow.closed
+
+
+def test_a_flood_of_requests_that_will_share_a_prompt_is_not_looked_through_with_each_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked = []
+    will_be_shared = Scheduler._will_be_shared
+
+    def counted(self: Scheduler, request: Request, cached: int) -> bool:
+        looked.append(request.id)
+        return will_be_shared(self, request, cached)
+
+    monkeypatch.setattr(Scheduler, "_will_be_shared", counted)
+    scheduler = Scheduler(dataclasses.replace(EXACT, slots=8, pages=99), VOCAB, 5000)
+    for i in range(5000):
+        scheduler.submit(_request(f"r{i}", 30, 2))
+    for _ in range(3):
+        looked.clear()
+        plan = scheduler.plan()
+        assert plan is not None
+        assert len(looked) <= MAX_PASSED_OVER + 8
+        scheduler.complete(_answer(plan, [7] * 16))
+
+
+def test_of_equal_claims_the_oldest_goes_first_whoever_owns_it() -> None:
+    scheduler = Scheduler(dataclasses.replace(SHAPE, slots=2), VOCAB, 10)
+    for i, owner in enumerate("baab"):
+        scheduler.submit(dataclasses.replace(_request(f"r{i}", 2 + i, 3), owner=owner))
+    plan = scheduler.plan()
+    assert plan is not None
+    assert [admission.request_id for admission in plan.admissions] == ["r0", "r1"]
