@@ -75,7 +75,7 @@ class Programs:
         packed = self._replicate(packed)
         output, pages = self._forward(params, state.pages, state.tokens[:, None], packed, lambda hidden: hidden[:, 0])
         rows = sampling_rows(packed, packed[:, POSITION] + 1, packed[:, DRAWS] == 1)
-        samples = _force(self._sample(output.logits, state.sampling, rows), packed)
+        samples = self._replicate(_force(self._sample(output.logits, state.sampling, rows), packed))
         tokens = jnp.where(rows.active, samples[:, 0], state.tokens)
         return self._next(state, pages, tokens, rows, samples[:, 0]), samples, self._count(output, packed, 1)
 
@@ -117,7 +117,7 @@ class Programs:
 
         output, pages = self._forward(params, state.pages, self._chunk(packed), packed, read)
         rows = sampling_rows(packed, packed[:, POSITION] + packed[:, LENGTH], packed[:, DRAWS] == 1)
-        samples = _force(self._sample(output.logits, state.sampling, rows), packed)
+        samples = self._replicate(_force(self._sample(output.logits, state.sampling, rows), packed))
         target = jnp.where(rows.active, packed[:, SLOT], self._shape.slots)
         tokens = state.tokens.at[target].set(samples[:, 0], mode="drop")
         count = self._count(output, packed, self._shape.chunk)
