@@ -34,7 +34,7 @@ from cluster.telemetry import metrics
 from cluster.telemetry.traces import make_tracer
 from cluster.telemetry.web import WebServer
 from grok.serving.v1 import cluster_pb2
-from workers import logs
+from workers import collector, logs
 from workers.assignment import LOADING
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.digests import read_record
@@ -179,6 +179,7 @@ class _Service:
     async def _follow_readiness(self) -> None:
         while True:
             ready = await self._readiness.get()
+            collector.settle()
             if ready and self._predecessor is not None:
                 await self._take_over(self._predecessor)
             await self._gateway.set_ready(ready)

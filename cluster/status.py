@@ -12,7 +12,7 @@ import ray.exceptions
 
 from cluster.config import Config
 from cluster.fleet import Fleet
-from cluster.gateway.errors import GatewayError, Violation, invalid
+from cluster.gateway.errors import GatewayError, Violation, invalid, unavailable
 from cluster.gateway.router import Router
 from cluster.supervisor import HostView, NotReadyError, Replica
 from grok.engine.v1 import engine_pb2
@@ -22,7 +22,6 @@ DEFAULT_PROFILE_STEPS = 20
 MAX_PROFILE_STEPS = 1000
 #: Seconds that a trace may take if the call has no deadline, and seconds of a deadline that are kept for sending it.
 PROFILE_SECONDS, PROFILE_RESERVE = 60.0, 5.0
-_PIECE = 1024 * 1024
 
 
 class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
@@ -66,15 +65,16 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
         left = context.time_remaining()
         seconds = PROFILE_SECONDS if left is None else max(left - PROFILE_RESERVE, 1.0)
         try:
-            traces = await replica.profile(steps, seconds)
+            async for rank, path, content in replica.profile(steps, seconds):
+                yield cluster_pb2.ProfileResponse(rank=rank, path=path, content=content)
         except NotReadyError as error:
             raise _not_ready(error) from error
         except ray.exceptions.RayTaskError as error:
-            raise GatewayError(grpc.StatusCode.DEADLINE_EXCEEDED, "NO_TRACE", f"no trace: {error.cause}") from error
-        for rank, files in enumerate(traces):
-            for path, content in sorted(files.items()):
-                for start in range(0, max(len(content), 1), _PIECE):
-                    yield cluster_pb2.ProfileResponse(rank=rank, path=path, content=content[start : start + _PIECE])
+            late = "were to come after" in str(error.cause)
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.FAILED_PRECONDITION
+            raise GatewayError(code, "NO_TRACE", f"no trace: {error.cause}") from error
+        except ray.exceptions.RayError as error:
+            raise unavailable(f"no trace: a host of replica {replica.index} is lost") from error
 
     async def Restart(
         self, request: cluster_pb2.RestartRequest, context: grpc.aio.ServicerContext[Any, Any]

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import ray.exceptions
 
@@ -29,6 +29,8 @@ BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 GIVE_UP_FAILURES, GIVEN_UP_SECONDS = 10, 300.0
 #: For each so many seconds that an epoch serves, one of a row of failures is forgotten.
 HEALTHY_SECONDS = 5.0
+#: Bytes of a trace that are fetched at a time: what Ray unpacks holds the gateway's loop up.
+TRACE_PART = 256 * 1024
 #: Seconds that a leader has to say why its stream has ended.
 REASON_SECONDS = 0.5
 #: Seconds that a host may be in a phase without any progress, phases in their order. What it reads from may hang, or another
@@ -84,12 +86,16 @@ class Replica:
         """Notes that the replica only finishes what it has; it is not built again."""
         self._enter(cluster_pb2.REPLICA_STATE_DRAINING)
 
-    async def profile(self, steps: int, seconds: float) -> list[dict[str, bytes]]:
-        """The trace files of the next `steps` steps, of each host by their paths. Raises RayError, or NotReadyError."""
+    async def profile(self, steps: int, seconds: float) -> AsyncIterator[tuple[int, str, bytes]]:
+        """Traces the next `steps` steps; rank, path and content of each file, in parts. Raises RayError, or NotReadyError."""
         placement = self._placement
         if placement is None or self.state != cluster_pb2.REPLICA_STATE_READY:
             raise NotReadyError(f"replica {self.index} does not serve")
-        return list(await asyncio.gather(*(host.profile.remote(steps, seconds) for host in placement.hosts)))
+        traces = await asyncio.gather(*(host.profile.remote(steps, seconds) for host in placement.hosts))
+        for rank, (host, files) in enumerate(zip(placement.hosts, traces, strict=True)):
+            for path, size in sorted(files.items()):
+                for start in range(0, max(size, 1), TRACE_PART):
+                    yield rank, path, await host.trace_part.remote(path, start, TRACE_PART)
 
     async def restart(self) -> int:
         """Ends the epoch, once its sessions have ended or their time to drain is over; the next one's number, when it serves.

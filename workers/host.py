@@ -41,6 +41,7 @@ class Host:
         self._worker: Worker | None = None
         self._preparation: Preparation | None = None
         self._preparing = threading.Lock()
+        self._traces: dict[str, bytes] = {}
         self._address = ray.util.get_node_ip_address()
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name="orphan").start()
         server, _ = prometheus_client.start_http_server(0, self._address, registry=metrics.REGISTRY)
@@ -109,10 +110,18 @@ class Host:
         assert self._worker is not None
         self._worker.serve()
 
-    def profile(self, steps: int, seconds: float) -> dict[str, bytes]:
-        """See `Profiler.trace`."""
+    def profile(self, steps: int, seconds: float) -> dict[str, int]:
+        """Takes a trace, see `Profiler.trace`, and keeps it until it is fetched, or the next one is taken. Paths and sizes."""
         assert self._worker is not None
-        return self._worker.profiler.trace(steps, seconds)
+        self._traces = self._worker.profiler.trace(steps, seconds)
+        return {path: len(content) for path, content in self._traces.items()}
+
+    def trace_part(self, path: str, start: int, length: int) -> bytes:
+        """A part of a file of the trace; with the last one the file is forgotten. Small parts hold nobody up on their way."""
+        content = self._traces[path]
+        if start + length >= len(content):
+            del self._traces[path]
+        return content[start : start + length]
 
     def progress(self) -> Progress:
         """What the worker is doing."""

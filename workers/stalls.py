@@ -14,8 +14,8 @@ _CALLS = 6
 
 
 class StallWatch:
-    """Reports each turn of a loop that takes longer than `limit` seconds: once it is over, with how long it took and what ran
-    when it was noticed. Without a limit it does nothing.
+    """Reports each turn of a loop that takes longer than `limit` seconds: once it is over, with how long it took, for how much
+    of that it had a processor, and what ran when it was noticed. Without a limit it does nothing.
 
     The loop calls `turn` where a turn begins, and waits within `resting`.
     """
@@ -25,8 +25,7 @@ class StallWatch:
         self._limit = limit
         self._report = report
         self._began: float | None = None
-        #: The longest turn so far, in seconds.
-        self.longest = 0.0
+        self._processor = self._used = 0.0
         if limit is not None:
             thread = threading.get_ident()
             threading.Thread(target=self._watch, args=(thread, limit), daemon=True, name="stalls").start()
@@ -35,22 +34,25 @@ class StallWatch:
         """A turn begins, and the one before has ended."""
         if self._limit is not None:
             self._end()
-            self._began = time.monotonic()
+            self._begin()
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
         """The loop waits for others while the block runs."""
         self._end()
-        self._began = None
         try:
             yield
         finally:
             if self._limit is not None:
-                self._began = time.monotonic()
+                self._begin()
+
+    def _begin(self) -> None:
+        self._processor = time.thread_time()
+        self._began = time.monotonic()
 
     def _end(self) -> None:
-        if (began := self._began) is not None:
-            self.longest = max(self.longest, time.monotonic() - began)
+        if self._began is not None:
+            self._used, self._began = time.thread_time() - self._processor, None
 
     def _watch(self, thread: int, limit: float) -> None:
         while True:
@@ -62,5 +64,6 @@ class StallWatch:
             calls = [] if frame is None else traceback.extract_stack(frame)[-_CALLS:]
             while self._began == began:
                 time.sleep(limit / 4)
+            took, used = (time.monotonic() - began) * 1e3, self._used * 1e3
             stack = " < ".join(f"{call.name} ({call.filename}:{call.lineno})" for call in reversed(calls))
-            self._report(f"{self._loop} stood still for {(time.monotonic() - began) * 1e3:.0f} ms in {stack}")
+            self._report(f"{self._loop} stood still for {took:.0f} ms, {used:.0f} of them computing, in {stack}")

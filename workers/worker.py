@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from grok.engine.v1 import engine_pb2
-from workers import metrics
+from workers import collector, metrics
 from workers.assignment import COMPILING, JOINING, LOADING, PREPARING, WARMING_UP, Assignment, Progress
 from workers.engine.scheduler import Scheduler
 from workers.environment import bypass_proxies
@@ -142,6 +142,7 @@ class Worker:
         self._report(WARMING_UP, 0.0)
         self.runtime.warm_up()
         self._compilations_before_serving = self._compilations
+        collector.settle()
         self._report("ready", 1.0)
 
     def serve(self) -> None:

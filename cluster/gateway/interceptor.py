@@ -95,13 +95,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         def begin(context: Any) -> _Outcome:
             return _Outcome(name, method, context, self._keys, self._tracer)
 
-        async def single(messages: _Messages, context: Any) -> Any:
+        async def single(_: _Messages, context: Any) -> Any:
             async with begin(context):
-                return await handler.unary_unary(await _receive(messages, parse, self._places), context)
+                return await handler.unary_unary(await _receive(context, parse, self._places), context)
 
-        async def streamed(messages: _Messages, context: Any) -> AsyncIterator[Any]:
+        async def streamed(_: _Messages, context: Any) -> AsyncIterator[Any]:
             async with begin(context):
-                request = await _receive(messages, parse, self._places)
+                request = await _receive(context, parse, self._places)
                 # Closed before the outcome is told, also when the client leaves while a response is being sent.
                 async with contextlib.aclosing(handler.unary_stream(request, context)) as responses:
                     async for response in responses:
@@ -121,16 +121,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             async for data in messages:
                 yield parse(data)
 
-        async def single(messages: _Messages, context: Any) -> Any:
+        async def single(_: _Messages, context: Any) -> Any:
             async with self._counted(context):
-                return await handler.unary_unary(await _receive(messages, parse, self._open_places), context)
+                return await handler.unary_unary(await _receive(context, parse, self._open_places), context)
 
         async def streamed(messages: _Messages, context: Any) -> AsyncIterator[Any]:
             async with self._counted(context), asyncio.timeout(None if method == _WATCH else OPEN_SECONDS):
                 if handler.request_streaming:
                     responses = handler.stream_stream(parsed(messages), context)
                 else:
-                    responses = handler.unary_stream(await _receive(messages, parse, self._open_places), context)
+                    responses = handler.unary_stream(await _receive(context, parse, self._open_places), context)
                 if inspect.isawaitable(responses):  # it writes to the context itself
                     await responses
                     return
@@ -156,17 +156,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._open -= 1
 
 
-async def _receive(messages: _Messages, parse: Callable[[bytes], Any], places: asyncio.Semaphore) -> Any:
+async def _receive(context: Any, parse: Callable[[bytes], Any], places: asyncio.Semaphore) -> Any:
     """The one message of a call. Raises GatewayError for one that is none, or does not come."""
     try:
         async with places, asyncio.timeout(RECEIVE_SECONDS):
-            async for data in messages:
-                return parse(data)
+            data = await context.read()
+        if data is grpc.aio.EOF:
+            raise _malformed("the call has no message")
+        return parse(data)
     except TimeoutError:
         raise _malformed(f"the request has not arrived within {RECEIVE_SECONDS:g} s") from None
     except DecodeError:
         raise _malformed("the request is no protobuf of its type") from None
-    raise _malformed("the call has no message")
 
 
 def _malformed(problem: str) -> GatewayError:

@@ -165,16 +165,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """A session, sent to a replica; however the block ends, the replica forgets it and times are counted."""
         call = CURRENT.get()
         self._router.start(session)
-        error: BaseException | None = None
+        code = "OK"
         try:
             yield session
-        except BaseException as raised:
-            error = raised
+        except BaseException as error:
+            code = code_name(error, context.time_remaining())
             raise
         finally:
             self._router.cancel(session)
             call.replica, call.epoch = session.replica, session.epoch
-            code = code_name(error, context.time_remaining())
             self._tell(call, session, code)
             self._admission.used(call.caller, _charged(session, code, whole=whole))
 

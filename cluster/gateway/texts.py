@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,8 @@ INLINE_BYTES = 2048
 #: What a grammar may take until it is known that completions can follow it, and any other work.
 GRAMMAR_BUDGET, TEXT_BUDGET = Budget(1.0, niceness=15), Budget(15.0, mebibytes=1024, niceness=15)
 #: Jobs at a time, in all and of a key, and how many may wait.
-JOBS, JOBS_OF_A_KEY, MOST_WAITING = 4, 2, 64
+JOBS, MOST_WAITING = max(2, (os.cpu_count() or 1) // 4), 64
+JOBS_OF_A_KEY = JOBS // 2
 #: Grammars that are remembered.
 REMEMBERED = 128
 #: What is charged to a key: for each second of a processor, as if so many tokens had been computed.

@@ -28,11 +28,12 @@ from cluster.client import AsyncClient, completion_request
 from grok.serving.v1 import generation_pb2
 from tests.bench.processes import resident
 
-STREAMS, ATTACKERS = 16, 8
+STREAMS, ATTACKERS = 16, 48
 #: Seconds of ordinary streams alone, before and after.
 CALM_SECONDS = 20.0
 _SERVICE = "/grok.serving.v1.GenerationService/"
 _VOCABULARY = 2048
+_STALL = re.compile(r"(the \S+ loop) stood still for (\d+) ms, (\d+) of them computing, in ([^\"]+)")
 
 
 def schemas(rng: random.Random) -> Iterator[str]:
@@ -189,13 +190,14 @@ def _attackers(address: str, count: int, seed: int) -> collections.Counter[str]:
     return asyncio.run(all_of_them())
 
 
-def _stalls(logs: dict[pathlib.Path, int]) -> Iterator[tuple[str, int, str]]:
-    """Which loop stood still for how many milliseconds and where, by logs from their places on."""
+def _stalls(logs: dict[pathlib.Path, int]) -> Iterator[tuple[str, int, int, str]]:
+    """Which loop stood still for how many milliseconds, computing for how many of them, and where, by logs from their places
+    on."""
     for path, place in logs.items():
         with path.open(errors="replace") as log:
             log.seek(place)
-            for found in re.finditer(r"(the \S+ loop) stood still for (\d+) ms in ([^\"]+)", log.read()):
-                yield found[1], int(found[2]), found[3][:200]
+            for found in _STALL.finditer(log.read()):
+                yield found[1], int(found[2]), int(found[3]), found[4][:200]
 
 
 def _show(name: str, values: list[float]) -> None:
@@ -236,12 +238,13 @@ def main() -> None:
         ("health, attacked", health),
     ):
         _show(name, values)
-    stalls = sorted(_stalls(logs), key=lambda stall: -stall[1])
+    stalls = sorted(_stalls(logs), key=lambda stall: -stall[2])
     for loop in ("the gateway's loop", "the leader's loop"):
         own = [stall for stall in stalls if stall[0] == loop]
-        print(f"{loop}: {len(own)} stalls, longest {own[0][1] if own else 0} ms")
-        for _, milliseconds, where in own[:5]:
-            print(f"  {milliseconds} ms: {where}")
+        longest = max((stall[1] for stall in own), default=0)
+        print(f"{loop}: {len(own)} stalls, longest {longest} ms, computing {own[0][2] if own else 0} ms at most")
+        for _, took, used, where in own[:5]:
+            print(f"  {took} ms, {used} computing: {where}")
 
 
 if __name__ == "__main__":

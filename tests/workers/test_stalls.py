@@ -23,7 +23,6 @@ def test_a_turn_that_takes_too_long_is_told_with_what_ran() -> None:
     wait_until(lambda: bool(told), 5, pause=0.01)
     assert "the loop stood still for" in told[0]
     assert "_hold (" in told[0]
-    assert watch.longest >= 0.2
 
 
 def test_waiting_for_others_is_no_stall_and_without_a_limit_nothing_is_watched() -> None:
