@@ -23,31 +23,37 @@ class Difference:
 
 class Digests:
     """Remembers the digests of all parts that any host has loaded, of all replicas and epochs. What is recorded beside the
-    checkpoint is right; else what most nodes have, and of as many what was there first."""
+    checkpoint is right; else what most nodes hold, and of as many what was loaded first."""
 
     def __init__(self, recorded: Mapping[str, int]) -> None:
         self._recorded = recorded
-        self._seen: dict[str, dict[str, int]] = collections.defaultdict(dict)
+        self._first: dict[str, int] = {}
+        self._held: dict[str, dict[str, int]] = collections.defaultdict(dict)
 
     def check(self, nodes: Sequence[str], loaded: Sequence[Mapping[str, int]]) -> Difference | None:
         """Notes what the ranks of a mesh have loaded, on which nodes; the first that differs, if any does."""
         for node, parts in zip(nodes, loaded, strict=True):
             for part, value in parts.items():
-                self._seen[part].pop(node, None)  # what it holds now counts, as the youngest
-                self._seen[part][node] = value
+                self._first.setdefault(part, value)
+                self._held[part][node] = value
         for rank, parts in enumerate(loaded):
             for part, value in parts.items():
-                if part in self._recorded:
-                    if value != self._recorded[part]:
-                        return Difference(rank, part, "what is recorded")
-                elif value != (common := collections.Counter(self._seen[part].values()).most_common(1)[0])[0]:
-                    return Difference(rank, part, f"{common[1]} other host(s)")
+                if part in self._recorded and value != self._recorded[part]:
+                    return Difference(rank, part, "what is recorded")
+                if part not in self._recorded and value != self._right(part):
+                    return Difference(rank, part, "others, or than it was before")
         return None
+
+    def _right(self, part: str) -> int:
+        votes = collections.Counter({self._first[part]: 0})  # the first of equals
+        votes.update(self._held[part].values())
+        votes[self._first[part]] = max(votes[self._first[part]], 1)
+        return votes.most_common(1)[0][0]
 
     def checked(self, loaded: Sequence[Mapping[str, int]]) -> tuple[int, int]:
         """How many of these parts were compared with anything, and how many there are."""
         parts = set().union(*loaded)
-        return sum(part in self._recorded or len(self._seen[part]) > 1 for part in parts), len(parts)
+        return sum(part in self._recorded or len(self._held[part]) > 1 for part in parts), len(parts)
 
 
 class Canary:

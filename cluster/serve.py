@@ -254,7 +254,9 @@ def _ray(config: Config) -> Iterator[None]:
         deadline = time.monotonic() + RAY_SECONDS
         while True:
             try:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="grokmesh")
+                # Ray has workers search the current folder for modules, and what lies there is not ours.
+                with contextlib.chdir("/"):
+                    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="grokmesh")
                 break
             except ConnectionError as error:
                 if time.monotonic() > deadline:

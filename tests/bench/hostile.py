@@ -194,6 +194,8 @@ def _stalls(logs: dict[pathlib.Path, int]) -> Iterator[tuple[str, int, int, str]
     """Which loop stood still for how many milliseconds, computing for how many of them, and where, by logs from their places
     on."""
     for path, place in logs.items():
+        if not path.exists():
+            continue
         with path.open(errors="replace") as log:
             log.seek(place)
             for found in _STALL.finditer(log.read()):

@@ -29,7 +29,15 @@ def test_without_a_record_what_was_there_first_or_what_most_have_decides() -> No
     assert three.check(["n2"], [{"a": 1}]) is None
     wrong = three.check(["n0"], [{"a": 9}])
     assert wrong is not None
-    assert wrong.others == "2 other host(s)"
+    assert (wrong.rank, wrong.part) == (0, "a")
+
+
+def test_what_one_host_alone_holds_must_stay_as_it_was() -> None:
+    digests = Digests({})
+    assert digests.check(["n0"], [{"a": 1}]) is None
+    changed = digests.check(["n0"], [{"a": 2}])
+    assert changed is not None
+    assert digests.check(["n0"], [{"a": 1}]) is None
 
 
 def test_a_host_whose_copy_was_mended_is_taken_again() -> None:
