@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo serve stop check lint types proto test test-rayup determinism operations chaos restarts fuzz audit aot bench-loader bench overload bench-peers load golden docs dashboards pictures clean
+.PHONY: help install demo serve stop check lint types proto test test-rayup determinism operations chaos restarts fuzz audit aot bench-loader bench overload hostile bench-peers load golden docs dashboards pictures clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -16,7 +16,7 @@ install: .venv/.installed ## make .venv with the grokmesh command
 	@touch $@
 
 demo: install ## serve the demo model on two local hosts, stream a completion, stop
-	$(BIN)/python -m cluster.demo
+	$(BIN)/python -P -m cluster.demo
 
 serve: install ## leave the demo service running; `.venv/bin/grokmesh generate "..."` talks to it
 	$(BIN)/grokmesh serve --detach
@@ -93,6 +93,9 @@ bench: install ## the engine as shares of this machine's limits, plans to follow
 	$(BIN)/python -m tests.bench.stream
 	$(BIN)/python -m tests.bench.decode_step --checkpoint build/bench/model --devices 2
 	$(BIN)/python -m tests.bench.prediction
+
+hostile: install ## ten thousand hostile requests on the service at 127.0.0.1:50051 (telemetry.stall_seconds: 0.01): PID=, LOGS="..."
+	$(BIN)/python -m tests.bench.hostile --pid $(PID) --logs $(LOGS)
 
 overload: install ## ten times the load that the service can carry, idle connections, clients that do not read; memory over a million tokens
 	$(BIN)/python -m tests.bench.overload --step 0.02

@@ -36,6 +36,8 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 #: Environment variable in which the `grokmesh` command looks for an API key.
 API_KEY_VARIABLE = "GROKMESH_API_KEY"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
+#: Of pauses: not the one that programs seed for their own ends.
+_RANDOM = random.Random()
 #: What gRPC says of calls whose channel was closed meanwhile.
 _CLOSED = "Channel closed"
 
@@ -447,7 +449,7 @@ def _pause(error: Any, attempt: int) -> float | None:
     gone = error.code() is grpc.StatusCode.CANCELLED and _CLOSED not in (error.details() or "")
     if error.code() is not grpc.StatusCode.UNAVAILABLE and not gone:
         return None
-    backoff: float = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1.0)
+    backoff: float = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt) * _RANDOM.uniform(0.5, 1.0)
     return max(backoff, _asked_for(error))
 
 

@@ -63,6 +63,8 @@ class ClusterSection:
       memory_per_host: of CPU hosts, the GB that each has, for the same purpose; in a local cluster, this machine's, shared by
         its hosts, if absent.
       compilation_cache: directory on each host where compiled programs are kept; empty for none.
+      silence_seconds: a host or a leader that has said nothing for so long is lost. They say something four times a second;
+        on a network that loses a tenth of its packets, take twice as much.
     """
 
     address: str = "local"
@@ -72,6 +74,7 @@ class ClusterSection:
     accelerator: str | None = None
     memory_per_host: float | None = None
     compilation_cache: str = "~/.cache/grokmesh/xla"
+    silence_seconds: float = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -412,6 +415,9 @@ class _Reader:
         if config.cluster.accelerator not in (None, *kinds):
             accelerator = config.cluster.accelerator
             self.fail("cluster.accelerator", f"cluster.accelerator={accelerator} is unknown; use {', '.join(kinds)}")
+        silence = config.cluster.silence_seconds
+        if not 0.5 <= silence <= 60:
+            self.fail("cluster.silence_seconds", f"cluster.silence_seconds={silence} must be from 0.5 to 60")
         stall = config.telemetry.stall_seconds
         if stall is not None and not 0.001 <= stall <= 60:
             self.fail("telemetry.stall_seconds", f"telemetry.stall_seconds={stall} must be from 0.001 to 60")

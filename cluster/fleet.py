@@ -47,6 +47,8 @@ class Fleet:
         self._replicas: dict[int, Replica] = {}
         self._lives: dict[int, asyncio.Task[None]] = {}
         self._endings: set[asyncio.Task[None]] = set()
+        # Of replicas that are gone: the one that gets the number goes on from there.
+        self._epochs: dict[int, int] = {}
 
     @property
     def replicas(self) -> list[Replica]:
@@ -86,8 +88,9 @@ class Fleet:
         staying = [r for r in self.replicas if r.state != cluster_pb2.REPLICA_STATE_DRAINING]
         for _ in range(self.wanted - len(staying)):
             index = next(i for i in range(len(self._replicas) + 1) if i not in self._replicas)
+            epoch = self._epochs.get(index, 0)
             replica = Replica(
-                index, self._config, self._router, self._suspects, self._digests, self._canary, self._report
+                index, self._config, self._router, self._suspects, self._digests, self._canary, self._report, epoch
             )
             self._replicas[index] = replica
             self._lives[index] = asyncio.ensure_future(replica.run())
@@ -108,6 +111,7 @@ class Fleet:
         life.cancel()
         await asyncio.gather(life, return_exceptions=True)
         del self._replicas[replica.index]
+        self._epochs[replica.index] = replica.epoch
         for metric in (metrics.EPOCH, metrics.REPLICA_FAILURES):
             metric.remove(str(replica.index))
         _LOG.info("replica %d has ended", replica.index, extra=replica.log_fields)

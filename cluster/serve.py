@@ -123,7 +123,9 @@ class _Service:
         self._readiness: asyncio.Queue[bool] = asyncio.Queue()
         assert config.gateway.failover_seconds is not None
         self._router = Router(
-            config.gateway.failover_seconds, on_change=lambda ready: self._readiness.put_nowait(ready > 0)
+            config.gateway.failover_seconds,
+            on_change=lambda ready: self._readiness.put_nowait(ready > 0),
+            silence=config.cluster.silence_seconds,
         )
         latency = RecentLatency()
         digests = Digests(read_record(locate(config.model.checkpoint)))

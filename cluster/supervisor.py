@@ -64,10 +64,12 @@ class Replica:
         digests: Digests,
         canary: Canary,
         on_progress: Callable[[Replica], None],
+        epoch: int = 0,
     ) -> None:
+        """`epoch` is the last one of the replica that had this number before."""
         self.index = index
         self.state: cluster_pb2.ReplicaState.ValueType = cluster_pb2.REPLICA_STATE_PLACING
-        self.epoch = 0
+        self.epoch = epoch
         self.hosts: list[HostView] = []
         self.failures = 0
         self.last_failure = ""
@@ -271,6 +273,7 @@ class Replica:
                 mesh=config.mesh_spec,
                 engine=config.engine_spec,
                 compilation_cache=config.cluster.compilation_cache or None,
+                silence_seconds=config.cluster.silence_seconds,
                 stall_seconds=config.telemetry.stall_seconds,
             )
             for rank in range(len(endpoints))

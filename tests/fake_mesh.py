@@ -65,7 +65,7 @@ def leading(
     with a `sandbox` does it follow grammars."""
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
     runtime: Any = FakeRuntime(shape, seconds)
-    server = LeaderServer(address, epoch=1, secret=b"s")
+    server = LeaderServer(address, epoch=1, secret=b"s", silence=1.5)
     scheduler = Scheduler(shape, vocab_size, max_waiting)
     followed: Any = sandbox
     constraints = Constraints(followed, 2 * shape.slots, server.wake)

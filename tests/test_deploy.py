@@ -95,9 +95,11 @@ def test_the_mesh_of_a_manifest_is_that_of_its_pods(name: str, tmp_path: pathlib
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert config.gateway.address == f"0.0.0.0:{ports['grpc']}"
     assert config.telemetry.address == f"0.0.0.0:{ports['http']}"
-    assert container["readinessProbe"]["grpc"]["port"] == ports["grpc"]
+    for probe, place in (("startupProbe", "/live"), ("livenessProbe", "/live"), ("readinessProbe", "/ready")):
+        assert container[probe]["httpGet"] == {"path": place, "port": "http"}
     mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
-    for file in (config.model.checkpoint, config.gateway.api_keys):
+    gateway = config.gateway
+    for file in (config.model.checkpoint, gateway.api_keys, gateway.tls_certificate, gateway.tls_key):
         assert any(str(file).startswith(mount) for mount in mounts)
 
 

@@ -81,6 +81,7 @@ class Assignment:
       coordinator: `host:port` where JAX's coordination service listens, on rank 0.
       leader: `host:port` where the leader listens; empty for nowhere.
       compilation_cache: directory of compiled programs kept between starts, or None.
+      silence_seconds: see `cluster.config.ClusterSection`.
       stall_seconds: see `cluster.config.TelemetrySection`.
     """
 
@@ -94,6 +95,7 @@ class Assignment:
     mesh: MeshSpec
     engine: EngineSpec
     compilation_cache: str | None
+    silence_seconds: float = 1.5
     stall_seconds: float | None = None
 
 

@@ -25,6 +25,8 @@ from workers.worker import Worker
 if TYPE_CHECKING:
     from workers.preparation import Preparation
 
+#: Of workers' metrics. The policy of deploy/kuberay/common.yaml lets Prometheus in there.
+METRICS_PORTS = range(9500, 9564)
 #: Seconds that a connection to another host may take.
 _REACH_SECONDS = 3.0
 #: How often a worker looks whether Ray's node is still there. Ray itself looks every second.
@@ -44,8 +46,7 @@ class Host:
         self._traces: dict[str, bytes] = {}
         self._address = ray.util.get_node_ip_address()
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name="orphan").start()
-        server, _ = prometheus_client.start_http_server(0, self._address, registry=metrics.REGISTRY)
-        self._metrics_port = server.server_port
+        self._metrics_port = _serve_metrics(self._address)
 
     def endpoint(self) -> Endpoint:
         """Where this host can be reached."""
@@ -126,6 +127,14 @@ class Host:
     def progress(self) -> Progress:
         """What the worker is doing."""
         return self._worker.progress if self._worker else Progress("starting", 0.0)
+
+
+def _serve_metrics(address: str) -> int:
+    """The port at which this process' metrics are: one of METRICS_PORTS, which firewalls may know, if one is free."""
+    for port in (*METRICS_PORTS, 0):
+        with contextlib.suppress(OSError):
+            return prometheus_client.start_http_server(port, address, registry=metrics.REGISTRY)[0].server_port
+    raise OSError(f"no port of {address} is free for metrics")
 
 
 def _reaches(place: tuple[str, int]) -> bool:

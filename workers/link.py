@@ -34,7 +34,8 @@ MAX_LAG = 64
 MAX_OUTGOING = 10_000
 #: Each end of a stream that others watch says something so often, if only that it lives; who is silent for longer is lost.
 PULSE_SECONDS = 0.25
-SILENCE_SECONDS = 1.5
+#: Connections that may be about to say Hello: each has two threads.
+MAX_GREETINGS = 256
 #: Gateways have longer: theirs is a busy loop, and to be without one for a while harms nobody.
 GATEWAY_SILENCE_SECONDS = 15.0
 
@@ -148,8 +149,11 @@ class LeaderServer:
     while nothing happens; gateways may come and go.
     """
 
-    def __init__(self, address: str, epoch: int, secret: bytes) -> None:
+    def __init__(self, address: str, epoch: int, secret: bytes, silence: float) -> None:
+        """Listens. Followers that say nothing for `silence` seconds are lost."""
         host, port = address.rsplit(":", 1)
+        self._silence = silence
+        self._greetings = threading.BoundedSemaphore(MAX_GREETINGS)
         self._epoch = epoch
         self._secret = secret
         self._followers: dict[int, Link] = {}
@@ -218,6 +222,9 @@ class LeaderServer:
                     return
                 time.sleep(0.05)  # out of descriptors, or a peer that gave up: others may still come
                 continue
+            if not self._greetings.acquire(blocking=False):
+                connection.close()
+                continue
             threading.Thread(target=self._greet, args=(connection,), daemon=True, name="leader-greet").start()
 
     def _greet(self, connection: socket.socket) -> None:
@@ -230,6 +237,7 @@ class LeaderServer:
                 hello = engine_pb2.Hello.FromString(link.receive(MAX_HELLO) or b"")
             finally:
                 patience.cancel()
+                self._greetings.release()
             if hello.epoch != self._epoch or not hmac.compare_digest(hello.secret, self._secret):
                 raise LinkError("wrong epoch or secret")
         except (LinkError, DecodeError) as error:
@@ -253,7 +261,7 @@ class LeaderServer:
 
     def _read_follower(self, link: Link, rank: int) -> None:
         """Notes how far a follower is behind, and that it lives."""
-        link.settimeout(SILENCE_SECONDS)
+        link.settimeout(self._silence)
         seconds = metrics.PLAN_SECONDS.labels(str(rank))
         try:
             while (frame := link.receive(MAX_HELLO)) is not None:

@@ -58,7 +58,7 @@ class Worker:
         self._report(PREPARING, 0.0)
         if a.leader and a.rank == 0:
             # Before the long work, in which somebody else might take the port.
-            self._server = LeaderServer(a.leader, a.epoch, a.secret)
+            self._server = LeaderServer(a.leader, a.epoch, a.secret, a.silence_seconds)
         from workers.preparation import Preparation
 
         preparation = self._preparation or Preparation(a.model, a.mesh, a.engine)

@@ -16,7 +16,7 @@ from cluster.gateway.session import Session
 from cluster.telemetry import metrics
 from grok.engine.v1 import engine_pb2
 from workers import wire
-from workers.link import MAX_FRAME, PULSE_SECONDS, SILENCE_SECONDS
+from workers.link import MAX_FRAME, PULSE_SECONDS
 
 _LOG = logging.getLogger(__name__)
 _LENGTH = struct.Struct(">I")
@@ -53,8 +53,10 @@ class ReplicaLink:
         writer: asyncio.StreamWriter,
         on_refused: Callable[[Session, engine_pb2.Refusal], None],
         on_token: Callable[[Session], None],
+        silence: float,
     ) -> None:
         self.leader = leader
+        self._most_silent = silence
         self._on_refused = on_refused
         self._on_token = on_token
         self.load = engine_pb2.Load()
@@ -72,6 +74,7 @@ class ReplicaLink:
         leader: LeaderAddress,
         on_refused: Callable[[Session, engine_pb2.Refusal], None],
         on_token: Callable[[Session], None],
+        silence: float,
     ) -> ReplicaLink:
         """Opens the stream, as soon as the leader listens, and says Hello. Raises OSError after CONNECT_SECONDS."""
         host, port = leader.address.rsplit(":", 1)
@@ -85,7 +88,7 @@ class ReplicaLink:
                 if asyncio.get_running_loop().time() > deadline:
                     raise
                 await asyncio.sleep(0.05)
-        link = cls(leader, reader, writer, on_refused, on_token)
+        link = cls(leader, reader, writer, on_refused, on_token, silence)
         link._send(engine_pb2.Hello(epoch=leader.epoch, secret=leader.secret))
         return link
 
@@ -113,10 +116,10 @@ class ReplicaLink:
 
     async def _watch(self) -> None:
         # Turns of this loop are counted, not seconds: when it was itself held up, what came meanwhile is heard first.
-        while self._silent < SILENCE_SECONDS / PULSE_SECONDS:
+        while self._silent < self._most_silent / PULSE_SECONDS:
             await asyncio.sleep(PULSE_SECONDS)
             self._silent += 1
-        _LOG.error("replica %d has been silent for %g s", self.leader.replica, SILENCE_SECONDS)
+        _LOG.error("replica %d has been silent for %g s", self.leader.replica, self._most_silent)
         self.abort()
 
     async def _tell_alive(self) -> None:
@@ -178,8 +181,12 @@ class Router:
     While none is ready but one that was lost is being built again, sessions wait for it, at most `patience` seconds.
     """
 
-    def __init__(self, patience: float, on_change: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(
+        self, patience: float, on_change: Callable[[int], None] = lambda _: None, silence: float = 1.5
+    ) -> None:
+        """Leaders that say nothing for `silence` seconds are lost."""
         self._patience = patience
+        self._silence = silence
         self._links: dict[int, ReplicaLink] = {}
         self._lost: set[int] = set()
         self._waiting: dict[str, tuple[Session, asyncio.TimerHandle]] = {}
@@ -214,7 +221,7 @@ class Router:
     ) -> None:
         """Carries sessions to a replica, once all of its hosts have computed a token, until its stream ends; what is left of
         them goes elsewhere. That token's logarithmic probabilities must be ones that `accept` takes. Raises OSError."""
-        link = await ReplicaLink.connect(leader, self._refused, self._proceeded)
+        link = await ReplicaLink.connect(leader, self._refused, self._proceeded, self._silence)
 
         def proven() -> None:
             if not accept(link.load.canary):

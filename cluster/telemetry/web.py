@@ -23,7 +23,8 @@ Status = Callable[[], cluster_pb2.GetStatusResponse]
 
 
 class WebServer:
-    """Serves `/` (the status page), `/status.json`, `/metrics` and `/targets` (for Prometheus' http_sd_config)."""
+    """Serves `/` (the status page), `/status.json`, `/metrics`, `/targets` (for Prometheus' http_sd_config), and for probes
+    `/live`, which answers while the gateway's loop goes round, and `/ready`, which says whether a replica serves."""
 
     def __init__(self, address: str, status: Status) -> None:
         host, port = address.rsplit(":", 1)
@@ -35,6 +36,8 @@ class WebServer:
         application.router.add_get("/status.json", self._status_json)
         application.router.add_get("/metrics", _metrics)
         application.router.add_get("/targets", self._targets)
+        application.router.add_get("/live", _live)
+        application.router.add_get("/ready", self._ready)
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
 
     async def start(self, *, wait: bool = False) -> int:
@@ -62,6 +65,14 @@ class WebServer:
 
     async def _targets(self, request: web.Request) -> web.Response:
         return web.json_response(targets(self._status(), request.host))
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        ready = any(r.state == cluster_pb2.REPLICA_STATE_READY for r in self._status().replicas)
+        return web.Response(text="ready\n" if ready else "no replica serves\n", status=200 if ready else 503)
+
+
+async def _live(request: web.Request) -> web.Response:
+    return web.Response(text="alive\n")
 
 
 def targets(status: cluster_pb2.GetStatusResponse, gateway: str) -> list[dict[str, Any]]:

@@ -49,7 +49,7 @@ def _follow(address: str, rank: int, seconds: float) -> None:
 def _lead(followers: int, seconds: float, plans: int, ahead: int) -> list[float]:
     """Seconds of each plan, from sending it until all are done; or, sent `ahead`, from one's end to the next one's."""
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
-    server = LeaderServer(address, 1, b"s")
+    server = LeaderServer(address, 1, b"s", 1.5)
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_follow, args=(address, rank, seconds)) for rank in range(1, followers + 1)]
     for process in processes:

@@ -19,9 +19,10 @@ from tests.conftest import DEMO
 from workers import wire
 from workers.engine.plan import Sampling, Token
 from workers.engine.request import Finish, Request, TokenEvent
-from workers.link import PULSE_SECONDS, SILENCE_SECONDS
+from workers.link import PULSE_SECONDS
 from workers.tokenizer import Tokenizer
 
+SILENCE_SECONDS = 1.5
 TOKENIZER = Tokenizer(DEMO / "tokenizer.model")
 
 

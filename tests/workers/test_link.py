@@ -15,15 +15,16 @@ from grok.engine.v1 import engine_pb2
 from workers import metrics, wire
 from workers.engine.plan import Admission, Chunk, Plan, Sampling
 from workers.engine.request import Request
-from workers.link import MAX_FRAME, SILENCE_SECONDS, LeaderServer, Link, LinkError, connect, free_port
+from workers.link import MAX_FRAME, LeaderServer, Link, LinkError, connect, free_port
 
+SILENCE_SECONDS = 1.5
 SECRET = b"a secret of the epoch"
 
 
 @contextlib.contextmanager
 def _server() -> Iterator[tuple[LeaderServer, str]]:
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
-    server = LeaderServer(address, epoch=3, secret=SECRET)
+    server = LeaderServer(address, epoch=3, secret=SECRET, silence=SILENCE_SECONDS)
     try:
         yield server, address
     finally:

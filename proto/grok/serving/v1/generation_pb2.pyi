@@ -137,7 +137,7 @@ class SamplingParams(_message.Message):
 
     @_builtins.property
     def allowed_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """If there are any (up to 4,096), no other tokens are drawn."""
+        """If there are any (up to 4,096), no other tokens are drawn, but for the end token where a format ends."""
 
     def __init__(
         self,
@@ -265,7 +265,7 @@ class Completion(_message.Message):
 
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Up to 16 texts that end the completion where one first appears. None of it is returned."""
+        """Up to 16 texts, of which the one that is complete first ends the completion. None of it is returned."""
 
     @_builtins.property
     def choice(self) -> Global___Choice:

@@ -79,14 +79,14 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateOnce(self, request, context):
-        """Returns a whole completion at once.
+        """Returns a whole completion at once. Refused if it may take more than 4 MiB, which is what clients take.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Turns text into the tokens that a prompt of it has.
+        """Turns text into the tokens that a prompt of it has. The answer may be ten times as long as the text.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

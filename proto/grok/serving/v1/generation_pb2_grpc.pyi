@@ -40,9 +40,9 @@ class GenerationServiceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
     """Streams a completion: one response for each step that has text or tokens to tell, the last with `finish_reason`."""
     GenerateOnce: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateOnceRequest, _generation_pb2.GenerateOnceResponse]
-    """Returns a whole completion at once."""
+    """Returns a whole completion at once. Refused if it may take more than 4 MiB, which is what clients take."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
-    """Turns text into the tokens that a prompt of it has."""
+    """Turns text into the tokens that a prompt of it has. The answer may be ten times as long as the text."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.DetokenizeRequest, _generation_pb2.DetokenizeResponse]
     """Turns tokens into text."""
     CountTokens: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CountTokensRequest, _generation_pb2.CountTokensResponse]
@@ -58,9 +58,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Generate: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
     """Streams a completion: one response for each step that has text or tokens to tell, the last with `finish_reason`."""
     GenerateOnce: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateOnceRequest, _generation_pb2.GenerateOnceResponse]  # type: ignore[assignment]
-    """Returns a whole completion at once."""
+    """Returns a whole completion at once. Refused if it may take more than 4 MiB, which is what clients take."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
-    """Turns text into the tokens that a prompt of it has."""
+    """Turns text into the tokens that a prompt of it has. The answer may be ten times as long as the text."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.DetokenizeRequest, _generation_pb2.DetokenizeResponse]  # type: ignore[assignment]
     """Turns tokens into text."""
     CountTokens: _aio.UnaryUnaryMultiCallable[_generation_pb2.CountTokensRequest, _generation_pb2.CountTokensResponse]  # type: ignore[assignment]
@@ -85,7 +85,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerateOnceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.GenerateOnceResponse, _abc.Awaitable[_generation_pb2.GenerateOnceResponse]]:
-        """Returns a whole completion at once."""
+        """Returns a whole completion at once. Refused if it may take more than 4 MiB, which is what clients take."""
 
     @_abc_1.abstractmethod
     def Tokenize(
@@ -93,7 +93,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.TokenizeResponse, _abc.Awaitable[_generation_pb2.TokenizeResponse]]:
-        """Turns text into the tokens that a prompt of it has."""
+        """Turns text into the tokens that a prompt of it has. The answer may be ten times as long as the text."""
 
     @_abc_1.abstractmethod
     def Detokenize(
