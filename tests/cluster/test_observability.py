@@ -212,6 +212,13 @@ def test_each_request_has_one_line_of_log_without_its_secrets(stage: Stage) -> N
     assert not any(key in text for key in stage.keys.values())
 
 
+def test_probes_are_told_whether_it_lives_and_whether_it_is_ready(stage: Stage) -> None:
+    base = stage.service.status().metrics_url.removesuffix("metrics")
+    for path, said in (("live", b"alive\n"), ("ready", b"ready\n")):
+        with urllib.request.urlopen(base + path, timeout=5) as response:
+            assert response.read() == said
+
+
 def test_a_profile_holds_the_steps_of_all_hosts(
     stage: Stage, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
