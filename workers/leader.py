@@ -124,8 +124,9 @@ class Leader:
         while (plan := self._scheduler.plan()) is not None:
             self._server.broadcast(wire.plan_to_proto(plan, self._epoch))
             self._count(plan)
+            pending = self._execute(plan)
             with self._waiting(plan):
-                tokens = self._runtime.read(self._execute(plan))
+                tokens = self._runtime.read(pending)
             self._canary += [
                 logprob for token in tokens.prefilled for logprob in (token.logprob, *dict(token.top).values())
             ]
