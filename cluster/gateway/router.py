@@ -243,7 +243,9 @@ class Router:
             self._changed()
             for session in left:
                 session.lose(alone=session is self._trial)
-            tried, self._trial = self._trial, None
+            tried = self._trial if self._trial in left else None
+            if tried is not None:
+                self._trial = None
             for session in left:
                 if session is tried and session.trials == MOST_TRIALS:
                     session.deliver(breaking(f"{session.losses} replicas were lost with this request; it must be why"))
