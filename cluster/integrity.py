@@ -58,21 +58,22 @@ class Digests:
 
 class Canary:
     """Compares what meshes compute of one token, as logarithmic probabilities: all must come to what the first came to, as far
-    as other kernels do. If two in a row come to something else, it was the first that was wrong."""
+    as other kernels do. If two in a row on different hosts come to something else, it was the first that was wrong."""
 
     def __init__(self) -> None:
         self._expected: Sequence[float] = ()
         self._doubted: Sequence[float] = ()
+        self._doubted_on: frozenset[str] = frozenset()
 
-    def accept(self, found: Sequence[float]) -> bool:
-        """Whether a mesh that came to this may serve."""
+    def accept(self, found: Sequence[float], nodes: Sequence[str]) -> bool:
+        """Whether a mesh on these hosts that came to this may serve."""
         if not all(map(math.isfinite, found)):
             return False
-        if not self._expected or _alike(found, self._doubted):
-            self._expected = tuple(found)
-        if _alike(found, self._expected):
+        confirmed = _alike(found, self._doubted) and self._doubted_on != frozenset(nodes)
+        if not self._expected or confirmed or _alike(found, self._expected):
+            self._expected, self._doubted = tuple(found), ()
             return True
-        self._doubted = tuple(found)
+        self._doubted, self._doubted_on = tuple(found), frozenset(nodes)
         return False
 
 

@@ -102,7 +102,11 @@ class Placement:
         group = group or await _reserve(group_options(mesh, cluster), None)
         assert group is not None
         resources = bundle(mesh, cluster.cpus_per_host)
-        table: dict[int, str] = (await asyncio.to_thread(placement_group_table, group))["bundles_to_node_id"]
+        try:
+            table: dict[int, str] = (await asyncio.to_thread(placement_group_table, group))["bundles_to_node_id"]
+        except BaseException:
+            remove_placement_group(group)
+            raise
         return cls(
             group,
             mesh,
@@ -133,14 +137,19 @@ class Placement:
         return found
 
     async def check_reachable(self, endpoints: list[Endpoint]) -> None:
-        """Raises HostError if two hosts can't reach each other: about the one that more of them miss."""
+        """Raises HostError if hosts can't reach each other, about the one that most of them miss; OSError if there is no such
+        one."""
         places = [(endpoint.address, endpoint.metrics_port) for endpoint in endpoints]
         missed = await self.ask("unreachable", [places] * len(places), seconds=START_SECONDS)
-        cuts = collections.Counter(rank for pair in enumerate(missed) for other in pair[1] for rank in (pair[0], other))
+        pairs = {frozenset((rank, other)) for rank, found in enumerate(missed) for other in found}
+        cuts = collections.Counter(rank for pair in pairs for rank in pair)
         if cuts:
-            worst = max(cuts, key=lambda rank: (cuts[rank], rank))
-            others = sorted({pair[0] for pair in enumerate(missed) if worst in pair[1]} | set(missed[worst]))
-            raise HostError(worst, OSError(f"it and host {', '.join(map(str, others))} can't reach each other"))
+            (worst, most), *rest = cuts.most_common()
+            others = sorted({rank for rank, found in enumerate(missed) if worst in found} | set(missed[worst]))
+            named = ", ".join(map(str, others))
+            if rest and rest[0][1] == most:
+                raise OSError(f"host {worst} and host {named} can't reach each other")
+            raise HostError(worst, OSError(f"it and host {named} can't reach each other"))
 
     async def ask(self, method: str, *each: Sequence[Any], seconds: float | None = None) -> list[Any]:
         """What all workers answer to a call, whose arguments are given for each of them. Raises HostError for the first that

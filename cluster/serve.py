@@ -205,7 +205,10 @@ class _Service:
 
 async def _keep_log_small() -> None:
     while True:
-        await asyncio.to_thread(logs.keep_small, sys.stderr.fileno(), MOST_LOG_BYTES)
+        with contextlib.suppress(
+            OSError, ValueError, AttributeError
+        ):  # a log that can't be kept small is no reason to stop
+            await asyncio.to_thread(logs.keep_small, sys.stderr.fileno(), MOST_LOG_BYTES)
         await asyncio.sleep(LOG_SECONDS)
 
 

@@ -78,6 +78,7 @@ class Replica:
         self._canary = canary
         self._placement: Placement | None = None
         self._serving = asyncio.Event()
+        self._strange = False
         self._restart = asyncio.Event()
         self._restarting = False
         self._config = config
@@ -93,11 +94,16 @@ class Replica:
         placement = self._placement
         if placement is None or self.state != cluster_pb2.REPLICA_STATE_READY:
             raise NotReadyError(f"replica {self.index} does not serve")
-        traces = await asyncio.gather(*(host.profile.remote(steps, seconds) for host in placement.hosts))
-        for rank, (host, files) in enumerate(zip(placement.hosts, traces, strict=True)):
-            for path, size in sorted(files.items()):
-                for start in range(0, max(size, 1), TRACE_PART):
-                    yield rank, path, await host.trace_part.remote(path, start, TRACE_PART)
+        name = secrets.token_hex(8)
+        try:
+            traces = await asyncio.gather(*(host.profile.remote(name, steps, seconds) for host in placement.hosts))
+            for rank, (host, files) in enumerate(zip(placement.hosts, traces, strict=True)):
+                for path, size in sorted(files.items()):
+                    for start in range(0, max(size, 1), TRACE_PART):
+                        yield rank, path, await host.trace_part.remote(name, path, start, TRACE_PART)
+        finally:
+            for host in placement.hosts:
+                host.forget_trace.remote(name)
 
     async def restart(self) -> int:
         """Ends the epoch, once its sessions have ended or their time to drain is over; the next one's number, when it serves.
@@ -145,6 +151,7 @@ class Replica:
     async def _live(self) -> Exception | None:
         """Runs an epoch to its end; returns why it failed, None if it was told to end."""
         self._restart.clear()
+        self._strange = False
         self._serving = asyncio.Event()
         try:
             await self._epoch(await self._place())
@@ -232,6 +239,11 @@ class Replica:
                 self._stand_by(placement),
                 self._restart.wait(),
             )
+            if self._strange:
+                raise OSError(
+                    "the mesh computes other probabilities than the first one did: look at what its hosts have loaded; if "
+                    "the first was wrong, start the service anew"
+                )
             if not self._restart.is_set():
                 await asyncio.wait([serving], timeout=REASON_SECONDS)
                 if serving.done():
@@ -315,10 +327,9 @@ class Replica:
 
     def _accept(self, canary: Sequence[float]) -> bool:
         """Whether the mesh computes what others did."""
-        accepted = self._canary.accept(canary)
-        if not accepted:
-            _LOG.error("the mesh computes %s, unlike those before", list(canary), extra=self.log_fields)
-        return accepted
+        assert self._placement is not None
+        self._strange = not self._canary.accept(canary, self._placement.nodes)
+        return not self._strange
 
     def _ready(self) -> None:
         self._serving.set()

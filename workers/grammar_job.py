@@ -6,14 +6,16 @@ mask, or an empty message and after it what is wrong.
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 import json
-import queue
 import selectors
 import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 from workers.checkpoint.storage import locate
 from workers.engine.request import Request
@@ -21,23 +23,25 @@ from workers.grammar import GrammarError, Grammars
 from workers.sandbox import Budget, JobStream, Sandbox, SandboxError, hang_up, run_template
 from workers.tokenizer import Tokenizer
 
-#: A grammar that reaches a leader has been tried in less on the gateway.
-BUDGET = Budget(seconds=4.0)
+#: What following a grammar may take that has been tried on the gateway in less, and what more for each token that is resumed.
+BUDGET, RESUMED_SECONDS = Budget(seconds=4.0, mebibytes=256), 0.005
 
 
 class RemoteConstraint:
     """An `engine.request.Constraint` whose grammar another process follows. `accept`, `mask` and `close` are the leader's."""
 
     def __init__(self, request: Request, asked: set[RemoteConstraint]) -> None:
+        self.request = request
         self._asked = asked
-        self._first = json.dumps(
-            {"grammar": request.grammar, "allowed": request.sampling.allowed_tokens, "resumed": request.resumed}
-        ).encode()
         self._stream: Connection | None = None
+        # No thread may write to a stream that another one closes.
+        self._lock = threading.Lock()
         self._due = 1
         self._mask = b""
         self.closed = False
         self.problem = ""
+        #: Whether the problem is not the grammar's, and the request may be sent again.
+        self.passing = False
 
     @property
     def ready(self) -> bool:
@@ -52,22 +56,23 @@ class RemoteConstraint:
         """See `Constraint.accept`."""
         self._due += 1
         self._asked.add(self)
-        assert self._stream is not None
-        with contextlib.suppress(OSError):  # it has ended, which is noticed where answers are awaited
-            self._stream.send_bytes(token.to_bytes(4, "little"))
+        self._send(token.to_bytes(4, "little"))
 
     def close(self) -> None:
         """See `Constraint.close`."""
-        self.closed = True
-        if self._stream is not None:
-            hang_up(self._stream)
+        with self._lock:
+            self.closed = True
+            if self._stream is not None:
+                hang_up(self._stream)
 
     def begin(self, stream: Connection) -> None:
         """Gives it a process."""
+        request = self.request
+        first = {"grammar": request.grammar, "allowed": request.sampling.allowed_tokens, "resumed": request.resumed}
         self._stream = stream
-        stream.send_bytes(self._first)
+        self._send(json.dumps(first).encode())
         if self.closed:  # meanwhile
-            hang_up(stream)
+            self.close()
 
     def hear(self, stream: Connection) -> bool:
         """Takes an answer. False if no more will come."""
@@ -82,15 +87,32 @@ class RemoteConstraint:
             self.problem = f"it takes more than {BUDGET} to follow"
         return False
 
+    def end(self, stream: Connection) -> None:
+        """Closes the stream of a process that has ended."""
+        with self._lock:
+            self._stream = None
+            stream.close()
+
+    def _send(self, message: bytes) -> None:
+        # That a process has ended is noticed where its answers are awaited.
+        with self._lock, contextlib.suppress(OSError):
+            if self._stream is not None:
+                self._stream.send_bytes(message)
+
 
 class Constraints:
-    """Gives constraints their processes, `most` at a time, and hears these. `on_answer` is called by another thread."""
+    """Gives constraints their processes, `most` at a time, and hears these. `on_answer` is called by another thread.
+
+    Of those that wait for a process, the first of the highest priority comes next whose owner has the fewest.
+    """
 
     def __init__(self, sandbox: Sandbox, most: int, on_answer: Callable[[], None]) -> None:
         self._sandbox = sandbox
         self._on_answer = on_answer
         self._places = threading.Semaphore(most)
-        self._waiting: queue.SimpleQueue[RemoteConstraint] = queue.SimpleQueue()
+        self._waiting: list[RemoteConstraint] = []
+        self._more = threading.Condition()
+        self._owned: collections.Counter[str] = collections.Counter()
         self._selector = selectors.DefaultSelector()
         self._answered = threading.Condition()
         self._asked: set[RemoteConstraint] = set()
@@ -100,7 +122,9 @@ class Constraints:
     def open(self, request: Request) -> RemoteConstraint:
         """The constraint of a request, which is not ready yet."""
         constraint = RemoteConstraint(request, self._asked)
-        self._waiting.put(constraint)
+        with self._more:
+            self._waiting.append(constraint)
+            self._more.notify()
         return constraint
 
     def settle(self, seconds: float) -> None:
@@ -110,33 +134,54 @@ class Constraints:
                 self._answered.wait_for(lambda: all(constraint.ready for constraint in self._asked), seconds)
             self._asked.clear()
 
+    def _next(self) -> RemoteConstraint:
+        """The constraint that gets the next process."""
+
+        def claim(constraint: RemoteConstraint) -> tuple[int, int]:
+            return -constraint.request.priority, self._owned[constraint.request.owner]
+
+        with self._more:
+            while True:
+                self._more.wait_for(lambda: bool(self._waiting))
+                constraint = min(self._waiting, key=claim)
+                self._waiting.remove(constraint)
+                if not constraint.closed:
+                    self._owned[constraint.request.owner] += 1
+                    return constraint
+
     def _begin(self) -> None:
         while True:
-            constraint = self._waiting.get()
             self._places.acquire()
-            if constraint.closed:
-                self._places.release()
-                continue
+            constraint = self._next()
+            resumed = len(constraint.request.resumed)
             try:
-                stream = self._sandbox.job(BUDGET)
-                self._selector.register(stream, selectors.EVENT_READ, constraint)
-                constraint.begin(stream)
-            except OSError:  # it has ended already, which is heard
-                continue
+                stream = self._sandbox.job(
+                    dataclasses.replace(BUDGET, seconds=BUDGET.seconds + RESUMED_SECONDS * resumed)
+                )
             except SandboxError as error:
-                constraint.problem = str(error)
-                self._places.release()
+                constraint.passing, constraint.problem = True, str(error)
+                self._release(constraint)
                 self._tell()
+                continue
+            # Before anything is sent: that it ends is heard from now on.
+            self._selector.register(stream, selectors.EVENT_READ, constraint)
+            constraint.begin(stream)
 
     def _hear(self) -> None:
         while True:
             for key, _ in self._selector.select():
-                stream: Connection = key.fileobj  # type: ignore[assignment]
-                if not key.data.hear(stream):
+                stream: Any = key.fileobj
+                constraint: RemoteConstraint = key.data
+                if not constraint.hear(stream):
                     self._selector.unregister(stream)
-                    stream.close()
-                    self._places.release()
+                    constraint.end(stream)
+                    self._release(constraint)
             self._tell()
+
+    def _release(self, constraint: RemoteConstraint) -> None:
+        with self._more:
+            self._owned[constraint.request.owner] -= 1
+        self._places.release()
 
     def _tell(self) -> None:
         with self._answered:

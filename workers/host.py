@@ -43,7 +43,7 @@ class Host:
         self._worker: Worker | None = None
         self._preparation: Preparation | None = None
         self._preparing = threading.Lock()
-        self._traces: dict[str, bytes] = {}
+        self._traces: dict[str, dict[str, bytes]] = {}
         self._address = ray.util.get_node_ip_address()
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name="orphan").start()
         self._metrics_port = _serve_metrics(self._address)
@@ -111,18 +111,20 @@ class Host:
         assert self._worker is not None
         self._worker.serve()
 
-    def profile(self, steps: int, seconds: float) -> dict[str, int]:
-        """Takes a trace, see `Profiler.trace`, and keeps it until it is fetched, or the next one is taken. Paths and sizes."""
+    def profile(self, name: str, steps: int, seconds: float) -> dict[str, int]:
+        """Takes a trace, see `Profiler.trace`, and keeps it under a name until it is forgotten. Paths and sizes of its
+        files."""
         assert self._worker is not None
-        self._traces = self._worker.profiler.trace(steps, seconds)
-        return {path: len(content) for path, content in self._traces.items()}
+        self._traces[name] = self._worker.profiler.trace(steps, seconds)
+        return {path: len(content) for path, content in self._traces[name].items()}
 
-    def trace_part(self, path: str, start: int, length: int) -> bytes:
-        """A part of a file of the trace; with the last one the file is forgotten. Small parts hold nobody up on their way."""
-        content = self._traces[path]
-        if start + length >= len(content):
-            del self._traces[path]
-        return content[start : start + length]
+    def trace_part(self, name: str, path: str, start: int, length: int) -> bytes:
+        """A part of a file of a trace. Small parts hold nobody up on their way."""
+        return self._traces[name][path][start : start + length]
+
+    def forget_trace(self, name: str) -> None:
+        """Nobody wants a trace any more."""
+        self._traces.pop(name, None)
 
     def progress(self) -> Progress:
         """What the worker is doing."""

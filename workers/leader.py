@@ -212,8 +212,11 @@ class Leader:
                 continue
             del self._opening[request_id]
             try:
+                if constraint.problem and not constraint.passing:
+                    self._fail([Failure(request_id, f"its format can't be followed: {constraint.problem}")])
+                    continue
                 if constraint.problem:
-                    raise Refused(constraint.problem)
+                    raise Refused(constraint.problem, full=True)
                 self._scheduler.submit(request, constraint)
             except Refused as error:
                 constraint.close()

@@ -225,11 +225,15 @@ class LeaderServer:
             if not self._greetings.acquire(blocking=False):
                 connection.close()
                 continue
-            threading.Thread(target=self._greet, args=(connection,), daemon=True, name="leader-greet").start()
+            try:
+                threading.Thread(target=self._greet, args=(connection,), daemon=True, name="leader-greet").start()
+            except RuntimeError:  # no more threads
+                self._greetings.release()
+                connection.close()
 
     def _greet(self, connection: socket.socket) -> None:
-        link = Link(connection)
         try:
+            link = Link(connection)
             # A timer, since a socket's timeout would begin anew with each byte.
             patience = threading.Timer(HELLO_TIMEOUT, link.close)
             patience.start()
@@ -237,13 +241,14 @@ class LeaderServer:
                 hello = engine_pb2.Hello.FromString(link.receive(MAX_HELLO) or b"")
             finally:
                 patience.cancel()
-                self._greetings.release()
             if hello.epoch != self._epoch or not hmac.compare_digest(hello.secret, self._secret):
                 raise LinkError("wrong epoch or secret")
-        except (LinkError, DecodeError) as error:
+        except (OSError, RuntimeError, DecodeError) as error:  # a LinkError too
             _LOG.warning("refused a connection: %s", error)
-            link.close()
+            connection.close()
             return
+        finally:
+            self._greetings.release()
         if hello.HasField("rank"):
             with self._joined:
                 if hello.rank in self._followers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import json
 import logging
 import os
@@ -44,10 +45,14 @@ class JsonFormatter(logging.Formatter):
 
 
 def keep_small(descriptor: int, most: int) -> None:
-    """If a process writes its log to a file of more than `most` bytes, moves what is there to `FILE.1` and begins again. The
-    file must have been opened to be appended to, as whoever else writes to it goes on."""
+    """If a process writes its log to a file of more than `most` bytes, moves what is there to `FILE.1` and begins again. Only
+    with a file that was opened to be appended to, as whoever else writes to it goes on. Raises OSError."""
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_size <= most:
+        return
+    if (
+        not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND
+    ):  # what is written next would not be where the file begins
         return
     path = pathlib.Path(f"/proc/self/fd/{descriptor}").readlink()
     with contextlib.suppress(OSError):  # on a full disk it is lost, which frees the disk

@@ -42,7 +42,7 @@ class Budget:
         return f"{self.seconds:g} s of a processor or {self.mebibytes} MiB of memory"
 
 
-class SandboxError(RuntimeError):
+class SandboxError(Exception):
     """No job can be started."""
 
 
@@ -62,14 +62,16 @@ class Sandbox:
     def job(self, budget: Budget) -> Connection:
         """A stream to a new child. It ends without an answer when the child has taken more than its budget. Raises
         SandboxError."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
+        order = " ".join(map(str, dataclasses.astuple(budget))).encode()
+        try:
+            ours, theirs = socket.socketpair()
+            with theirs, contextlib.ExitStack() as stack:
+                stack.callback(ours.close)
                 with self._lock:
-                    self._order(" ".join(map(str, dataclasses.astuple(budget))).encode(), theirs.fileno())
-            except SandboxError:
-                ours.close()
-                raise
+                    self._order(order, theirs.fileno())
+                stack.pop_all()
+        except OSError as error:  # no more descriptors, processes or memory
+            raise SandboxError(f"no process can be started: {error}") from error
         return Connection(ours.detach())
 
     def close(self) -> None:

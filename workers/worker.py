@@ -29,6 +29,8 @@ _LOG = logging.getLogger(__name__)
 #: Seconds after which JAX's coordination service takes a silent host for dead.
 HEARTBEAT_SECONDS = 10
 JOIN_SECONDS = 60.0
+#: Grammars that are followed for requests that wait for a slot.
+SPARE_GRAMMARS = 16
 
 
 class Worker:
@@ -163,7 +165,7 @@ class Worker:
             metrics.lead()
             compilations = self._compilations_while_serving
             slowdown = a.engine.prefill_slowdown
-            constraints = Constraints(self._sandbox, 2 * runtime.shape.slots, self._server.wake)
+            constraints = Constraints(self._sandbox, runtime.shape.slots + SPARE_GRAMMARS, self._server.wake)
             stalls = StallWatch("the leader's loop", a.stall_seconds, _LOG.warning)
             leader = Leader(
                 runtime, scheduler, self._server, a.epoch, compilations, self.profiler, constraints, stalls, slowdown

@@ -5,6 +5,7 @@ call is counted, traced and logged in one line."""
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import inspect
 import logging
@@ -35,9 +36,9 @@ _ADMIN = ("Profile", "Restart")
 _TEXTS = ("Tokenize", "Detokenize", "CountTokens")
 #: Most bytes of a message of all calls but those, and completions.
 _SMALL_BYTES = 64 * 1024
-#: Messages that are being received at a time, of ours and of services that want no key, and seconds that one may take.
-RECEIVING, RECEIVING_OPEN, RECEIVE_SECONDS = 64, 16, 10.0
-#: Calls of services that want no key which may be open, and seconds that all but health's may last.
+#: Messages that are being received at a time: of all keys, of one, of services that want none; seconds until one must be there.
+RECEIVING, RECEIVING_OF_A_KEY, RECEIVING_OPEN, RECEIVE_SECONDS = 64, 16, 32, 10.0
+#: Streams of services that want no key which may be open, and seconds that all but health's may last.
 MOST_OPEN, OPEN_SECONDS = 256, 60.0
 _WATCH = "/grpc.health.v1.Health/Watch"
 
@@ -57,6 +58,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._tracer = tracer
         self._completion_bytes = completion_bytes
         self._places = asyncio.Semaphore(RECEIVING)
+        self._own: dict[str, asyncio.Semaphore] = collections.defaultdict(lambda: asyncio.Semaphore(RECEIVING_OF_A_KEY))
         self._open_places = asyncio.Semaphore(RECEIVING_OPEN)
         self._open = 0
 
@@ -97,11 +99,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def single(_: _Messages, context: Any) -> Any:
             async with begin(context):
-                return await handler.unary_unary(await _receive(context, parse, self._places), context)
+                own = self._own[CURRENT.get().caller.name]
+                return await handler.unary_unary(await _receive(context, parse, own, self._places), context)
 
         async def streamed(_: _Messages, context: Any) -> AsyncIterator[Any]:
             async with begin(context):
-                request = await _receive(context, parse, self._places)
+                own = self._own[CURRENT.get().caller.name]
+                request = await _receive(context, parse, own, self._places)
                 # Closed before the outcome is told, also when the client leaves while a response is being sent.
                 async with contextlib.aclosing(handler.unary_stream(request, context)) as responses:
                     async for response in responses:
@@ -122,11 +126,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 yield parse(data)
 
         async def single(_: _Messages, context: Any) -> Any:
-            async with self._counted(context):
+            async with self._told(context):
                 return await handler.unary_unary(await _receive(context, parse, self._open_places), context)
 
         async def streamed(messages: _Messages, context: Any) -> AsyncIterator[Any]:
-            async with self._counted(context), asyncio.timeout(None if method == _WATCH else OPEN_SECONDS):
+            async with (
+                self._told(context),
+                self._counted(),
+                asyncio.timeout(None if method == _WATCH else OPEN_SECONDS),
+            ):
                 if handler.request_streaming:
                     responses = handler.stream_stream(parsed(messages), context)
                 else:
@@ -141,25 +149,34 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return streamed if handler.response_streaming else single
 
     @contextlib.asynccontextmanager
-    async def _counted(self, context: Any) -> AsyncIterator[None]:
+    async def _counted(self) -> AsyncIterator[None]:
+        if self._open >= MOST_OPEN:
+            raise exhausted("too many such calls are open", retry_seconds=10.0)
         self._open += 1
         try:
-            if self._open > MOST_OPEN:
-                await context.abort_with_status(exhausted("too many such calls are open", retry_seconds=10.0).status())
+            yield
+        finally:
+            self._open -= 1
+
+    @contextlib.asynccontextmanager
+    async def _told(self, context: Any) -> AsyncIterator[None]:
+        """What goes wrong is told as a status."""
+        try:
             yield
         except TimeoutError:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"a call may last {OPEN_SECONDS:g} s; call again")
         except (GatewayError, DecodeError) as error:
             wrong = error if isinstance(error, GatewayError) else _malformed("the request is no protobuf of its type")
             await context.abort_with_status(wrong.status())
-        finally:
-            self._open -= 1
 
 
-async def _receive(context: Any, parse: Callable[[bytes], Any], places: asyncio.Semaphore) -> Any:
-    """The one message of a call. Raises GatewayError for one that is none, or does not come."""
+async def _receive(context: Any, parse: Callable[[bytes], Any], *places: asyncio.Semaphore) -> Any:
+    """The one message of a call, received when there is a place of all these kinds. Raises GatewayError for one that is none,
+    or does not come."""
     try:
-        async with places, asyncio.timeout(RECEIVE_SECONDS):
+        async with asyncio.timeout(RECEIVE_SECONDS), contextlib.AsyncExitStack() as stack:
+            for place in places:
+                await stack.enter_async_context(place)
             data = await context.read()
         if data is grpc.aio.EOF:
             raise _malformed("the call has no message")

@@ -192,7 +192,7 @@ class Router:
         self._waiting: dict[str, tuple[Session, asyncio.TimerHandle]] = {}
         # Of those that may be what breaks replicas one runs at a time; the others wait for it to come on or to break another.
         self._trial: Session | None = None
-        self._untried: dict[str, Session] = {}
+        self._untried: dict[str, tuple[Session, asyncio.TimerHandle]] = {}
         self._on_change = on_change
         self._waits: dict[int, tuple[float, float]] = {}
         #: What requests take, as it turns out.
@@ -241,8 +241,9 @@ class Router:
                 self._lost.add(leader.replica)
             left = link.close()
             self._changed()
+            known = [session for session in left if session.losses and not session.proceeded]
             for session in left:
-                session.lose(alone=session is self._trial)
+                session.lose(alone=known == [session] and session is self._trial)
             tried = self._trial if self._trial in left else None
             if tried is not None:
                 self._trial = None
@@ -309,7 +310,6 @@ class Router:
 
     def cancel(self, session: Session) -> None:
         """Forgets a session, wherever it is."""
-        self._untried.pop(session.request.id, None)
         if not self._stop_waiting(session):
             link = self._links.get(session.replica)
             if link is not None and link.sessions.get(session.request.id) is session:
@@ -324,8 +324,8 @@ class Router:
 
     def _everywhere(self) -> list[Session]:
         running = [session for link in list(self._links.values()) for session in list(link.sessions.values())]
-        waiting = [session for session, _ in list(self._waiting.values())]
-        return [*running, *waiting, *list(self._untried.values())]
+        waiting = [session for session, _ in [*self._waiting.values(), *self._untried.values()]]
+        return [*running, *waiting]
 
     def _send(self, session: Session) -> None:
         """Sends a session that is on no replica (any more), or ends it."""
@@ -351,37 +351,40 @@ class Router:
     def _leave_trial(self, session: Session) -> None:
         if session is self._trial:
             self._trial = None
-            self._try_next()
+            asyncio.get_running_loop().call_soon(self._try_next)  # not within what ends one after the other
 
     def _try_next(self) -> None:
         while self._trial is None and self._untried:
-            self._send(self._untried.pop(next(iter(self._untried))))
+            self._send(next(iter(self._untried.values()))[0])
 
     def _place(self, session: Session) -> bool:
-        if session.suspect and session is not self._trial:
-            if self._trial is not None:
-                self._untried[session.request.id] = session
-                return True
-            self._trial = session
+        if session.suspect and self._trial not in (None, session):
+            timer = asyncio.get_running_loop().call_later(self._patience, self._give_up, session)
+            self._untried[session.request.id] = session, timer
+            return True
         link = self._least_busy()
+        if link is None and not self._lost:
+            return False
+        if session.suspect:
+            self._trial = session
         if link is not None:
             link.submit(session)
-            return True
-        if self._lost:
+        else:
             self._wait(session, self._patience, self._give_up)
-        return bool(self._lost)
+        return True
 
     def _wait(self, session: Session, seconds: float, then: Callable[[Session], None]) -> None:
         timer = asyncio.get_running_loop().call_later(seconds, then, session)
         self._waiting[session.request.id] = session, timer
 
     def _stop_waiting(self, session: Session) -> bool:
-        waiting, timer = self._waiting.get(session.request.id, (None, None))
-        if waiting is not session or timer is None:
-            return False
-        timer.cancel()
-        del self._waiting[session.request.id]
-        return True
+        for waiting in (self._waiting, self._untried):
+            found, timer = waiting.get(session.request.id, (None, None))
+            if found is session and timer is not None:
+                timer.cancel()
+                del waiting[session.request.id]
+                return True
+        return False
 
     def _give_up(self, session: Session) -> None:
         self._stop_waiting(session)

@@ -77,6 +77,7 @@ class Gateway:
         """With `shares_port` another service may listen at the same address, as a predecessor does."""
         self._config = config.gateway
         self._shares_port = shares_port
+        self._lag: asyncio.Task[None] | None = None
         self._stall_seconds = config.telemetry.stall_seconds
         self._router = router
         self._health = health.aio.HealthServicer()
@@ -147,7 +148,8 @@ class Gateway:
         await self._server.stop(0)
         await stopping
         self._texts.close()
-        self._lag.cancel()
+        if self._lag is not None:
+            self._lag.cancel()
 
     async def _emptied(self, seconds: float) -> None:
         """Waits until no completion is in the gateway, at most so long."""

@@ -15,6 +15,7 @@ from opentelemetry import trace
 from cluster.gateway.admission import Admission
 from cluster.gateway.call import CURRENT, Call
 from cluster.gateway.errors import Violation, code_name, invalid
+from cluster.gateway.keys import MAX_PRIORITY
 from cluster.gateway.latency import RecentLatency
 from cluster.gateway.router import Router
 from cluster.gateway.session import Delta, Session
@@ -142,7 +143,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         caller, number = call.caller, max(1, completion.n)
         # Places are taken before any work, so that the limits of a key bound that too.
         with self._admission.admitted(caller, number):
-            wait = self._router.wait(completion.priority)
+            wait = self._router.wait(max(-MAX_PRIORITY, min(completion.priority, MAX_PRIORITY)))
             self._admission.patience(wait, left)
             request = await to_request(completion, self._limits, self._texts, caller, call.request_id, whole=whole)
             self._admission.patience(wait, left, self._router.forecast.own(request))
@@ -155,12 +156,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     one = dataclasses.replace(request, id=name, sampling=sampling, owner=caller.name)
                     session = Session(one, stops, self._texts.tokenizer)
                     await session.catch_up()
-                    sessions.append(stack.enter_context(self._started(session, context, whole=whole)))
+                    sessions.append(stack.enter_context(self._started(session, context, whole=whole, first=i == 0)))
                 yield sessions
 
     @contextlib.contextmanager
     def _started(
-        self, session: Session, context: grpc.aio.ServicerContext[Any, Any], *, whole: bool
+        self, session: Session, context: grpc.aio.ServicerContext[Any, Any], *, whole: bool, first: bool
     ) -> Iterator[Session]:
         """A session, sent to a replica; however the block ends, the replica forgets it and times are counted."""
         call = CURRENT.get()
@@ -175,7 +176,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             self._router.cancel(session)
             call.replica, call.epoch = session.replica, session.epoch
             self._tell(call, session, code)
-            self._admission.used(call.caller, _charged(session, code, whole=whole))
+            self._admission.used(call.caller, _charged(session, code, whole=whole, first=first))
 
     def _tell(self, call: Call, session: Session, code: str) -> None:
         """Counts, traces and notes for the log what became of a session that ended with `code`."""
@@ -225,14 +226,23 @@ def _must_be_read() -> Iterator[None]:
         timer.cancel()
 
 
-def _charged(session: Session, code: str, *, whole: bool) -> int:
+def _charged(session: Session, code: str, *, whole: bool, first: bool) -> int:
     """Tokens that a session costs its key: positions that were computed for it before its first token, once, however often it
-    moved, and the tokens that were drawn. Nothing if the service is why nobody has got anything."""
+    moved, and the tokens that were drawn. Nothing if the service is why nobody has got anything.
+
+    Args:
+      session: that has ended.
+      code: with which it did.
+      whole: whether its caller gets all at once, or nothing.
+      first: of the completions of its prompt.
+    """
     if code in ("UNAVAILABLE", "INTERNAL") and (whole or not session.tokens):
         return 0
-    # Of one that was given up before, it is not known how far it was.
-    computed = len(session.request.prompt) if session.timing is None else session.timing.computed
-    return computed + len(session.tokens)
+    if session.timing is not None:
+        return session.timing.computed + session.drawn
+    # Of one that its caller gave up before, it is not known how far it was.
+    given_up = first and code in ("CANCELLED", "DEADLINE_EXCEEDED")
+    return session.drawn + (len(session.request.prompt) if given_up else 0)
 
 
 async def _whole(session: Session, completion: generation_pb2.Completion) -> generation_pb2.GenerateOnceResponse:

@@ -69,12 +69,17 @@ class Session:
     @property
     def suspect(self) -> bool:
         """Whether it may be what breaks replicas: two in a row were lost with it, and it has not come on since."""
-        return self.losses >= 2 and len(self._received) < self._kept + PROGRESS
+        return self.losses >= 2 and not self.proceeded
+
+    @property
+    def proceeded(self) -> bool:
+        """Whether it has come on since a replica was last lost with it."""
+        return len(self._received) >= self._kept + PROGRESS
 
     def lose(self, *, alone: bool) -> None:
         """Notes that its replica is lost, on which it was the only suspect if it was `alone`."""
         self.moved = True
-        if len(self._received) >= self._kept + PROGRESS:
+        if self.proceeded:
             self.losses = self.trials = 0
         self.losses += 1
         self.trials += alone

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster.gateway.errors import exhausted
+from cluster.gateway.errors import exhausted, unavailable
 from cluster.gateway.keys import Caller
 from workers.grammar import GrammarError
 from workers.sandbox import Budget, Sandbox
@@ -22,7 +22,8 @@ from workers.tokenizer import Tokenizer
 #: Bytes of a text that is worked on at once: less than two milliseconds.
 INLINE_BYTES = 2048
 #: What a grammar may take until it is known that completions can follow it, and any other work.
-GRAMMAR_BUDGET, TEXT_BUDGET = Budget(1.0, niceness=15), Budget(15.0, mebibytes=1024, niceness=15)
+GRAMMAR_BUDGET = Budget(1.0, mebibytes=192, niceness=15)
+TEXT_BUDGET = Budget(15.0, mebibytes=1024, niceness=15)
 #: Jobs at a time, in all and of a key, and how many may wait.
 JOBS, MOST_WAITING = max(2, (os.cpu_count() or 1) // 4), 64
 JOBS_OF_A_KEY = JOBS // 2
@@ -57,14 +58,16 @@ class Texts:
         self._sandbox = sandbox
         self._pool = concurrent.futures.ThreadPoolExecutor(JOBS, "texts")
         self._places: dict[str, asyncio.Semaphore] = collections.defaultdict(lambda: asyncio.Semaphore(JOBS_OF_A_KEY))
-        self._waiting = 0
+        self._waiting: collections.Counter[str] = collections.Counter()
         self._grammars: collections.OrderedDict[bytes, str] = collections.OrderedDict()
 
     async def encode(self, text: str, caller: Caller) -> Sequence[int]:
-        """The tokens of a text. Raises GatewayError (RESOURCE_EXHAUSTED)."""
+        """The tokens of a text. Raises GatewayError (RESOURCE_EXHAUSTED, UNAVAILABLE)."""
         if len(text) <= INLINE_BYTES:
             return self.tokenizer.encode(text)
         done = await self.run("encode", text.encode(), caller)
+        if done.problem:
+            raise unavailable(f"the prompt could not be worked on: {done.problem}")
         return array.array("I", done.answer)
 
     async def grammar(self, kind: str, source: str | list[str], allowed: Sequence[int], caller: Caller) -> str:
@@ -89,20 +92,24 @@ class Texts:
 
     async def run(self, job: str, data: bytes, caller: Caller, budget: Budget = TEXT_BUDGET) -> Done:
         """A job's outcome; see `text_job`. Raises GatewayError (RESOURCE_EXHAUSTED) if too many wait."""
-        if self._waiting >= MOST_WAITING:
-            raise exhausted(f"{self._waiting} texts and formats are waiting to be worked on already", retry_seconds=1.0)
-        self._waiting += 1
+        own = self._waiting[caller.name]
+        if own >= MOST_WAITING - self._waiting.total():  # one key leaves half of the places to others
+            raise exhausted(f"{own} texts and formats of this key are waiting to be worked on already", 1.0)
+        places, loop = self._places[caller.name], asyncio.get_running_loop()
+        self._waiting[caller.name] += 1
         try:
-            places, loop = self._places[caller.name], asyncio.get_running_loop()
             await places.acquire()
-            working = self._pool.submit(self._run, job, data, budget)
-            # A job whose caller has left keeps its place until it has ended.
-            working.add_done_callback(lambda _: loop.call_soon_threadsafe(places.release))
-            done = await asyncio.wrap_future(working)
-            self._charge(caller, round(done.seconds * TOKENS_PER_SECOND))
-            return done
         finally:
-            self._waiting -= 1
+            self._waiting[caller.name] -= 1
+        working = self._pool.submit(self._run, job, data, budget)
+        # A job whose caller has left goes on, keeps its place, and is paid for.
+        working.add_done_callback(lambda done: loop.call_soon_threadsafe(self._ended, done, caller, places))
+        return await asyncio.wrap_future(working)
+
+    def _ended(self, job: concurrent.futures.Future[Done], caller: Caller, places: asyncio.Semaphore) -> None:
+        places.release()
+        if not job.cancelled() and job.exception() is None:
+            self._charge(caller, round(job.result().seconds * TOKENS_PER_SECOND))
 
     def close(self) -> None:
         """Takes no more work."""

@@ -48,14 +48,16 @@ def test_a_host_whose_copy_was_mended_is_taken_again() -> None:
 
 
 def test_a_mesh_must_compute_what_the_first_did_unless_that_was_the_wrong_one() -> None:
-    canary = Canary()
-    assert not canary.accept([math.nan, -1.0])
-    assert canary.accept([-1.0, -2.0])
-    assert canary.accept([-1.0, -2.0 + CANARY_TOLERANCE / 2])
-    assert not canary.accept([-3.0, -2.0])
-    assert canary.accept([-1.0, -2.0])
+    canary, here, elsewhere = Canary(), ["n0", "n1"], ["n1", "n2"]
+    assert not canary.accept([math.nan, -1.0], here)
+    assert canary.accept([-1.0, -2.0], here)
+    assert canary.accept([-1.0, -2.0 + CANARY_TOLERANCE / 2], elsewhere)
+    for _ in range(3):
+        assert not canary.accept([-3.0, -2.0], here), "the same hosts prove nothing by saying it again"
+    assert canary.accept([-1.0, -2.0], here)
+    assert not canary.accept([-3.0, -2.0], elsewhere), "what was right meanwhile counts"
     first = Canary()
-    assert first.accept([-9.0])
-    assert not first.accept([-1.0])
-    assert first.accept([-1.0]), "two against one"
-    assert not first.accept([-9.0])
+    assert first.accept([-9.0], here)
+    assert not first.accept([-1.0], here)
+    assert first.accept([-1.0], elsewhere), "two against one"
+    assert not first.accept([-9.0], here)

@@ -207,9 +207,8 @@ def test_of_hosts_that_can_not_reach_each_other_the_one_that_more_miss_is_blamed
     assert one is not None
     assert one.rank == 1
     assert "host 0, 2 can't reach each other" in str(one)
-    oneway = _reached([[], [], [0]])
-    assert oneway is not None
-    assert oneway.rank == 2
+    with pytest.raises(OSError, match=r"host \d and host \d can't reach each other"):
+        _reached([[], [], [0]])  # either may be to blame
 
 
 def test_hosts_that_run_other_code_form_no_mesh() -> None:

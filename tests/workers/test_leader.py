@@ -134,7 +134,7 @@ def test_a_format_that_is_costly_or_that_the_tokens_leave_ends_that_request_and_
     costly, left = ended.pop("costly"), ended.pop("left")
     assert not any(ended.values())
     assert costly is not None
-    assert (costly.refused, "it takes more than" in costly.reason) == (engine_pb2.REFUSED_UNSPECIFIED, True)
+    assert (costly.refused, "it takes more than" in costly.reason) == (engine_pb2.REFUSED_FAILED, True)
     assert left is not None
     assert left.refused == engine_pb2.REFUSED_FAILED
 

@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from workers.engine.pages import PagePool
 from workers.engine.plan import Draft, EngineShape, Plan, Sampling, StepTokens, Token
 from workers.engine.request import Finish, Refused, Request, TokenEvent
 from workers.engine.scheduler import MAX_PASSED_OVER, Scheduler
@@ -530,3 +531,81 @@ def test_of_equal_claims_the_oldest_goes_first_whoever_owns_it() -> None:
     plan = scheduler.plan()
     assert plan is not None
     assert [admission.request_id for admission in plan.admissions] == ["r0", "r1"]
+
+
+class _Flickering(_Slow):
+    """A constraint whose mask comes in the middle of a plan's making."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked = 0
+
+    @property
+    def ready(self) -> bool:
+        self._asked += 1
+        return self._asked % 2 == 0
+
+    @ready.setter
+    def ready(self, value: bool) -> None:
+        del value
+
+    def mask(self) -> bytes:
+        return b"\xff" * 16
+
+
+def test_a_mask_that_comes_while_a_plan_is_made_lets_nobody_decode_without_a_page() -> None:
+    scheduler = Scheduler(dataclasses.replace(EXACT, groups=1), VOCAB, MAX_WAITING)
+    scheduler.submit(_request("r", 3, 30), _Flickering())
+    pages: dict[int, int] = {}
+    position = 0
+    for _ in range(200):
+        plan = scheduler.plan()
+        if plan is None:
+            continue
+        for admission in plan.admissions:
+            pages[admission.slot], position = len(admission.pages), 3
+        for growth in plan.growths:
+            pages[growth.slot] += len(growth.pages)
+        for slot in plan.decode:
+            assert position < pages[slot] * SHAPE.page_size, "there is a page for what it writes"
+            position += 1
+        scheduler.complete(_answer(plan, [7] * 8))
+    assert position > 20
+
+
+def test_pages_of_a_request_without_numbers_stay_unshared_while_another_has_them() -> None:
+    pool = PagePool(9, 4)
+    tokens = tuple(range(12))
+    pool.take("a", (), 3)
+    pool.publish("a", tokens)
+    shared = pool.match(tokens)
+    pool.take("b", shared, 1)
+    pool.forget("a")
+    pool.publish("b", (*tokens, 1, 2, 3, 4))
+    assert pool.match(tokens) == ()
+    pool.give_back("a")
+    pool.publish("b", (*tokens, 1, 2, 3, 4))
+    assert pool.match(tokens) == ()
+    pool.give_back("b")
+    assert (pool.used, pool.cached, pool.free) == (0, 0, 8)
+
+
+def test_what_follows_a_forgotten_page_is_published_anew_without_a_trace_of_the_old() -> None:
+    pool = PagePool(9, 4)
+    tokens = tuple(range(12))
+    pool.take("a", (), 1)
+    pool.publish("a", tokens[:4])
+    pool.take("b", pool.match(tokens[:4]), 2)
+    pool.publish("b", tokens)
+    pool.forget("a")
+    pool.give_back("a")
+    pool.give_back("b")
+    for name in ("c", "d"):
+        pool.take(name, pool.match(tokens), 3 - len(pool.match(tokens)))
+        pool.publish(name, tokens)
+        pool.give_back(name)
+    assert len(pool.match(tokens)) == 3
+    pool.take("all", (), 8)
+    assert pool.cached == 0
+    pool.give_back("all")
+    assert pool.free == 8

@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,8 @@ WEIGHT_DTYPES = {"int4": None, "int8": None, "int8-unrounded": None, "bfloat16":
 
 #: Tensors that are loaded at a time: while one is read, another is packed.
 THREADS = 4
+#: Seconds between reports while bytes come.
+REPORT_SECONDS = 1.0
 #: Tensors that are loaded, or wait to be, before the first of them must have its place.
 AHEAD = 6
 
@@ -50,7 +53,10 @@ EMBEDDING = "language_model/in_out_embed/embeddings"
 class LoadProgress:
     """Counts what this host reads. Bytes of payload, each counted once however many devices hold it."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, report: Callable[[LoadProgress], None]) -> None:
+        """`report` is called about once a second while bytes come."""
+        self._report = report
+        self._reported = time.monotonic()
         #: Bytes that this host reads in all.
         self.total = total
         self.read = 0
@@ -64,6 +70,9 @@ class LoadProgress:
         with self._lock:
             self.read += count
             self.tensors += tensors
+            if tensors or time.monotonic() - self._reported > REPORT_SECONDS:
+                self._reported = time.monotonic()
+                self._report(self)
 
 
 def load_parameters(
@@ -84,7 +93,7 @@ def load_parameters(
       weights: a key of WEIGHT_DTYPES.
       dtype: of the activations, and of the embedding table, which is cast to it. Native kernels pack weights and table
         as they need them, whatever this and `weights` are.
-      report: called after each tensor.
+      report: called after each tensor, and about once a second, by any thread.
 
     Returns:
       The parameters as Haiku's nested dictionary, and the final counts.
@@ -92,7 +101,7 @@ def load_parameters(
     Raises:
       CheckpointError: a file can't be read.
     """
-    progress = LoadProgress(local_bytes(checkpoint, partition))
+    progress = LoadProgress(local_bytes(checkpoint, partition), report)
     params: Params = {}
 
     def load(tensor: tuple[ParameterInfo, TensorFile]) -> Weight | Table:
@@ -113,7 +122,6 @@ def load_parameters(
                 del value
                 loading.extend((t[0], pool.submit(load, t)) for t in itertools.islice(tensors, 1))
                 progress.add(tensors=1)
-                report(progress)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -37,6 +37,8 @@ class PagePool:
         # Cached pages without owner, the longest unused first. A page is given back before the one that it follows, and
         # whoever owns it owns that one too: so the first is never followed by another.
         self._idle: collections.OrderedDict[int, None] = collections.OrderedDict()
+        # Owned pages that nobody may share any more, nor what follows them.
+        self._unsound: set[int] = set()
 
     @property
     def free(self) -> int:
@@ -102,9 +104,13 @@ class PagePool:
         """Lets others share the pages of `owner` that are full of `tokens`, its sequence from the start."""
         node: _Cached | None = None
         for i, page in enumerate(self._owned[owner][: len(tokens) // self._size]):
+            if page in self._unsound:
+                return
             key = (node, tokens[i * self._size : (i + 1) * self._size])
             node = self._tree.get(key)
             if node is None:
+                if page in self._by_page:  # below a page that was forgotten, where nobody finds it
+                    del self._tree[self._by_page[page].key]
                 node = self._tree[key] = self._by_page[page] = _Cached(key, page)
             elif (
                 node.page != page
@@ -113,6 +119,7 @@ class PagePool:
 
     def forget(self, owner: str) -> None:
         """Lets nobody share the pages of `owner` any more, nor what follows them."""
+        self._unsound.update(self._owned[owner])
         for page in self._owned[owner]:
             if (cached := self._by_page.pop(page, None)) is not None:
                 del self._tree[cached.key]
@@ -128,6 +135,7 @@ class PagePool:
             if self._owners[page]:
                 continue
             del self._owners[page]
+            self._unsound.discard(page)
             if page in self._by_page:
                 self._idle[page] = None
             else:

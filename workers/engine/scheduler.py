@@ -37,7 +37,8 @@ class _Sequence:
 
     `accepted` counts the tokens that its constraint knows, `planned` the prompt positions that plans have covered, `drawn` the
     tokens that plans draw for certain, `tokens` holds those that came back: plans run ahead of their results. While
-    `drafting`, it is unknown how many tokens will; `moved` tells that hosts don't know the sequence's position.
+    `drafting`, it is unknown how many tokens will; `moved` tells that hosts don't know the sequence's position. `ready` tells
+    whether it was known what may be drawn next when the plan in the making was begun: who got no pages then must not decode.
     """
 
     request: Request
@@ -53,15 +54,11 @@ class _Sequence:
     drafting: bool = False
     moved: bool = False
     done: bool = False
+    ready: bool = True
 
     @property
     def prompt_done(self) -> bool:
         return self.planned == len(self.prefix)
-
-    @property
-    def ready(self) -> bool:
-        """Whether it is known what may be drawn next."""
-        return self.constraint is None or self.constraint.ready
 
     @property
     def left(self) -> int:
@@ -207,8 +204,10 @@ class Scheduler:
     def plan(self) -> Plan | None:
         """The next step, or None when there is nothing to compute before tokens come back."""
         for sequence in list(self._running.values()):
-            if sequence.constraint is not None and sequence.constraint.problem:
-                self._fail(sequence, f"the completion can't go on as its format wants: {sequence.constraint.problem}")
+            if sequence.constraint is not None:
+                sequence.ready = sequence.constraint.ready
+                if problem := sequence.constraint.problem:
+                    self._fail(sequence, f"the completion can't go on as its format wants: {problem}", sound=True)
         self._few = len(self._running) <= MAX_DRAFT_ROWS // (1 + MAX_DRAFT)
         growths = self._grow()
         admissions = self._admit()
@@ -222,6 +221,7 @@ class Scheduler:
         decoding = [s for s in ready if not s.drafting]
         if not calls and not decoding and not drafts:
             assert not growths, "who grows decodes"
+            assert not admissions, "who is admitted is computed"
             return None
         steps = self._steps_ahead(decoding) if not calls and not drafts and not self._waiting else 1
         places = [(s, s.drawn - 1) for s in last] + [(s, s.drawn) for s in decoding]
@@ -296,6 +296,9 @@ class Scheduler:
             if not queues[best]:
                 del queues[best]
             request = first.request
+            if first.constraint is not None and not first.constraint.ready:  # it was preempted, and its mask is on its way
+                passed_over += 1
+                continue
             placed = self._place(request)
             if placed is None:
                 break
@@ -467,7 +470,7 @@ class Scheduler:
                 return
             request = sequence.request
             if math.isnan(token.logprob):
-                self._fail(sequence, "the model gave no numbers")
+                self._fail(sequence, "the model gave no numbers", sound=False)
                 return
             sequence.tokens.append(token.id)
             if sequence.constraint is not None and len(sequence.tokens) > sequence.accepted:
@@ -495,9 +498,9 @@ class Scheduler:
         elif self._few:
             sequence.drafter = Drafter((*request.prompt, *sequence.tokens))
 
-    def _fail(self, sequence: _Sequence, reason: str) -> None:
+    def _fail(self, sequence: _Sequence, reason: str, *, sound: bool) -> None:
         self._failures.append(Failure(sequence.request.id, reason))
-        self._end(sequence, sound=False)
+        self._end(sequence, sound=sound)
 
     def _end(self, sequence: _Sequence, *, sound: bool = True) -> None:
         """Takes a sequence away for good. What one that is not `sound` computed is shared with nobody."""
