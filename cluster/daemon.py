@@ -132,8 +132,6 @@ def start(config: Config, path: pathlib.Path, timeout: float, *, replace: bool =
     elif running(address):
         raise DaemonError(f"a service runs at {address} already; grokmesh stop ends it, serve --replace replaces it")
     log = _note(address).with_suffix(".log")
-    if log.exists():  # a predecessor goes on writing to its own
-        log.replace(log.with_suffix(".log.1"))
     process = launch(path, log, detached=True, replace=replace)
     if timeout:
         follow(process, log, timeout)
@@ -143,7 +141,10 @@ def start(config: Config, path: pathlib.Path, timeout: float, *, replace: bool =
 
 
 def launch(path: pathlib.Path, log: pathlib.Path, *, detached: bool, replace: bool = False) -> subprocess.Popen[bytes]:
-    """Runs `grokmesh serve` with the configuration `path`, its words in `log`; detached, it outlives a closed terminal."""
+    """Runs `grokmesh serve` with the configuration `path`, its words in `log`; detached, it outlives a closed terminal. A log
+    that is there is kept beside the new one."""
+    if log.exists():  # a predecessor goes on writing to its own
+        log.replace(log.with_name(f"{log.name}.1"))
     with log.open("ab") as output:
         return subprocess.Popen(
             # Not with the current folder's modules.

@@ -296,7 +296,9 @@ class Scheduler:
             if not queues[best]:
                 del queues[best]
             request = first.request
-            if first.constraint is not None and not first.constraint.ready:  # it was preempted, and its mask is on its way
+            if (
+                first.constraint is not None and not first.constraint.ready
+            ):  # it was preempted, and its mask is on its way
                 passed_over += 1
                 continue
             placed = self._place(request)
