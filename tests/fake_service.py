@@ -46,6 +46,10 @@ class InlineTexts(Texts):
         super().__init__(TOKENIZER, unused, lambda caller, tokens: None)
         self._jobs = TextJobs(TOKENIZER, MODEL.vocab_size, MODEL.eos_token)
 
+    async def encode(self, text: str, caller: Caller) -> list[int]:
+        """The tokens of a text."""
+        return TOKENIZER.encode(text)
+
     async def run(self, job: str, data: bytes, caller: Caller, budget: Budget = TEXT_BUDGET) -> Done:
         """The job's outcome."""
         return Done.parse(self._jobs.run(job, data))

@@ -1,5 +1,5 @@
 """What the gateway has done with texts in processes of their own, as their cost is the caller's choice: grammars are tried,
-long texts become tokens and the other way round.
+long texts that are no prompts become tokens and the other way round.
 
 Messages to a process: the name of a job, then what it is about. Its answer: JSON that ends with a line end, and the rest of it.
 """
@@ -31,7 +31,6 @@ class TextJobs:
         self._grammars = Grammars(tokenizer, vocab_size, eos_token)
         self.jobs: dict[str, Callable[[bytes], Answer]] = {
             "grammar": self._grammar,
-            "encode": self._encode,
             "Tokenize": self._tokenize,
             "Detokenize": self._detokenize,
             "CountTokens": self._count,
@@ -58,11 +57,6 @@ class TextJobs:
         grammar = make[asked["kind"]]()
         self._grammars.check(grammar, asked["allowed"])
         return {}, grammar.encode()
-
-    def _encode(self, data: bytes) -> Answer:
-        """From a text to its tokens, four bytes each."""
-        ids = self._tokenizer.encode(data.decode())
-        return {}, b"".join(id.to_bytes(4, "little") for id in ids)
 
     def _tokenize(self, data: bytes) -> Answer:
         return {}, tokenize(generation_pb2.TokenizeRequest.FromString(data), self._tokenizer).SerializeToString()

@@ -1,8 +1,8 @@
-"""Work on texts whose cost is the caller's choice: small texts at once, all else in other processes, a few at a time."""
+"""Work on texts whose cost is the caller's choice: small texts at once, longer prompts in threads, all else in other processes,
+a few at a time."""
 
 from __future__ import annotations
 
-import array
 import asyncio
 import collections
 import concurrent.futures
@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster.gateway.errors import exhausted, unavailable
+from cluster.gateway.errors import exhausted
 from cluster.gateway.keys import Caller
 from workers.grammar import GrammarError
 from workers.sandbox import Budget, Sandbox
@@ -27,10 +27,14 @@ TEXT_BUDGET = Budget(15.0, mebibytes=1024, niceness=15)
 #: Jobs at a time, in all and of a key, and how many may wait.
 JOBS, MOST_WAITING = max(2, (os.cpu_count() or 1) // 4), 64
 JOBS_OF_A_KEY = JOBS // 2
+#: Prompts that become tokens at a time; of one key half as many.
+ENCODERS = 4
 #: Grammars that are remembered.
 REMEMBERED = 128
 #: What is charged to a key: for each second of a processor, as if so many tokens had been computed.
 TOKENS_PER_SECOND = 500
+#: And for a prompt that is not small, besides what is computed of it, one for so many bytes.
+BYTES_PER_TOKEN = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +61,22 @@ class Texts:
         self._charge = charge
         self._sandbox = sandbox
         self._pool = concurrent.futures.ThreadPoolExecutor(JOBS, "texts")
+        self._encoders = concurrent.futures.ThreadPoolExecutor(ENCODERS, "encode")
+        self._encodings: dict[str, asyncio.Semaphore] = collections.defaultdict(
+            lambda: asyncio.Semaphore(ENCODERS // 2)
+        )
         self._places: dict[str, asyncio.Semaphore] = collections.defaultdict(lambda: asyncio.Semaphore(JOBS_OF_A_KEY))
         self._waiting: collections.Counter[str] = collections.Counter()
         self._grammars: collections.OrderedDict[bytes, str] = collections.OrderedDict()
 
     async def encode(self, text: str, caller: Caller) -> Sequence[int]:
-        """The tokens of a text. Raises GatewayError (RESOURCE_EXHAUSTED, UNAVAILABLE)."""
+        """The tokens of a text."""
         if len(text) <= INLINE_BYTES:
             return self.tokenizer.encode(text)
-        done = await self.run("encode", text.encode(), caller)
-        if done.problem:
-            raise unavailable(f"the prompt could not be worked on: {done.problem}")
-        return array.array("I", done.answer)
+        # SentencePiece lets other threads run meanwhile. A prompt is at most as long as fits the context.
+        async with self._encodings[caller.name]:
+            self._charge(caller, len(text) // BYTES_PER_TOKEN)
+            return await asyncio.get_running_loop().run_in_executor(self._encoders, self.tokenizer.encode, text)
 
     async def grammar(self, kind: str, source: str | list[str], allowed: Sequence[int], caller: Caller) -> str:
         """The grammar of a format.
@@ -114,6 +122,7 @@ class Texts:
     def close(self) -> None:
         """Takes no more work."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._encoders.shutdown(wait=False, cancel_futures=True)
         self._sandbox.close()
 
     def _run(self, job: str, data: bytes, budget: Budget) -> Done:
