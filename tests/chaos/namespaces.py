@@ -31,7 +31,8 @@ ENVIRONMENT = (
     "RAY_health_check_period_ms=1000",
     "RAY_health_check_timeout_ms=3000",
     "RAY_health_check_failure_threshold=3",
-    "RAY_gcs_rpc_server_reconnect_timeout_s=30",
+    # A head that is started again beside other work may take longer than Ray waits by itself.
+    "RAY_gcs_rpc_server_reconnect_timeout_s=180",
 )
 _SIZES = (
     "--memory=2000000000",
