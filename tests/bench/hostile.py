@@ -28,7 +28,7 @@ from cluster.client import AsyncClient, completion_request
 from grok.serving.v1 import generation_pb2
 from tests.bench.processes import resident
 
-STREAMS, ATTACKERS = 16, 48
+STREAMS, ATTACKERS = 16, 32
 #: Seconds of ordinary streams alone, before and after.
 CALM_SECONDS = 20.0
 _SERVICE = "/grok.serving.v1.GenerationService/"
