@@ -138,7 +138,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def _sessions(
         self, completion: generation_pb2.Completion, context: grpc.aio.ServicerContext[Any, Any], *, whole: bool
     ) -> AsyncIterator[list[Session]]:
-        """A session for each of the completions that are asked for; see `_session`. With `whole` they are answered at once."""
+        """A session for each of the completions that are asked for; see `_started`. With `whole` they are answered at once."""
         call, left = CURRENT.get(), context.time_remaining()
         caller, number = call.caller, max(1, completion.n)
         # Places are taken before any work, so that the limits of a key bound that too.
