@@ -12,7 +12,6 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-import prometheus_client
 import ray
 
 from workers import logs, metrics
@@ -20,6 +19,7 @@ from workers.assignment import Assignment, Endpoint, EngineSpec, MeshSpec, Model
 from workers.code import code_digest
 from workers.environment import settle
 from workers.link import free_port
+from workers.metrics_server import serve_metrics
 from workers.worker import Worker
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ class Host:
         self._traces: dict[str, dict[str, bytes]] = {}
         self._address = ray.util.get_node_ip_address()
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name="orphan").start()
-        self._metrics_port = _serve_metrics(self._address)
+        # Any port is better than none.
+        self._metrics_port = serve_metrics(self._address, (*METRICS_PORTS, 0), metrics.REGISTRY).server_port
 
     def endpoint(self) -> Endpoint:
         """Where this host can be reached."""
@@ -129,14 +130,6 @@ class Host:
     def progress(self) -> Progress:
         """What the worker is doing."""
         return self._worker.progress if self._worker else Progress("starting", 0.0)
-
-
-def _serve_metrics(address: str) -> int:
-    """The port at which this process' metrics are: one of METRICS_PORTS, which firewalls may know, if one is free."""
-    for port in (*METRICS_PORTS, 0):
-        with contextlib.suppress(OSError):
-            return prometheus_client.start_http_server(port, address, registry=metrics.REGISTRY)[0].server_port
-    raise OSError(f"no port of {address} is free for metrics")
 
 
 def _reaches(place: tuple[str, int]) -> bool:
