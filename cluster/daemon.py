@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO
 
 from cluster.config import Config
@@ -78,6 +78,25 @@ def inherit(address: str) -> None:
 
 #: Notes that stay open, and so locked, as long as this process lives.
 _INHERITED: list[IO[str]] = []
+
+
+def leave_budgets(address: str, budgets: Mapping[str, tuple[int, float]]) -> None:
+    """Keeps what keys have left of their budgets for the service that is noted at `address` after this one."""
+    with contextlib.suppress(OSError):
+        _budgets(address).write_text(json.dumps({"at": time.time(), "budgets": budgets}), encoding="utf-8")
+
+
+def left_budgets(address: str) -> tuple[dict[str, tuple[int, float]], float]:
+    """The budgets that the last service at `address` left, and how many seconds ago; none if it left none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        left = json.loads(_budgets(address).read_text(encoding="utf-8"))
+        budgets = {str(name): (int(rate), float(missing)) for name, (rate, missing) in left["budgets"].items()}
+        return budgets, max(time.time() - float(left["at"]), 0.0)
+    return {}, 0.0
+
+
+def _budgets(address: str) -> pathlib.Path:
+    return _note(address).with_suffix(".budgets")
 
 
 #: With which this process' service knows its own user, who may administer it.

@@ -155,6 +155,7 @@ class _Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         if self._predecessor is None:
+            self._inherit_budgets()
             await self._listen()
         work = [self._fleet.run(), self._follow_readiness(), _watch_ray(), _keep_log_small()]
         tasks = [asyncio.ensure_future(part) for part in (stop.wait(), *work)]
@@ -164,6 +165,7 @@ class _Service:
             # The addresses first: a successor may wait for them.
             await self._web.stop()
             await self._gateway.stop()
+            daemon.leave_budgets(self._config.gateway.address, self._gateway.admission.budgets())
         finally:
             for task in tasks:
                 task.cancel()
@@ -199,8 +201,18 @@ class _Service:
         except OSError as error:  # without it there are no metrics, but there is service
             _LOG.error("%s", error)
         self._predecessor = None
-        inherit = threading.Thread(target=daemon.inherit, args=(self._config.gateway.address,), daemon=True)
-        inherit.start()
+        loop = asyncio.get_running_loop()
+
+        def inherit() -> None:
+            daemon.inherit(self._config.gateway.address)
+            with contextlib.suppress(RuntimeError):  # this process ends too
+                loop.call_soon_threadsafe(self._inherit_budgets)
+
+        threading.Thread(target=inherit, daemon=True).start()
+
+    def _inherit_budgets(self) -> None:
+        """Keys have spent what they spent with the service before. What they spend with one that drains counts once it ends."""
+        self._gateway.admission.inherit(*daemon.left_budgets(self._config.gateway.address))
 
 
 async def _keep_log_small() -> None:

@@ -6,7 +6,7 @@ import collections
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from cluster.gateway.errors import KEY_LIMIT, Violation, exhausted, invalid, unavailable
 from cluster.gateway.keys import ANONYMOUS, Caller
@@ -83,7 +83,7 @@ class Admission:
             metrics.REJECTIONS.labels("key_requests").inc()
             raise exhausted(f"{own} requests of this key are in the gateway already", 1.0, KEY_LIMIT)
         if caller.tokens_per_minute is not None:
-            wait = self._bucket(caller, caller.tokens_per_minute).wait(self._clock())
+            wait = self._bucket(caller.name, caller.tokens_per_minute).wait(self._clock())
             if wait > 0:
                 metrics.REJECTIONS.labels("key_tokens").inc()
                 raise exhausted(f"this key has {caller.tokens_per_minute} tokens a minute", wait, KEY_LIMIT)
@@ -91,12 +91,24 @@ class Admission:
     def used(self, caller: Caller, tokens: int) -> None:
         """Charges a key for what a completion took."""
         if caller.tokens_per_minute is not None:
-            self._bucket(caller, caller.tokens_per_minute).take(tokens, self._clock())
+            self._bucket(caller.name, caller.tokens_per_minute).take(tokens, self._clock())
 
-    def _bucket(self, caller: Caller, per_minute: int) -> _Bucket:
-        bucket = self._buckets.get(caller.name)
+    def budgets(self) -> dict[str, tuple[int, float]]:
+        """Of each key with a budget that is not whole: its tokens a minute, and how many are missing now."""
+        now = self._clock()
+        found = {name: (bucket.per_minute, bucket.missing(now)) for name, bucket in self._buckets.items()}
+        return {name: budget for name, budget in found.items() if budget[1] > 0}
+
+    def inherit(self, budgets: Mapping[str, tuple[int, float]], seconds: float) -> None:
+        """Charges keys what was missing in the `budgets` of a gateway that ended so many seconds ago."""
+        for name, (per_minute, missing) in budgets.items():
+            left = max(missing - seconds * per_minute / 60, 0.0)
+            self._bucket(name, per_minute).take(left, self._clock())
+
+    def _bucket(self, name: str, per_minute: int) -> _Bucket:
+        bucket = self._buckets.get(name)
         if bucket is None or bucket.per_minute != per_minute:  # the file of keys may have changed
-            bucket = self._buckets[caller.name] = _Bucket(per_minute, self._clock())
+            bucket = self._buckets[name] = _Bucket(per_minute, self._clock())
         return bucket
 
     def _change(self, caller: Caller, by: int) -> None:
@@ -123,10 +135,15 @@ class _Bucket:
         self._fill(now)
         return max(0.0, (1.0 - self._level) / self._rate)
 
-    def take(self, tokens: int, now: float) -> None:
+    def take(self, tokens: float, now: float) -> None:
         """Takes tokens out of it."""
         self._fill(now)
         self._level -= tokens
+
+    def missing(self, now: float) -> float:
+        """Tokens until it is full."""
+        self._fill(now)
+        return self._most - self._level
 
     def _fill(self, now: float) -> None:
         self._level = min(self._most, self._level + (now - self._filled) * self._rate)

@@ -46,3 +46,20 @@ def test_a_service_that_was_killed_is_not_taken_for_a_process_of_its_number() ->
 def test_an_address_without_port_is_explained() -> None:
     with pytest.raises(daemon.DaemonError, match="localhost is no host:port"):
         daemon.stop("localhost")
+
+
+def test_budgets_are_left_to_the_next_service_at_an_address() -> None:
+    assert daemon.left_budgets(ADDRESS) == ({}, 0.0)
+    daemon.leave_budgets(ADDRESS, {"alice": (60, 41.5)})
+    budgets, seconds = daemon.left_budgets(ADDRESS)
+    assert budgets == {"alice": (60, 41.5)}
+    assert 0 <= seconds < 60
+    assert daemon.left_budgets("127.0.0.2:6001") == ({}, 0.0)
+
+
+def test_budgets_that_can_not_be_read_keep_no_service_from_starting(tmp_path: pathlib.Path) -> None:
+    daemon.leave_budgets(ADDRESS, {"alice": (60, 41.5)})
+    (file,) = tmp_path.glob("grokmesh/*.budgets")
+    for content in ("", "[", "[]", '{"at": 1}', '{"at": "?", "budgets": {}}', '{"at": 1, "budgets": {"alice": [60]}}'):
+        file.write_text(content)
+        assert daemon.left_budgets(ADDRESS) == ({}, 0.0)

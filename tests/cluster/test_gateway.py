@@ -313,6 +313,24 @@ def test_a_key_gets_its_tokens_a_minute_and_is_told_when_there_are_more() -> Non
         pass
 
 
+def test_a_key_owes_its_next_gateway_what_it_owed_the_last_one() -> None:
+    now = 100.0
+    last, next_ = Admission(16, clock=lambda: now), Admission(16, clock=lambda: now)
+    alice, bob = Caller("alice", tokens_per_minute=60), Caller("bob", tokens_per_minute=60)
+    last.used(alice, 90)
+    last.used(bob, 5)
+    now += 10.0
+    budgets = last.budgets()
+    assert list(budgets) == ["alice"]  # bob's is whole again
+    assert budgets["alice"] == pytest.approx((60, 80.0))
+    next_.used(alice, 7)
+    next_.inherit(budgets, seconds=5.0)
+    with pytest.raises(GatewayError) as raised:
+        next_.check(alice)
+    assert raised.value.retry_seconds == pytest.approx(80.0 - 5.0 + 7.0 - 60.0 + 1.0)
+    next_.check(bob)
+
+
 def test_who_would_wait_too_long_is_turned_away_and_told_until_when() -> None:
     admission = Admission(16, queue_seconds=10)
     admission.patience(9.0, None)

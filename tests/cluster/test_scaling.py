@@ -18,8 +18,9 @@ import yaml
 
 from cluster import daemon
 from cluster.autoscaling import Autoscaler, Signals
-from cluster.client import Client, completion_request
+from cluster.client import Client, ClientError, completion_request
 from cluster.config import AutoscalingSection
+from cluster.gateway.keys import new_key
 from grok.serving.v1 import cluster_pb2, generation_pb2, generation_pb2_grpc
 from tests.cluster.service import START_SECONDS, read_metrics, running
 from tests.waiting import wait_until
@@ -152,8 +153,12 @@ def test_load_adds_a_host_and_calm_takes_it_away(tmp_path: pathlib.Path, monkeyp
 
 
 def test_a_successor_takes_over_and_no_request_fails(tmp_path: pathlib.Path) -> None:
-    """The clients here retry nothing: what fails, fails."""
-    with running(tmp_path, mesh=ONE_DEVICE) as service:
+    """The clients here retry nothing: what fails, fails. What a key has spent stays spent."""
+    (key, line), (spender, spent) = new_key("load"), new_key("spender")
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(f"{line}\nspender: {{sha256: {spent.split()[1]}, tokens_per_minute: 1}}\n")
+    metadata = (("authorization", f"Bearer {key}"),)
+    with running(tmp_path, key, mesh=ONE_DEVICE, gateway={"api_keys": str(keys)}) as service:
         stop = threading.Event()
         finished: list[tuple[str, int]] = []
         failures: list[grpc.RpcError] = []
@@ -168,8 +173,9 @@ def test_a_successor_takes_over_and_no_request_fails(tmp_path: pathlib.Path) -> 
                 stub = generation_pb2_grpc.GenerationServiceStub(channel)
                 completion = completion_request(PROMPT, max_tokens=40, ignore_eos=True)
                 try:
-                    parts = list(stub.Generate(generation_pb2.GenerateRequest(completion=completion)))
-                    model = stub.GetModel(generation_pb2.GetModelRequest()).name
+                    request = generation_pb2.GenerateRequest(completion=completion)
+                    parts = list(stub.Generate(request, metadata=metadata))
+                    model = stub.GetModel(generation_pb2.GetModelRequest(), metadata=metadata).name
                     finished.append((model, sum(len(part.tokens) for part in parts)))
                 except grpc.RpcError as error:
                     failures.append(error)
@@ -178,6 +184,8 @@ def test_a_successor_takes_over_and_no_request_fails(tmp_path: pathlib.Path) -> 
         threads = [threading.Thread(target=load, args=(i,), daemon=True) for i in range(6)]
         for thread in threads:
             thread.start()
+        with Client(service.address, api_key=spender) as client:
+            client.complete(PROMPT, max_tokens=40)
         path = tmp_path / "ray_config.yaml"
         config = yaml.safe_load(path.read_text())
         config["model"]["name"] = "demo-2"
@@ -201,6 +209,12 @@ def test_a_successor_takes_over_and_no_request_fails(tmp_path: pathlib.Path) -> 
             assert PROMPT not in (tmp_path / "serve.log").read_text()
             assert read_metrics(service.status().metrics_url)["grokmesh_replicas_ready"] == 1
             wait_until(lambda: daemon.running(service.address) == successor.pid, 10)
+            time.sleep(1.0)
+            with (
+                Client(service.address, api_key=spender, attempts=1) as client,
+                pytest.raises(ClientError, match="tokens a minute"),
+            ):
+                client.complete(PROMPT, max_tokens=1)
         finally:
             stop.set()
             successor.terminate()
