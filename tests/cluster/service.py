@@ -55,20 +55,20 @@ class Service:
 def running(folder: pathlib.Path, api_key: str | None = None, **sections: Any) -> Iterator[Service]:
     """Serves the demo model, configured by `sections`, while the block runs; it must end cleanly."""
     address, metrics = (f"127.0.0.1:{free_port('127.0.0.1')}" for _ in range(2))
-    address = sections.get("gateway", {}).get("address", address)
+    gateway = {"address": address, **sections.get("gateway", {})}
     config = {
         "model": {"name": "demo", "checkpoint": str(DEMO)},
-        "gateway": {"address": address},
         "telemetry": {"address": metrics},
         "cluster": {"compilation_cache": str(folder / "xla")},
         **sections,
+        "gateway": gateway,
     }
     path, log = folder / "ray_config.yaml", folder / "serve.log"
     path.write_text(yaml.safe_dump(config))
     process = daemon.launch(path, log, detached=False)
     try:
         daemon.follow(process, log, START_SECONDS)
-        yield Service(address, process, api_key)
+        yield Service(gateway["address"], process, api_key)
     finally:
         process.terminate()
         code = process.wait(timeout=60)
