@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import secrets
+import stat
 import subprocess
 import sys
 import tempfile
@@ -22,8 +24,8 @@ _NODE: dict[str, Any] = {
     "num_gpus": 0,
     "include_dashboard": False,
 }
-#: Characters that the folder of Ray's files may have, and one that has fewer.
-_LONGEST_FOLDER, _SHORT_FOLDER = 36, "/tmp"
+#: Characters that the folder of Ray's files may have: sockets lie there, and the path of a socket has at most 107 bytes.
+_LONGEST_FOLDER = 36
 _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_MODE": "token",
@@ -39,12 +41,35 @@ class LocalClusterError(RuntimeError):
 def prepare_environment() -> None:
     """Sets what Ray reads when it is imported. Must come before that, in the process that will use a local cluster.
 
-    Who does not know the cluster's token, as other users of this machine don't, can't make it do anything.
+    Other users of this machine don't know the cluster's token, so they can't make it do anything; nor do they see its files.
+
+    Raises:
+      LocalClusterError: Ray's folder can't be had.
     """
     os.environ.update(_ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))
-    if len(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) > _LONGEST_FOLDER:
-        # Ray's sockets lie there, and the path of a socket has at most 107 bytes.
-        os.environ["RAY_TMPDIR"] = _SHORT_FOLDER
+    folder = os.environ.get("RAY_TMPDIR")
+    if folder is None or len(folder) > _LONGEST_FOLDER:
+        os.environ["RAY_TMPDIR"] = str(_own_folder())
+
+
+def _own_folder() -> pathlib.Path:
+    """A folder for Ray's files that is this user's alone. Ray's own, /tmp/ray, is that of whoever had it first."""
+    name = f"grokmesh-{os.getuid()}"
+    for base in (tempfile.gettempdir(), "/tmp"):
+        folder = pathlib.Path(base) / name
+        if len(str(folder)) <= _LONGEST_FOLDER:
+            break
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError as error:
+        raise LocalClusterError(
+            f"{folder} can't be made: {error}; set RAY_TMPDIR to a short folder of yours"
+        ) from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise LocalClusterError(f"{folder} is another user's; set RAY_TMPDIR to a short folder of yours")
+    folder.chmod(0o700)
+    return folder
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Ten thousand hostile requests of all kinds beside sixteen ordinary streams, on a running service that reports its stalls.
 
-python -m tests.bench.hostile --address 127.0.0.1:50051 --logs LOG /tmp/ray/session_latest/logs/worker-*.err
+python -m tests.bench.hostile --address 127.0.0.1:50051 --logs LOG /tmp/grokmesh-$UID/ray/session_latest/logs/worker-*.err
 """
 
 from __future__ import annotations

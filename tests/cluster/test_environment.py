@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import os
 import pathlib
+import shutil
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 
 import pytest
+import yaml
 
 from cluster import daemon
 from cluster.cli import main
 from cluster.client import Client, ClientError, Tls
 from cluster.config import ConfigError, load_config
 from cluster.gateway.server import _check_free
-from cluster.local import prepare_environment
+from cluster.local import LocalClusterError, prepare_environment
 from cluster.telemetry.web import WebServer
 from grok.serving.v1 import cluster_pb2
 from tests.cluster.service import running
@@ -69,15 +73,33 @@ def test_the_hosts_of_a_mesh_are_reached_past_proxies_and_others_as_before() -> 
     assert environment["no_proxy"] == "example.com"
 
 
-def test_ray_gets_a_short_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        for name in list(os.environ):
-            patch.setenv(name, os.environ[name])
-        patch.setattr("tempfile.gettempdir", lambda: "/" + "x" * 70)
-        patch.delenv("RAY_TMPDIR", raising=False)
-        prepare_environment()
-        assert len(os.environ["RAY_TMPDIR"]) < 36
-        patch.delenv("RAY_TMPDIR")
+@pytest.fixture
+def ray_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test makes Ray read is undone."""
+    for name in list(os.environ):
+        monkeypatch.setenv(name, os.environ[name])
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    yield
+    os.environ.pop("RAY_TMPDIR", None)
+
+
+@pytest.mark.usefixtures("ray_environment")
+@pytest.mark.parametrize("temporary", ["/tmp", "/" + "x" * 70])
+def test_ray_gets_a_short_folder_that_nobody_else_sees(temporary: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.gettempdir", lambda: temporary)
+    prepare_environment()
+    folder = pathlib.Path(os.environ["RAY_TMPDIR"])
+    assert len(str(folder)) < 36
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+@pytest.mark.usefixtures("ray_environment")
+def test_ray_does_not_use_a_folder_that_somebody_else_has_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(prefix="g", dir="/tmp") as base:
+        (pathlib.Path(base) / f"grokmesh-{os.getuid()}").symlink_to("/")
+        monkeypatch.setattr("tempfile.gettempdir", lambda: base)
+        with pytest.raises(LocalClusterError, match=r"another user's; set RAY_TMPDIR to a short folder of yours"):
+            prepare_environment()
 
 
 @pytest.mark.parametrize("optimize", ["1", "2"])
@@ -101,6 +123,35 @@ def test_a_user_without_a_home_is_told_what_to_set(
     assert main(["stop"]) == 2
     assert "set XDG_STATE_HOME" in capsys.readouterr().err
     use_cache("~nobody-here/xla", 0)  # nothing is kept, and nothing else is lost
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
+def test_a_user_that_no_file_knows_serves_without_a_home_beside_another_users_ray(tmp_path: pathlib.Path) -> None:
+    stranger = 54321  # who may read where this project lies, which a test's user may not need to
+    own = tmp_path / "own"
+    own.mkdir()
+    os.chown(own, stranger, stranger)
+    address = f"127.0.0.1:{free_port('127.0.0.1')}"
+    config = own / "ray_config.yaml"
+    sections = {"model": {"name": "demo", "checkpoint": str(DEMO)}, "mesh": ONE_HOST}
+    sections |= {"gateway": {"address": address}, "telemetry": {"address": "127.0.0.1:0"}}
+    config.write_text(yaml.safe_dump(sections))
+    become = f"setpriv --reuid {stranger} --regid {stranger} --clear-groups"
+    become += " --inh-caps +dac_read_search --ambient-caps +dac_read_search"
+    environment = {"PATH": os.environ["PATH"], "XDG_STATE_HOME": str(own)}
+
+    def grokmesh(*words: str) -> str:
+        command = [*become.split(), sys.executable, "-P", "-m", "cluster.cli", *words]
+        done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    try:
+        grokmesh("serve", "--config", str(config), "--detach")
+        assert grokmesh("generate", "In the beginning", "--max-tokens", "4", "--address", address)
+    finally:
+        grokmesh("stop", "--address", address)
+        shutil.rmtree(f"/tmp/grokmesh-{stranger}")
 
 
 def test_a_path_of_a_user_who_is_unknown_is_refused_with_its_line(tmp_path: pathlib.Path) -> None:
