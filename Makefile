@@ -16,7 +16,7 @@ install: .venv/.installed ## make .venv with the grokmesh command
 	@touch $@
 
 demo: install ## serve the demo model on two local hosts, stream a completion, stop
-	$(BIN)/python -P -m cluster.demo
+	$(BIN)/python -P -m tools.demo
 
 serve: install ## leave the demo service running; `.venv/bin/grokmesh generate "..."` talks to it
 	$(BIN)/grokmesh serve --detach
@@ -33,10 +33,11 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+	$(BIN)/mypy deploy/note_head.py
 
 proto: install ## buf's STANDARD rules and comments; the generated modules are those of the .proto files
 	cd proto && ../$(BIN)/buf lint
-	scripts/check_proto.sh
+	tools/check_proto.sh
 
 test: install ## all tests that CI runs
 	$(BIN)/python -m pytest
@@ -45,10 +46,10 @@ test-rayup: install ## `ray up` onto three hosts in namespaces of this machine; 
 	$(BIN)/python -m pytest tests/rayup
 
 determinism: install ## two thousand random schedules, each against what its requests get alone
-	GROKMESH_SCHEDULES=2000 $(BIN)/python -m pytest -q tests/workers/test_schedules.py
+	GROKMESH_SCHEDULES=2000 $(BIN)/python -m pytest -q tests/workers/runtime/test_schedules.py
 
 operations: install ## a hundred thousand random operations on the scheduler, which must end with no page held
-	GROKMESH_OPERATIONS=120000 $(BIN)/python -m pytest -q tests/workers/test_scheduler.py
+	GROKMESH_OPERATIONS=120000 $(BIN)/python -m pytest -q tests/workers/engine/test_scheduler.py
 
 chaos: install ## two hundred random faults under load; FAULTS=N for another number
 	GROKMESH_FAULTS=$(or $(FAULTS),200) $(BIN)/python -m pytest -q -s tests/chaos
@@ -75,8 +76,8 @@ build/audit/.installed:
 	@touch $@
 
 aot: build/aot/.installed ## compile the whole model for TPU slices and H100s; writes docs/support-matrix.md
-	build/aot/bin/python -m pytest -q tests/workers/test_aot.py
-	build/aot/bin/python -m scripts.support_matrix
+	build/aot/bin/python -m pytest -q tests/tools/test_aot.py
+	build/aot/bin/python -m tools.aot.support_matrix
 
 build/aot/.installed: requirements-aot.lock pyproject.toml
 	$(PYTHON) -m venv build/aot
@@ -85,26 +86,26 @@ build/aot/.installed: requirements-aot.lock pyproject.toml
 	@touch $@
 
 bench-loader: install ## loading a checkpoint beside reading its files, in turns
-	$(BIN)/python -m tests.bench.loading
+	$(BIN)/python -m tools.bench.loading
 
 bench: install ## the engine as shares of this machine's limits, plans to followers, the gateway's streams, one and two hosts
 	$(BIN)/grokmesh bench engine --checkpoint build/bench/model
-	$(BIN)/python -m tests.bench.plans
-	$(BIN)/python -m tests.bench.stream
-	$(BIN)/python -m tests.bench.decode_step --checkpoint build/bench/model --devices 2
-	$(BIN)/python -m tests.bench.prediction
+	$(BIN)/python -m tools.bench.plans
+	$(BIN)/python -m tools.bench.stream
+	$(BIN)/python -m tools.bench.decode_step --checkpoint build/bench/model --devices 2
+	$(BIN)/python -m tools.bench.prediction
 
 hostile: install ## ten thousand hostile requests on the service at 127.0.0.1:50051 (telemetry.stall_seconds: 0.01): PID=, LOGS="..."
-	$(BIN)/python -m tests.bench.hostile --pid $(PID) --logs $(LOGS)
+	$(BIN)/python -m tools.bench.hostile --pid $(PID) --logs $(LOGS)
 
 overload: install ## ten times the load that the service can carry, idle connections, clients that do not read; memory over a million tokens
-	$(BIN)/python -m tests.bench.overload --step 0.02
-	$(BIN)/python -m tests.bench.overload
-	$(BIN)/python -m tests.bench.soak
+	$(BIN)/python -m tools.bench.overload --step 0.02
+	$(BIN)/python -m tools.bench.overload
+	$(BIN)/python -m tools.bench.soak
 
 bench-peers: install build/bench/venv/.installed ## beside llama.cpp, engine and server, in one run
-	$(BIN)/python -m tests.bench.peers --llama-python build/bench/venv/bin/python
-	$(BIN)/python -m tests.bench.servers --llama-python build/bench/venv/bin/python
+	$(BIN)/python -m tools.bench.peers --llama-python build/bench/venv/bin/python
+	$(BIN)/python -m tools.bench.servers --llama-python build/bench/venv/bin/python
 
 build/bench/venv/.installed:
 	$(PYTHON) -m venv build/bench/venv
@@ -112,19 +113,19 @@ build/bench/venv/.installed:
 	@touch $@
 
 golden: install ## every golden set, mesh and number of hosts; GOLDEN=DIR for sets elsewhere
-	scripts/verify_all.sh $(or $(GOLDEN),tests/golden)
+	tools/verify/verify_all.sh $(or $(GOLDEN),tests/golden)
 
 load: install ## 500 requests of 32 clients on the running service, each compared with what it gets alone
-	$(BIN)/python -m tests.load
+	$(BIN)/python -m tools.load
 
 docs: install ## renew the references that are made from proto and configuration
-	$(BIN)/python -m scripts.generate_docs
+	$(BIN)/python -m tools.generate_docs
 
 dashboards: install ## renew Grafana's JSON
-	$(BIN)/python -m deploy.grafana.build
+	$(BIN)/python -m tools.dashboards.build
 
 pictures: install ## draw the dashboards of a loaded demo for docs/; needs Debian's prometheus and chromium
-	$(BIN)/python -m tests.pictures
+	$(BIN)/python -m tools.pictures
 
 clean: ## remove .venv and caches
 	rm -rf .venv *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -9,7 +9,8 @@ import logging
 import os
 import pathlib
 
-from cluster.config import Config, ConfigError
+from cluster.config.reader import Config, ConfigError
+from tools.aot.report import Engine, NoCompilerError, Witness, summon
 from workers.capacity import hardware as hw
 from workers.capacity.hardware import GIB
 from workers.capacity.memory import Precision, whole_bytes
@@ -24,7 +25,6 @@ from workers.capacity.planner import (
     plan,
 )
 from workers.capacity.report import DISK, OBJECT_STORE, as_json, describe
-from workers.capacity.witness import Engine, NoCompilerError, Witness, summon
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.storage import locate
 from workers.model.config import GrokConfig

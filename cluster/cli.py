@@ -28,19 +28,19 @@ from cluster.client import (
     Tls,
     completion_request,
 )
-from cluster.config import ACTIVATIONS, KV_CACHES, WEIGHTS, ConfigError, load_config
-from cluster.gateway.keys import KeysError, new_key
-from cluster.gateway.tls import TlsError
-from cluster.local import LocalClusterError, prepare_environment
+from cluster.config.reader import ACTIVATIONS, KV_CACHES, WEIGHTS, ConfigError, load_config
+from cluster.gateway.auth.api_keys import KeysError, new_key
+from cluster.gateway.auth.tls import TlsError
+from cluster.local_ray import LocalClusterError, prepare_environment
 from grok.serving.v1 import cluster_pb2
-from workers import logs
-from workers.assignment import describe_loading
 from workers.capacity.hardware import HardwareError
 from workers.checkpoint.errors import CheckpointError
 from workers.checkpoint.storage import locate
+from workers.messages.specs import describe_loading
 from workers.model.config import ConfigError as ModelConfigError
 from workers.model.layout import RULES
-from workers.tokenizer import TokenizerError
+from workers.telemetry import logs
+from workers.text.tokenizer import TokenizerError
 
 CONFIG = pathlib.Path("ray_config.yaml")
 
@@ -255,7 +255,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         return 0
     if config.cluster.address == "local":
         prepare_environment()
-    from cluster.serve import serve  # Ray takes a second to import, and reads its environment then.
+    from cluster.service import serve  # Ray takes a second to import, and reads its environment then.
 
     logs.configure()
     serve(config, path, replace=arguments.replace)
@@ -297,7 +297,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     # JAX stays out of this process: the control plane never imports it.
-    command = [sys.executable, "-P", "-m", "workers.verify"]
+    command = [sys.executable, "-P", "-m", "tools.verify.verify"]
     for name in ("checkpoint", "golden", "mesh", "hosts", "rules", "weights", "activations"):
         command += [f"--{name}", str(getattr(arguments, name))]
     return subprocess.run(command, check=False).returncode
@@ -326,8 +326,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    from tools.gguf_export import export_gguf
     from workers.checkpoint.checkpoint import open_checkpoint
-    from workers.checkpoint.gguf_export import export_gguf
 
     export_gguf(open_checkpoint(arguments.directory), arguments.target, arguments.type)
     print(f"{arguments.target}: {arguments.target.stat().st_size:,} bytes")
@@ -335,8 +335,8 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _bench_serve(arguments: argparse.Namespace) -> int:
-    from cluster.bench.load import Lengths, Load, run_load
-    from cluster.bench.report import Objective, plot, summarize, table
+    from tools.bench.service_load import Lengths, Load, run_load
+    from tools.bench.service_report import Objective, plot, summarize, table
 
     try:
         prompt, completion = Lengths.parse(arguments.prompt), Lengths.parse(arguments.completion)
@@ -362,7 +362,7 @@ def _bench_serve(arguments: argparse.Namespace) -> int:
 
 
 def _bench_engine(arguments: argparse.Namespace) -> int:
-    command = [sys.executable, "-P", "-m", "workers.bench.engine"]
+    command = [sys.executable, "-P", "-m", "tools.bench.engine"]
     for name in ("checkpoint", "weights", "kv_cache", "devices", "context", "output"):
         if (value := getattr(arguments, name)) is not None:
             command += [f"--{name.replace('_', '-')}", str(value)]

@@ -18,8 +18,8 @@ import yaml
 from kubernetes_validate.utils import validate as validate_kubernetes
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from cluster.config import load_config
-from tests.schemas import SCHEMAS
+from cluster.config.reader import load_config
+from tests.support.schemas import SCHEMAS
 from workers.kernels.cpu.kernels import INSTRUCTION_SETS
 
 PROJECT = pathlib.Path(__file__).parent.parent
@@ -160,7 +160,7 @@ def test_a_host_installs_nothing_without_its_hash(extra: str, tmp_path: pathlib.
     python.write_text(STUB)
     python.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(python), "EXTRA": extra, "TOLD": str(told)}
-    subprocess.run([PROJECT / "scripts" / "install.sh", tmp_path / "grokmesh"], env=environment, check=True)
+    subprocess.run([DEPLOY / "install.sh", tmp_path / "grokmesh"], env=environment, check=True)
     packages, project = told.read_text().splitlines()
     found = re.fullmatch(r"-m pip install( --[a-z-]+)* --require-hashes -r (\S+)", packages)
     assert found, packages
@@ -170,17 +170,17 @@ def test_a_host_installs_nothing_without_its_hash(extra: str, tmp_path: pathlib.
 
 
 def test_a_platform_that_is_unknown_is_refused_before_anything_is_made(tmp_path: pathlib.Path) -> None:
-    install = [PROJECT / "scripts" / "install.sh", tmp_path / "grokmesh"]
+    install = [DEPLOY / "install.sh", tmp_path / "grokmesh"]
     environment = {**os.environ, "EXTRA": "npu"}
     done = subprocess.run(install, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "EXTRA=npu is unknown; use cpu, gpu or tpu\n")
     assert not list(tmp_path.iterdir())
 
 
-def test_whatever_else_is_installed_by_scripts_and_deploy_is_hashed_too() -> None:
+def test_whatever_else_is_installed_by_tools_and_deploy_is_hashed_too() -> None:
     lines = [
         (path.name, line)
-        for folder in (PROJECT / "scripts", DEPLOY)
+        for folder in (PROJECT / "tools", DEPLOY)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.suffix != ".pyc" and path.name != "install.sh"
         for line in path.read_text().splitlines()

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.cli import main
-from scripts import generate_docs
+from tools import generate_docs
 
 PROJECT = pathlib.Path(__file__).parent.parent
 PAGES = sorted(
@@ -88,7 +88,7 @@ def test_commands_exist(page: pathlib.Path, capsys: pytest.CaptureFixture[str]) 
         else:
             assert program in ("ray", "kubectl", "promtool", "uv", "python"), command
         for word in arguments:
-            if re.match(r"(deploy|models|scripts|tests)/", word):
+            if re.match(r"(deploy|models|tests|tools)/", word):
                 assert (PROJECT / word).exists(), command
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from opentelemetry import trace
 
-from cluster.gateway.keys import ANONYMOUS, Caller
+from cluster.gateway.auth.api_keys import ANONYMOUS, Caller
 
 
 @dataclasses.dataclass

@@ -18,9 +18,9 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 from opentelemetry import trace
 
+from cluster.gateway.auth.api_keys import Keys
 from cluster.gateway.call import CURRENT, Call
 from cluster.gateway.errors import KEY_LIMIT, GatewayError, code_name, exhausted
-from cluster.gateway.keys import Keys
 from cluster.gateway.texts import INLINE_BYTES
 from cluster.telemetry import metrics
 from cluster.telemetry.traces import parent_of

@@ -11,22 +11,22 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from opentelemetry import trace
 
-from cluster.config import Config
-from cluster.gateway.admission import Admission
+from cluster.config.reader import Config
+from cluster.gateway.admission.admission import Admission
+from cluster.gateway.admission.latency import RecentLatency
+from cluster.gateway.auth.api_keys import Keys
+from cluster.gateway.auth.tls import server_credentials
 from cluster.gateway.interceptor import CallInterceptor
-from cluster.gateway.keys import Keys
-from cluster.gateway.latency import RecentLatency
-from cluster.gateway.router import Router
+from cluster.gateway.routing.router import Router
 from cluster.gateway.service import GenerationService
 from cluster.gateway.texts import Texts
-from cluster.gateway.tls import server_credentials
 from cluster.gateway.validation import Limits
 from cluster.telemetry import metrics
 from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
 from workers.model.parameters import parameter_table
-from workers.sandbox import Sandbox
-from workers.stalls import StallWatch
-from workers.tokenizer import Tokenizer
+from workers.telemetry.stalls import StallWatch
+from workers.text.sandbox import Sandbox
+from workers.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
 

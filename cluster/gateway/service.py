@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 import grpc.aio
 from opentelemetry import trace
 
-from cluster.gateway.admission import Admission
+from cluster.gateway.admission.admission import Admission
+from cluster.gateway.admission.latency import RecentLatency
+from cluster.gateway.auth.api_keys import MAX_PRIORITY
 from cluster.gateway.call import CURRENT, Call
 from cluster.gateway.errors import Violation, code_name, invalid
-from cluster.gateway.keys import MAX_PRIORITY
-from cluster.gateway.latency import RecentLatency
-from cluster.gateway.router import Router
+from cluster.gateway.routing.router import Router
 from cluster.gateway.session import Delta, Session
 from cluster.gateway.stop import StopTexts
 from cluster.gateway.text_job import count, detokenize, tokenize
@@ -25,7 +25,7 @@ from cluster.gateway.texts import Texts
 from cluster.gateway.validation import Limits, to_request
 from cluster.telemetry import metrics, traces
 from grok.serving.v1 import generation_pb2, generation_pb2_grpc
-from workers.engine.plan import Token
+from workers.messages.plan import Token
 
 Result = TypeVar("Result")
 

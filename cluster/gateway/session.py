@@ -10,9 +10,9 @@ import time
 from cluster.gateway.errors import GatewayError, Violation, invalid
 from cluster.gateway.stop import StopMatcher, StopTexts
 from grok.serving.v1 import generation_pb2
-from workers.engine.plan import Token
-from workers.engine.request import Finish, Request, Timing, TokenEvent
-from workers.tokenizer import Detokenizer, Tokenizer
+from workers.messages.plan import Token
+from workers.messages.request import Finish, Request, Timing, TokenEvent
+from workers.text.tokenizer import Detokenizer, Tokenizer
 
 #: Tokens that are turned into text at a time: about a millisecond, in which nothing else of the gateway runs.
 SLICE = 32

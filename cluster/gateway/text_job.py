@@ -15,9 +15,9 @@ from google.protobuf.message import DecodeError
 
 from grok.serving.v1 import generation_pb2
 from workers.checkpoint.storage import locate
-from workers.grammar import GrammarError, Grammars, choice, json_schema, regex
-from workers.sandbox import JobStream, run_template
-from workers.tokenizer import Tokenizer
+from workers.text.grammar import GrammarError, Grammars, choice, json_schema, regex
+from workers.text.sandbox import JobStream, run_template
+from workers.text.tokenizer import Tokenizer
 
 Answer = tuple[dict[str, object], bytes]
 

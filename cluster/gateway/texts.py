@@ -13,11 +13,11 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cluster.gateway.auth.api_keys import Caller
 from cluster.gateway.errors import exhausted
-from cluster.gateway.keys import Caller
-from workers.grammar import GrammarError
-from workers.sandbox import Budget, Sandbox
-from workers.tokenizer import Tokenizer
+from workers.text.grammar import GrammarError
+from workers.text.sandbox import Budget, Sandbox
+from workers.text.tokenizer import Tokenizer
 
 #: Bytes of a text that is worked on at once: less than two milliseconds.
 INLINE_BYTES = 2048

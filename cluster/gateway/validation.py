@@ -6,14 +6,14 @@ import dataclasses
 import secrets
 from collections.abc import Callable, Sequence
 
+from cluster.gateway.auth.api_keys import MAX_PRIORITY, Caller
 from cluster.gateway.errors import Violation, invalid
-from cluster.gateway.keys import MAX_PRIORITY, Caller
 from cluster.gateway.texts import Texts
 from grok.serving.v1 import generation_pb2
-from workers.engine.plan import ALTERNATIVES, Sampling
-from workers.engine.request import Request
-from workers.grammar import MAX_SOURCE, GrammarError
+from workers.messages.plan import ALTERNATIVES, Sampling
+from workers.messages.request import Request
 from workers.model.config import GrokConfig
+from workers.text.grammar import MAX_SOURCE, GrammarError
 
 _Wrong = Callable[[str, str], None]
 

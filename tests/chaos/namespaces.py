@@ -17,9 +17,9 @@ import yaml
 from cluster.client import Client
 from grok.serving.v1 import cluster_pb2
 from tests.conftest import DEMO
-from tests.debian import require
 from tests.rayup.hosts import Hosts
-from tests.waiting import wait_until
+from tests.support.debian import require
+from tests.support.waiting import wait_until
 
 NETWORK = f"10.203.{os.getpid() % 250}"
 HEAD, FRONT, WORKERS = "head", "front", ("h1", "h2", "h3")

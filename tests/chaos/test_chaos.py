@@ -17,7 +17,7 @@ from cluster.client import Client
 from tests.chaos import namespaces
 from tests.chaos.faults import PHASES, Strike, Target, host_faults, inject, process_faults, table
 from tests.chaos.history import Load, make_cases
-from tests.cluster.service import running
+from tests.support.service import running
 
 FAULTS = int(os.environ.get("GROKMESH_FAULTS", "0"))
 SEED = int(os.environ.get("GROKMESH_SEED", "0"))

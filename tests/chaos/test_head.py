@@ -12,7 +12,7 @@ from cluster.client import Client
 from grok.serving.v1 import cluster_pb2
 from tests.chaos import namespaces
 from tests.chaos.history import Load, make_cases
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 def test_the_loss_of_rays_head_is_no_loss_to_clients(tmp_path: pathlib.Path) -> None:

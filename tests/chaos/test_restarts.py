@@ -10,7 +10,7 @@ import pathlib
 from cluster import daemon
 from cluster.client import Client
 from tests.chaos.history import Load, make_cases
-from tests.cluster.service import Service, running
+from tests.support.service import Service, running
 
 RESTARTS = int(os.environ.get("GROKMESH_RESTARTS", "2"))
 ONE_HOST = {"hosts": 1, "devices_per_host": 1, "data": 1, "model": 1}

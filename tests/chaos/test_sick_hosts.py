@@ -15,9 +15,9 @@ from cluster.client import Client, Completion
 from grok.serving.v1 import cluster_pb2
 from tests.chaos import namespaces
 from tests.chaos.poison.sitecustomize import POISON
-from tests.cluster.service import running
 from tests.conftest import DEMO
-from tests.waiting import wait_until
+from tests.support.service import running
+from tests.support.waiting import wait_until
 
 HERE = pathlib.Path(__file__).parent
 ONE_HOST = {"hosts": 1, "devices_per_host": 1, "data": 1, "model": 1}

@@ -12,11 +12,11 @@ import yaml
 
 from cluster.capacity import with_pages
 from cluster.cli import main
-from cluster.config import Config, ConfigError, load_config
+from cluster.config.reader import Config, ConfigError, load_config
 from tests.conftest import DEMO
+from tools.aot.report import Engine, summon
 from workers.capacity.hardware import tpu_slice
 from workers.capacity.memory import Precision
-from workers.capacity.witness import Engine, summon
 from workers.model.config import GrokConfig
 
 V6E = {"platform": "tpu", "tpu_pod_type": "v6e-16"}

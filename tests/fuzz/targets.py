@@ -13,27 +13,27 @@ import yaml
 from google.protobuf.message import DecodeError, Message
 
 from cluster.client import completion_request
-from cluster.config import ConfigError, load_config
+from cluster.config.reader import ConfigError, load_config
+from cluster.gateway.auth.api_keys import ANONYMOUS, Keys, KeysError
 from cluster.gateway.errors import GatewayError
-from cluster.gateway.keys import ANONYMOUS, Keys, KeysError
 from cluster.gateway.session import Session
 from cluster.gateway.stop import StopTexts
 from cluster.gateway.validation import Limits, to_request
 from grok.engine.v1 import engine_pb2
 from grok.serving.v1 import cluster_pb2, generation_pb2
 from tests.conftest import DEMO, GOLDEN
-from tests.constraints import LocalConstraint
-from tests.fake_service import MODEL, TOKENIZER, InlineTexts, now
-from workers import wire
+from tests.support.constraints import LocalConstraint
+from tests.support.fake_service import MODEL, TOKENIZER, InlineTexts, now
 from workers.checkpoint.errors import CheckpointError
 from workers.checkpoint.tensor_file import read_header
-from workers.engine.plan import EngineShape
-from workers.engine.request import Refused, Request
 from workers.engine.scheduler import Scheduler
-from workers.grammar import Grammars
-from workers.link import Link, LinkError
+from workers.host.streams import Link, LinkError
+from workers.messages import codec
+from workers.messages.plan import EngineShape
+from workers.messages.request import Refused, Request
 from workers.model.config import ConfigError as ModelConfigError
 from workers.model.config import GrokConfig
+from workers.text.grammar import Grammars
 
 CORPUS = pathlib.Path(__file__).parent / "corpus"
 _FOLDER = pathlib.Path(tempfile.mkdtemp(prefix="fuzz"))
@@ -73,7 +73,7 @@ def _complete(completion: generation_pb2.Completion) -> None:
     except GatewayError as error:
         error.status()
         return
-    received = wire.request_from_proto(wire.request_to_proto(session.rest()))
+    received = codec.request_from_proto(codec.request_to_proto(session.rest()))
     scheduler = Scheduler(_SHAPE, MODEL.vocab_size, 1)
     try:
         scheduler.submit(received, _constraint(received))
@@ -85,7 +85,7 @@ def _complete(completion: generation_pb2.Completion) -> None:
         assert received.resumed
         assert scheduler.failures()
         return
-    assert wire.plan_from_proto(wire.plan_to_proto(plan, 1)) == plan
+    assert codec.plan_from_proto(codec.plan_to_proto(plan, 1)) == plan
 
 
 def _request(completion: generation_pb2.Completion) -> Request:
@@ -156,7 +156,7 @@ def _hear(frame: bytes) -> None:
         elif isinstance(message, engine_pb2.LeaderOutput):
             for event in message.tokens:
                 try:
-                    wire.event_from_proto(event)
+                    codec.event_from_proto(event)
                 except ValueError:
                     continue
 
@@ -165,7 +165,7 @@ def _submit(submit: engine_pb2.Submit) -> None:
     """As the leader does it."""
     scheduler = Scheduler(_SHAPE, MODEL.vocab_size, 1)
     try:
-        request = wire.request_from_proto(submit)
+        request = codec.request_from_proto(submit)
         scheduler.submit(request, _constraint(request))
     except (Refused, ValueError):
         return
@@ -197,7 +197,7 @@ def seeds(target: str) -> Iterator[bytes]:
     else:
         for completion in (completion_request("In the beginning", max_tokens=5), completion_request([5, 6], regex="a")):
             request = _request(completion)
-            yield _framed(engine_pb2.LeaderInput(submit=wire.request_to_proto(request)))
+            yield _framed(engine_pb2.LeaderInput(submit=codec.request_to_proto(request)))
         yield _framed(engine_pb2.Hello(epoch=3, secret=b"s" * 32, rank=1)) + _framed(engine_pb2.Done(number=4))
 
 

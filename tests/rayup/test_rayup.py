@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.debian import require
 from tests.rayup.hosts import Hosts
-from tests.waiting import wait_until
+from tests.support.debian import require
+from tests.support.waiting import wait_until
 
 CLUSTER = "deploy/cluster.yaml"
 HOSTS = {"operator": "192.168.1.9", "h0": "192.168.1.10", "h1": "192.168.1.11", "h2": "192.168.1.12"}

@@ -24,12 +24,12 @@ from workers.checkpoint.digests import digest, part_name, source_groups
 from workers.checkpoint.errors import CheckpointError
 from workers.checkpoint.reading import Bounds, read_slice
 from workers.checkpoint.tensor_file import ArraySpan, TensorFile
+from workers.kernels.packed import PackedTable, PackedWeight, pack_table, packed_shape
+from workers.kernels.weights import QuantizedWeight, Table, Weight
 from workers.model.config import GrokConfig
 from workers.model.grok import STACKED_LAYERS
-from workers.model.packed import PackedTable, PackedWeight, pack_table, packed_shape
 from workers.model.parameters import Axes, ParameterInfo
 from workers.model.partition import Partition
-from workers.model.quantized import QuantizedWeight, Table, Weight
 
 Params = dict[str, dict[str, Weight | Table]]
 Index = tuple[slice, ...]
@@ -363,7 +363,7 @@ class _Reader:
 
     def _products(self, scales: ArraySpan, index: Index) -> Array:
         """The values at `index` as xAI's code has them, in float32: rounded to bfloat16, whatever they are kept in; see
-        `workers.model.quantized.dequantize`."""
+        `workers.kernels.weights.dequantize`."""
         values = self._file.values
         source = _scale_index(values, scales, index)
         first, stop, _ = index[-2].indices(values.shape[-2])

@@ -7,9 +7,9 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from workers.engine.draft import Drafter
+from workers.engine.drafter import Drafter
 from workers.engine.pages import PagePool
-from workers.engine.plan import (
+from workers.messages.plan import (
     MAX_DRAFT,
     Admission,
     Chunk,
@@ -22,7 +22,7 @@ from workers.engine.plan import (
     StepTokens,
     Token,
 )
-from workers.engine.request import Constraint, Failure, Finish, Load, Refused, Request, TokenEvent
+from workers.messages.request import Constraint, Failure, Finish, Load, Refused, Request, TokenEvent
 
 #: Waiting requests that a plan passes over, as their prompts will be shared, before it looks at no more.
 MAX_PASSED_OVER = 16

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from workers.engine.plan import ALTERNATIVES
+from workers.messages.plan import ALTERNATIVES
 
 #: The most likely tokens among which filtered draws are looked for before all are searched.
 CANDIDATES = 64

@@ -8,7 +8,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from workers.kernels.paged_attention import LOGIT_CAP
+from workers.kernels.xla.paged_attention import LOGIT_CAP
 from workers.model.config import GrokConfig
 from workers.model.linear import LinearWeight
 from workers.model.parameters import Axes

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from workers.kernels.kernels import PORTABLE, Kernels
-from workers.kernels.rotary import rotate
+from workers.kernels.interface import PORTABLE, Kernels
+from workers.kernels.weights import LayerWeight, Table
+from workers.kernels.xla.rotary import rotate
 from workers.model.attention import Attend, MultiHeadAttention, causal_attention
 from workers.model.config import GrokConfig
 from workers.model.linear import RMSNorm
 from workers.model.moe import Experts, Router
 from workers.model.partition import Partition
-from workers.model.quantized import LayerWeight, Table
 
 #: The name of the layers whose parameters lie stacked.
 STACKED_LAYERS = "decoder_layers"

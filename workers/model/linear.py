@@ -8,8 +8,8 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
+from workers.kernels.weights import Weight
 from workers.model.partition import Partition
-from workers.model.quantized import Weight
 
 
 class LinearWeight(hk.Module):
@@ -22,7 +22,7 @@ class LinearWeight(hk.Module):
 
 
 class RMSNorm(hk.Module):
-    """Root-mean-square norm over the last dimension, in float32; see `workers.kernels.portable.norm`."""
+    """Root-mean-square norm over the last dimension, in float32; see `workers.kernels.xla.portable.norm`."""
 
     def __init__(self, partition: Partition, name: str = "rms_norm") -> None:
         super().__init__(name=name)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from workers.kernels.weights import Weight
 from workers.model.config import GrokConfig
 from workers.model.linear import LinearWeight
 from workers.model.parameters import Axes
 from workers.model.partition import Partition
-from workers.model.quantized import Weight
 
 WIDEN_AXES: Axes = ("expert", "embed", "ffn")
 NARROW_AXES: Axes = ("expert", "ffn", "embed")

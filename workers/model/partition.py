@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from workers.kernels.kernels import PORTABLE, Kernels
+from workers.kernels.interface import PORTABLE, Kernels
+from workers.kernels.packed import PackedTable, PackedWeight
+from workers.kernels.weights import LayerWeight, QuantizedWeight, Table, Weight
 from workers.model.config import GrokConfig
 from workers.model.layout import RULES, Layout, MeshAxes, units
-from workers.model.packed import PackedTable, PackedWeight
 from workers.model.parameters import Axes
-from workers.model.quantized import LayerWeight, QuantizedWeight, Table, Weight
 
 
 @dataclasses.dataclass(frozen=True)

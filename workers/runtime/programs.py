@@ -14,12 +14,12 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from workers.checkpoint.loader import Params
-from workers.engine.plan import MAX_DRAFT, EngineShape
 from workers.kernels.sampling import PENALIZED, Sampled, SamplingRows, SamplingState
+from workers.messages.plan import MAX_DRAFT, EngineShape
 from workers.model.config import GrokConfig
 from workers.model.grok import Output, forward
 from workers.model.partition import Partition
-from workers.runtime.cache import LayerPages, PagedAttend
+from workers.runtime.kv_cache import LayerPages, PagedAttend
 from workers.runtime.slots import DRAWS, FORCED, LENGTH, PAGES, POSITION, SLOT, positions, sampling_rows
 
 Pages = tuple[LayerPages, ...]

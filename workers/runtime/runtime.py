@@ -14,11 +14,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from workers.checkpoint.loader import Params
-from workers.engine.plan import ALTERNATIVES, Admission, Draft, Plan, Sampling, StepTokens, Token
 from workers.kernels.sampling import IN_PROMPT
+from workers.messages.plan import ALTERNATIVES, Admission, Draft, Plan, Sampling, StepTokens, Token
 from workers.model.partition import Partition
-from workers.runtime.blueprint import Blueprint
 from workers.runtime.compilation import compile_all
+from workers.runtime.program_set import Blueprint
 from workers.runtime.programs import Programs, State
 from workers.runtime.slots import SlotTable
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from workers.engine.plan import MAX_DRAFT, Admission, Chunk, Draft, EngineShape, Forced, Growth
 from workers.kernels.sampling import BIASED, MASKED, PENALIZED, SamplingRows
+from workers.messages.plan import MAX_DRAFT, Admission, Chunk, Draft, EngineShape, Forced, Growth
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 

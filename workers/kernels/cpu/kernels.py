@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from workers.engine.plan import ALTERNATIVES
-from workers.kernels.kernels import Arrays, Kernels
-from workers.kernels.paged_attention import LOGIT_CAP
+from workers.kernels.interface import Arrays, Kernels
+from workers.kernels.packed import Array, PackedTable, PackedWeight, empty, packed_shape, rows_of
 from workers.kernels.sampling import Sampled, SamplingRows, SamplingState, uniforms
-from workers.model.packed import Array, PackedTable, PackedWeight, empty, packed_shape, rows_of
-from workers.model.quantized import Weight
+from workers.kernels.weights import Weight
+from workers.kernels.xla.paged_attention import LOGIT_CAP
+from workers.messages.plan import ALTERNATIVES
 
 #: From the one that any machine has to the fastest.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512-vnni")
@@ -72,7 +72,7 @@ def use_instruction_set(name: str) -> bool:
 
 
 def _pack(weight: Array, groups: int) -> Array:
-    """As `workers.model.packed.pack`."""
+    """As `workers.kernels.packed.pack`."""
     *lead, rows, columns = weight.shape
     blocks, strips, size = packed_shape(rows, columns, groups)
     packed, whole = empty((*lead, blocks, strips, size)), np.ascontiguousarray(weight)

@@ -103,7 +103,7 @@ Global___Hello: _TypeAlias = Hello  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):
-    """How tokens are drawn; see workers.engine.plan.Sampling."""
+    """How tokens are drawn; see workers.messages.plan.Sampling."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -195,7 +195,7 @@ class Submit(_message.Message):
     priority: _builtins.int
     """Requests of a higher one are admitted first."""
     grammar: _builtins.str
-    """What the tokens must spell, as workers.grammar has it; empty for anything."""
+    """What the tokens must spell, as workers.text.grammar has it; empty for anything."""
     owner: _builtins.str
     """Whose it is."""
     @_builtins.property
@@ -563,7 +563,7 @@ Global___LeaderOutput: _TypeAlias = LeaderOutput  # noqa: Y015
 
 @_typing.final
 class Admission(_message.Message):
-    """See workers.engine.plan.Admission."""
+    """See workers.messages.plan.Admission."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -613,7 +613,7 @@ Global___Admission: _TypeAlias = Admission  # noqa: Y015
 
 @_typing.final
 class Growth(_message.Message):
-    """See workers.engine.plan.Growth."""
+    """See workers.messages.plan.Growth."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -645,7 +645,7 @@ Global___Growth: _TypeAlias = Growth  # noqa: Y015
 
 @_typing.final
 class Mask(_message.Message):
-    """See workers.engine.plan.Mask."""
+    """See workers.messages.plan.Mask."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -671,7 +671,7 @@ Global___Mask: _TypeAlias = Mask  # noqa: Y015
 
 @_typing.final
 class Forced(_message.Message):
-    """See workers.engine.plan.Forced."""
+    """See workers.messages.plan.Forced."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -697,7 +697,7 @@ Global___Forced: _TypeAlias = Forced  # noqa: Y015
 
 @_typing.final
 class Draft(_message.Message):
-    """See workers.engine.plan.Draft."""
+    """See workers.messages.plan.Draft."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -729,7 +729,7 @@ Global___Draft: _TypeAlias = Draft  # noqa: Y015
 
 @_typing.final
 class Chunk(_message.Message):
-    """See workers.engine.plan.Chunk."""
+    """See workers.messages.plan.Chunk."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -789,7 +789,7 @@ Global___Prefill: _TypeAlias = Prefill  # noqa: Y015
 
 @_typing.final
 class Plan(_message.Message):
-    """A frame from leader to follower; see workers.engine.plan.Plan."""
+    """A frame from leader to follower; see workers.messages.plan.Plan."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

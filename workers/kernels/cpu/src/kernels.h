@@ -11,7 +11,7 @@ constexpr int64_t kBlock = 1024;  // at most as many values of a column are a bl
 // A column of a packed weight has `groups` groups of `depth` int8 values, each cut into equal blocks, filled up with zeros.
 // The weight is a block of all columns after another; a block is made of strips of four columns (the last one filled up
 // with zeros); of a strip, 64 values of each column follow each other in turn. So who multiplies many columns with a block
-// of x that stays in cache reads memory in order. As in workers/model/packed.py.
+// of x that stays in cache reads memory in order. As in workers/kernels/packed.py.
 struct Layout {
   int64_t groups, depth;
   int64_t blocks_per_group() const { return (depth + kBlock - 1) / kBlock; }

@@ -1,4 +1,4 @@
-// Puts weights into the order in which the kernels read them: see workers/model/packed.py, which says the same in NumPy.
+// Puts weights into the order in which the kernels read them: see workers/kernels/packed.py, which says the same in NumPy.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>

@@ -1,0 +1,1 @@
+"""Replicas: placed, formed, watched, rebuilt and scaled."""

@@ -1,0 +1,117 @@
+"""All replicas of a service: as many as are wanted, each with a life of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from cluster.config.reader import Config
+from cluster.controller.autoscaler import Autoscaler, Signals
+from cluster.controller.integrity import Canary, Digests
+from cluster.controller.quarantine import Suspects
+from cluster.controller.replica import Replica
+from cluster.gateway.admission.latency import RecentLatency
+from cluster.gateway.routing.router import Router
+from cluster.telemetry import metrics
+from grok.serving.v1 import cluster_pb2
+
+_LOG = logging.getLogger(__name__)
+
+DECIDE_SECONDS = 0.5
+_DRAIN_POLL_SECONDS = 0.05
+
+
+class Fleet:
+    """Starts replicas, adds some when requests wait, and takes some away, drained, when they are idle.
+
+    A replica waits for its hosts as a pending placement group, which is what makes Ray's autoscaler add hosts.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        router: Router,
+        latency: RecentLatency,
+        digests: Digests,
+        report: Callable[[Replica], None],
+    ) -> None:
+        self.wanted = config.replicas
+        self._config = config
+        self._router = router
+        self._latency = latency
+        self._report = report
+        self._autoscaler = Autoscaler(config.autoscaling, config.replicas)
+        self._suspects = Suspects()
+        self._digests, self._canary = digests, Canary()
+        self._replicas: dict[int, Replica] = {}
+        self._lives: dict[int, asyncio.Task[None]] = {}
+        self._endings: set[asyncio.Task[None]] = set()
+        # Of replicas that are gone: the one that gets the number goes on from there.
+        self._epochs: dict[int, int] = {}
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """All replicas, those that drain too, by their numbers."""
+        return [self._replicas[index] for index in sorted(self._replicas)]
+
+    async def run(self) -> None:
+        """Keeps as many replicas alive as are wanted, until cancelled; then ends them all."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                self._adjust()
+                await asyncio.sleep(DECIDE_SECONDS)
+                wanted = self._autoscaler.wanted(self._signals(loop.time()))
+                if wanted != self.wanted:
+                    _LOG.info("replicas: %d wanted, after %d", wanted, self.wanted)
+                self.wanted = wanted
+        finally:
+            tasks = [*self._endings, *self._lives.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _signals(self, now: float) -> Signals:
+        return Signals(
+            now=now,
+            replicas=self.wanted,
+            ready=self._router.ready,
+            sessions=self._router.sessions,
+            queued=self._router.queued,
+            slots=self._config.engine.slots,
+            time_to_first_token=self._latency.quantile(0.9),
+        )
+
+    def _adjust(self) -> None:
+        metrics.REPLICAS_WANTED.set(self.wanted)
+        staying = [r for r in self.replicas if r.state != cluster_pb2.REPLICA_STATE_DRAINING]
+        for _ in range(self.wanted - len(staying)):
+            index = next(i for i in range(len(self._replicas) + 1) if i not in self._replicas)
+            epoch = self._epochs.get(index, 0)
+            replica = Replica(
+                index, self._config, self._router, self._suspects, self._digests, self._canary, self._report, epoch
+            )
+            self._replicas[index] = replica
+            self._lives[index] = asyncio.ensure_future(replica.run())
+        # Those that do not serve yet go first, then the youngest.
+        staying.sort(key=lambda r: (r.state == cluster_pb2.REPLICA_STATE_READY, -r.index))
+        for replica in staying[: max(len(staying) - self.wanted, 0)]:
+            replica.drain()
+            ending = asyncio.ensure_future(self._end(replica))
+            self._endings.add(ending)
+            ending.add_done_callback(self._endings.discard)
+
+    async def _end(self, replica: Replica) -> None:
+        """Lets a replica finish its requests, then ends it."""
+        self._router.drain(replica.index)
+        while self._router.busy(replica.index):
+            await asyncio.sleep(_DRAIN_POLL_SECONDS)
+        life = self._lives.pop(replica.index)
+        life.cancel()
+        await asyncio.gather(life, return_exceptions=True)
+        del self._replicas[replica.index]
+        self._epochs[replica.index] = replica.epoch
+        for metric in (metrics.EPOCH, metrics.REPLICA_FAILURES):
+            metric.remove(str(replica.index))
+        _LOG.info("replica %d has ended", replica.index, extra=replica.log_fields)

@@ -1,0 +1,266 @@
+"""Where a replica's workers run: one Ray bundle a host; on TPUs, all hosts of one slice, in the slice's order."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+from collections.abc import Awaitable, Sequence
+from typing import Any, TypeVar
+
+import ray
+import ray.exceptions
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.config.reader import ClusterSection
+from workers.host.actor import Host
+from workers.messages.specs import Endpoint, EngineSpec, MeshSpec, ModelSpec
+
+#: Calls that a worker answers at once: the one that computes, and progress beside it.
+_CONCURRENCY = 4
+#: Seconds that a new worker may take to start, and one that stands by to take a place.
+START_SECONDS, STANDBY_SECONDS = 60.0, 10.0
+#: A worker that does not answer for so long hangs: what it computes does not keep it from answering.
+SILENT_SECONDS = 1.5
+#: As short as that when it only decides which host is to be blamed.
+BRIEF_SECONDS = 0.5
+#: Seconds to wait for hosts other than those that are to be avoided.
+AVOID_SECONDS = 5.0
+
+Answer = TypeVar("Answer")
+
+
+def bundle(mesh: MeshSpec, cpus_per_host: int) -> dict[str, float]:
+    """What a worker takes of its host: CPUs, and all the accelerators that the mesh counts there."""
+    resources = {"CPU": float(cpus_per_host)}
+    if mesh.platform != "cpu":
+        resources[mesh.platform.upper()] = float(mesh.devices_per_host)
+    return resources
+
+
+def group_options(mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """The placement group of a replica: a bundle a host, each on a host of its own, none on nodes `avoided`.
+
+    With `cluster.tpu_pod_type` all of them are on one slice of that kind, and rank r is its worker r: hosts of two slices
+    have no interconnect, and JAX numbers a slice's processes so.
+    """
+    bundles = [bundle(mesh, cluster.cpus_per_host)] * mesh.hosts
+    others = {"ray.io/node-id": f"!in({', '.join(sorted(avoided))})"} if avoided else {}
+    if cluster.tpu_pod_type is None:
+        options: dict[str, Any] = {"bundles": bundles, "strategy": "STRICT_SPREAD"}
+        return {**options, "bundle_label_selector": [others] * mesh.hosts} if others else options
+    return {
+        "bundles": bundles,
+        "topology_strategy": {"ray.io/tpu-slice-name": "STRICT_PACK", "ray.io/node-id": "STRICT_SPREAD"},
+        "bundle_label_selector": [
+            {"ray.io/tpu-pod-type": cluster.tpu_pod_type, "ray.io/tpu-worker-id": str(rank), **others}
+            for rank in range(mesh.hosts)
+        ],
+    }
+
+
+class HostError(RuntimeError):
+    """What went wrong at one host, or with it. `raised` tells whether its worker said so itself."""
+
+    def __init__(self, rank: int, error: BaseException, *, raised: bool = False) -> None:
+        super().__init__(f"host {rank}: {error}")
+        self.rank = rank
+        self.error = error
+        self.raised = raised
+
+
+class Placement:
+    """The workers of one replica in one epoch, in rank order, and those that stand by to take their places in the next one.
+
+    `nodes` are the ids of their Ray nodes, as they were when the hosts were reserved: of a node that is lost Ray soon says
+    nothing, or names the one that its bundle went to.
+    """
+
+    def __init__(self, group: PlacementGroup, mesh: MeshSpec, nodes: list[str], hosts: list[Any]) -> None:
+        self.group = group
+        self.nodes = nodes
+        self.hosts = hosts
+        self._mesh = mesh
+        self._standbys: list[Any] = []
+        self._pids: list[int] = []
+
+    @classmethod
+    async def create(cls, mesh: MeshSpec, cluster: ClusterSection, avoided: tuple[str, ...] = ()) -> Placement:
+        """Waits until there are hosts enough, then starts a worker on each. On the nodes `avoided` only if no others are there
+        within AVOID_SECONDS; if there are too few others, then rather on the last of them."""
+        group = None
+        for count in range(len(avoided), 0, -1):
+            without = frozenset(avoided[:count])
+            if await asyncio.to_thread(spares_beside, mesh, cluster, without):
+                group = await _reserve(group_options(mesh, cluster, without), AVOID_SECONDS)
+                break
+        group = group or await _reserve(group_options(mesh, cluster), None)
+        assert group is not None
+        resources = bundle(mesh, cluster.cpus_per_host)
+        try:
+            table: dict[int, str] = (await asyncio.to_thread(placement_group_table, group))["bundles_to_node_id"]
+        except BaseException:
+            remove_placement_group(group)
+            raise
+        return cls(
+            group,
+            mesh,
+            [table.get(rank, "") for rank in range(mesh.hosts)],
+            [
+                _host(
+                    group,
+                    rank,
+                    num_cpus=cluster.cpus_per_host,
+                    resources={name: count for name, count in resources.items() if name not in ("CPU", "GPU")},
+                    num_gpus=resources.get("GPU", 0),
+                )
+                for rank in range(mesh.hosts)
+            ],
+        )
+
+    async def endpoints(self) -> list[Endpoint]:
+        """Where the workers can be reached. Raises HostError for one that does not answer in START_SECONDS, or is not what the
+        others are."""
+        found = await self.ask("endpoint", seconds=START_SECONDS)
+        self._pids = [endpoint.pid for endpoint in found]
+        for rank, endpoint in enumerate(found):
+            if endpoint.code != found[0].code:
+                error = OSError(
+                    f"it runs other code than host 0: {endpoint.code} and {found[0].code}; install the same"
+                )
+                raise HostError(rank, error)
+        return found
+
+    async def check_reachable(self, endpoints: list[Endpoint]) -> None:
+        """Raises HostError if hosts can't reach each other, about the one that most of them miss; OSError if there is no such
+        one."""
+        places = [(endpoint.address, endpoint.metrics_port) for endpoint in endpoints]
+        missed = await self.ask("unreachable", [places] * len(places), seconds=START_SECONDS)
+        pairs = {frozenset((rank, other)) for rank, found in enumerate(missed) for other in found}
+        cuts = collections.Counter(rank for pair in pairs for rank in pair)
+        if cuts:
+            (worst, most), *rest = cuts.most_common()
+            others = sorted({rank for rank, found in enumerate(missed) if worst in found} | set(missed[worst]))
+            named = ", ".join(map(str, others))
+            if rest and rest[0][1] == most:
+                raise OSError(f"host {worst} and host {named} can't reach each other")
+            raise HostError(worst, OSError(f"it and host {named} can't reach each other"))
+
+    async def ask(self, method: str, *each: Sequence[Any], seconds: float | None = None) -> list[Any]:
+        """What all workers answer to a call, whose arguments are given for each of them. Raises HostError for the first that
+        raises, or does not answer in time."""
+
+        async def one(rank: int, host: Any) -> Any:
+            call = getattr(host, method).remote(*(values[rank] for values in each))
+            try:
+                return await (call if seconds is None else answer(call, seconds, "it"))
+            except (OSError, ray.exceptions.RayError) as error:
+                raise HostError(rank, error, raised=isinstance(error, ray.exceptions.RayTaskError)) from error
+
+        return list(await asyncio.gather(*(one(rank, host) for rank, host in enumerate(self.hosts))))
+
+    async def stand_by(self, model: ModelSpec, engine: EngineSpec) -> None:
+        """Starts a worker beside each one, which has everything imported and traced, and does nothing. It takes no resources of
+        its own, so it is told which accelerators are its host's part."""
+        environments = await asyncio.gather(*(host.environment.remote() for host in self.hosts))
+        self._standbys = [_host(self.group, rank, num_cpus=0) for rank in range(self._mesh.hosts)]
+        await asyncio.gather(
+            *(
+                host.prepare.remote(model, self._mesh, engine, env)
+                for host, env in zip(self._standbys, environments, strict=True)
+            )
+        )
+
+    async def renew(self) -> Placement | None:
+        """Ends the workers; those that stood by come instead, on the same hosts. None if they are not all there: then nothing
+        is left."""
+        standbys, pids, self._standbys = self._standbys, self._pids, []
+        self._kill(self.hosts)
+        renewed = Placement(self.group, self._mesh, self.nodes, standbys)
+        try:
+            if len(standbys) < len(self.hosts):
+                raise TimeoutError("nobody stands by")
+            await asyncio.gather(*(answer(h.progress.remote(), SILENT_SECONDS, "") for h in standbys))
+            # Who kills is on the same host, so that it also sees when the accelerators are free.
+            await asyncio.gather(
+                *(answer(h.replace.remote(pid), STANDBY_SECONDS, "") for h, pid in zip(standbys, pids, strict=True))
+            )
+        except (OSError, ray.exceptions.RayError):
+            renewed.remove()
+            return None
+        except BaseException:
+            renewed.remove()
+            raise
+        return renewed
+
+    async def silent(self) -> list[int]:
+        """The ranks of the workers that don't answer."""
+        answers = await asyncio.gather(
+            *(answer(h.progress.remote(), BRIEF_SECONDS, "") for h in self.hosts), return_exceptions=True
+        )
+        return [rank for rank, error in enumerate(answers) if isinstance(error, BaseException)]
+
+    def remove(self) -> None:
+        """Kills all workers and frees their hosts."""
+        self._kill([*self.hosts, *self._standbys])
+        remove_placement_group(self.group)
+
+    @staticmethod
+    def _kill(hosts: list[Any]) -> None:
+        for host in hosts:
+            ray.kill(host)
+
+
+async def answer(result: Awaitable[Answer], seconds: float, who: str) -> Answer:
+    """What `who` answers. Raises TimeoutError after `seconds`, and whatever the call does."""
+    call = asyncio.ensure_future(result)
+    try:
+        await asyncio.wait([call], timeout=seconds)
+        if not call.done():
+            await asyncio.sleep(0)  # if this loop itself stood still, the answer is there by now
+        if not call.done():
+            raise TimeoutError(f"{who} has not answered for {seconds:g} s")
+        return call.result()
+    finally:
+        call.cancel()
+
+
+def _host(group: PlacementGroup, rank: int, **resources: Any) -> Any:
+    """A new worker in a bundle."""
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+    options = {"max_concurrency": _CONCURRENCY, "max_restarts": 0, "scheduling_strategy": strategy, **resources}
+    return Host.options(**options).remote()  # type: ignore[attr-defined]
+
+
+async def _reserve(options: dict[str, Any], seconds: float | None) -> PlacementGroup | None:
+    """A placement group once it has its hosts; None if it has not after `seconds`."""
+    group: PlacementGroup = placement_group(**options)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    try:
+        while not await asyncio.to_thread(group.wait, 1):
+            if seconds is not None and loop.time() - began > seconds:
+                remove_placement_group(group)
+                return None
+    except BaseException:
+        remove_placement_group(group)
+        raise
+    return group
+
+
+def spares_beside(mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[str]) -> bool:
+    """Whether a replica could lie on other nodes than those, were they free."""
+    wanted = bundle(mesh, cluster.cpus_per_host)
+    fit = [
+        node
+        for node in ray.nodes()
+        if node["Alive"]
+        and node["NodeID"] not in avoided
+        and all(node["Resources"].get(name, 0) >= count for name, count in wanted.items())
+    ]
+    return len(fit) >= mesh.hosts

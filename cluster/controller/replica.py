@@ -1,0 +1,385 @@
+"""The life of a replica: place, form the mesh, serve, and when a host is lost do all of it again in a new epoch."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+import ray.exceptions
+
+from cluster.config.reader import Config
+from cluster.controller.integrity import Canary, Digests
+from cluster.controller.placement import SILENT_SECONDS, HostError, Placement, spares_beside
+from cluster.controller.quarantine import RAISED, Suspects
+from cluster.gateway.routing.router import LeaderAddress, Router
+from cluster.telemetry import metrics
+from grok.serving.v1 import cluster_pb2
+from workers.host.streams import LinkError
+from workers.messages.specs import COMPILING, JOINING, LOADING, PREPARING, WARMING_UP, Assignment, Endpoint, Progress
+
+_LOG = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.25
+#: Seconds before a failed replica is built again: the first of a row of failures at once, later ones ever later.
+BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+#: After so many failures in a row nobody waits for the replica any more, and it is tried only so often.
+GIVE_UP_FAILURES, GIVEN_UP_SECONDS = 10, 300.0
+#: For each so many seconds that an epoch serves, one of a row of failures is forgotten.
+HEALTHY_SECONDS = 5.0
+#: Bytes of a trace that are fetched at a time: what Ray unpacks holds the gateway's loop up.
+TRACE_PART = 256 * 1024
+#: Seconds that a leader has to say why its stream has ended.
+REASON_SECONDS = 0.5
+#: Seconds that a host may be in a phase without any progress, phases in their order. What it reads from may hang, or another
+#: host that it waits for.
+STALLED_SECONDS = {
+    "starting": 60.0, PREPARING: 120.0, JOINING: 120.0, LOADING: 60.0, COMPILING: 900.0, WARMING_UP: 300.0,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class HostView:
+    """A host as the supervisor last saw it."""
+
+    endpoint: Endpoint
+    progress: Progress
+
+
+class NotReadyError(RuntimeError):
+    """A replica that is asked for something that only a serving one can do."""
+
+
+class Replica:
+    """One replica and its epochs. `state`, `epoch`, `hosts`, `failures` (in a row) and `last_failure` tell how it is."""
+
+    def __init__(
+        self,
+        index: int,
+        config: Config,
+        router: Router,
+        suspects: Suspects,
+        digests: Digests,
+        canary: Canary,
+        on_progress: Callable[[Replica], None],
+        epoch: int = 0,
+    ) -> None:
+        """`epoch` is the last one of the replica that had this number before."""
+        self.index = index
+        self.state: cluster_pb2.ReplicaState.ValueType = cluster_pb2.REPLICA_STATE_PLACING
+        self.epoch = epoch
+        self.hosts: list[HostView] = []
+        self.failures = 0
+        self.last_failure = ""
+        self._suspects = suspects
+        self._digests = digests
+        self._canary = canary
+        self._placement: Placement | None = None
+        self._serving = asyncio.Event()
+        self._strange = False
+        self._restart = asyncio.Event()
+        self._restarting = False
+        self._config = config
+        self._router = router
+        self._on_progress = on_progress
+
+    def drain(self) -> None:
+        """Notes that the replica only finishes what it has; it is not built again."""
+        self._enter(cluster_pb2.REPLICA_STATE_DRAINING)
+
+    async def profile(self, steps: int, seconds: float) -> AsyncIterator[tuple[int, str, bytes]]:
+        """Traces the next `steps` steps; rank, path and content of each file, in parts. Raises RayError, or NotReadyError."""
+        placement = self._placement
+        if placement is None or self.state != cluster_pb2.REPLICA_STATE_READY:
+            raise NotReadyError(f"replica {self.index} does not serve")
+        name = secrets.token_hex(8)
+        try:
+            traces = await asyncio.gather(*(host.profile.remote(name, steps, seconds) for host in placement.hosts))
+            for rank, (host, files) in enumerate(zip(placement.hosts, traces, strict=True)):
+                for path, size in sorted(files.items()):
+                    for start in range(0, max(size, 1), TRACE_PART):
+                        yield rank, path, await host.trace_part.remote(name, path, start, TRACE_PART)
+        finally:
+            for host in placement.hosts:
+                host.forget_trace.remote(name)
+
+    async def restart(self) -> int:
+        """Ends the epoch, once its sessions have ended or their time to drain is over; the next one's number, when it serves.
+
+        Raises:
+          NotReadyError: the replica does not serve, or fails meanwhile.
+        """
+        if self.state != cluster_pb2.REPLICA_STATE_READY or self._restarting:
+            raise NotReadyError(f"replica {self.index} does not serve")
+        self._restarting = True
+        try:
+            return await self._replace()
+        finally:
+            self._restarting = False
+
+    async def _replace(self) -> int:
+        before, loop = self.epoch, asyncio.get_running_loop()
+        self._router.drain(self.index, returns=True)
+        deadline = loop.time() + self._config.gateway.drain_seconds
+        while self._router.busy(self.index) and loop.time() < deadline:
+            await asyncio.sleep(POLL_SECONDS)
+        if (self.epoch, self.state) == (before, cluster_pb2.REPLICA_STATE_READY):
+            self._restart.set()
+            while self.epoch <= before + 1 and self.state != cluster_pb2.REPLICA_STATE_DRAINING:
+                if self.epoch > before and self.state == cluster_pb2.REPLICA_STATE_READY:
+                    return self.epoch
+                await asyncio.sleep(POLL_SECONDS)
+        raise NotReadyError(f"replica {self.index} failed, or was to end, meanwhile: {self.last_failure}")
+
+    async def run(self) -> None:
+        """Keeps the replica alive until cancelled, or until it is lost while it drains."""
+        try:
+            while True:
+                failure = await self._live()
+                if failure is None:
+                    continue
+                self.last_failure = _summary(failure)
+                if self.state == cluster_pb2.REPLICA_STATE_DRAINING:
+                    return
+                await self._fail(failure)
+        finally:
+            if self._placement is not None:
+                self._placement.remove()
+
+    async def _live(self) -> Exception | None:
+        """Runs an epoch to its end; returns why it failed, None if it was told to end."""
+        self._restart.clear()
+        self._strange = False
+        self._serving = asyncio.Event()
+        try:
+            await self._epoch(await self._place())
+        except (HostError, ray.exceptions.RayError, OSError) as error:
+            return error
+        except Exception as error:  # whatever went wrong in this replica, the others go on
+            _LOG.exception("replica %d", self.index, extra=self.log_fields)
+            return error
+        return None if self._restart.is_set() else LinkError("the leader ended")
+
+    async def _place(self) -> Placement:
+        """Workers for the next epoch: those that stood by, if their hosts are well, else new ones."""
+        self.epoch += 1
+        metrics.EPOCH.labels(str(self.index)).set(self.epoch)
+        metrics.REBUILDS.labels(str(self.index)).inc(0)
+        self._count_failures(self.failures)
+        self.hosts = []
+        self._enter(cluster_pb2.REPLICA_STATE_PLACING)
+        now = asyncio.get_running_loop().time()
+        config, failing = self._config, self._suspects.failing(now)
+        if self._placement is not None:
+            worst = frozenset([node for node in self._placement.nodes if node in failing][:1])
+            spare = await asyncio.to_thread(spares_beside, config.mesh_spec, config.cluster, worst) if worst else False
+            if spare:
+                self._placement.remove()
+                self._placement = None
+            else:
+                self._placement = await self._placement.renew()
+        if self._placement is None:
+            self._placement = await Placement.create(config.mesh_spec, config.cluster, self._suspects.avoided(now))
+        return self._placement
+
+    async def _fail(self, failure: Exception) -> None:
+        """Notes a failure and whose it was, and waits as long as its being one of a row demands. Raises nothing: whatever Ray
+        answers, the replica is built again."""
+        self._count_failures(self.failures + 1)
+        given_up = self.failures >= GIVE_UP_FAILURES
+        self._enter(cluster_pb2.REPLICA_STATE_GIVEN_UP if given_up else cluster_pb2.REPLICA_STATE_FAILED)
+        _LOG.error("replica %d: epoch %d ended: %s", self.index, self.epoch, self.last_failure, extra=self.log_fields)
+        metrics.REBUILDS.labels(str(self.index)).inc()
+        if self._placement is not None:
+            try:
+                await self._blame(self._placement, failure)
+            except Exception:
+                _LOG.exception("replica %d: who is to be blamed is not known", self.index, extra=self.log_fields)
+        if given_up:
+            self._router.forget(self.index)
+        await asyncio.sleep(
+            GIVEN_UP_SECONDS if given_up else BACKOFF_SECONDS[min(self.failures, len(BACKOFF_SECONDS)) - 1]
+        )
+
+    async def _blame(self, placement: Placement, failure: Exception) -> None:
+        """Notes the hosts that are to be blamed: those whose workers do not answer; else the one that said what is wrong, or of
+        which that was said; else, if it happens again and again, one after the other."""
+        blamed, count = await placement.silent(), 1
+        if not blamed and (accused := _accused(failure)) is not None:
+            blamed, count = [accused.rank], RAISED if accused.raised else 1
+        elif not blamed and self.failures > 1:
+            blamed = [self.failures % len(placement.nodes)]
+        now = asyncio.get_running_loop().time()
+        for rank in blamed:
+            self._suspects.lost(placement.nodes[rank], now, count)
+            if rank < len(self.hosts):
+                metrics.HOST_LOSSES.labels(self.hosts[rank].endpoint.address).inc()
+
+    async def _epoch(self, placement: Placement) -> None:
+        """Runs one epoch to its end. Raises HostError, RayError or OSError when it fails."""
+        endpoints = await placement.endpoints()
+        self.hosts = [HostView(endpoint, Progress("starting", 0.0)) for endpoint in endpoints]
+        for endpoint in endpoints:
+            metrics.HOST_LOSSES.labels(endpoint.address).inc(0)
+        self._enter(cluster_pb2.REPLICA_STATE_STARTING)
+        if len(endpoints) > 1:
+            await placement.check_reachable(endpoints)
+        assignments = self._assignments(endpoints)
+        await _first(self._watch_progress(placement), self._form(placement, assignments))
+        await self._poll(placement)
+        leader = LeaderAddress(self.index, self.epoch, assignments[0].leader, assignments[0].secret)
+        serving = asyncio.ensure_future(placement.ask("serve"))
+        try:
+            # The first that ends decides: a mesh without one host is none.
+            await _first(
+                asyncio.shield(serving),
+                self._router.serve(leader, self._ready, self._accept),
+                self._stand_by(placement),
+                self._restart.wait(),
+            )
+            if self._strange:
+                raise OSError(
+                    "the mesh computes other probabilities than the first one did: look at what its hosts have loaded; if "
+                    "the first was wrong, start the service anew"
+                )
+            if not self._restart.is_set():
+                await asyncio.wait([serving], timeout=REASON_SECONDS)
+                if serving.done():
+                    serving.result()
+        finally:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+
+    async def _form(self, placement: Placement, assignments: list[Assignment]) -> None:
+        loaded = await placement.ask("form", assignments)
+        difference = self._digests.check(placement.nodes, loaded)
+        if difference is not None:
+            problem = f"it has loaded other bytes of {difference.part} than {difference.others}"
+            raise HostError(difference.rank, OSError(f"{problem}; look at its copy of the checkpoint"), raised=True)
+        _LOG.info("%d of %d parts of the weights were compared", *self._digests.checked(loaded), extra=self.log_fields)
+        await placement.ask("warm_up")
+
+    async def _stand_by(self, placement: Placement) -> None:
+        """Has workers stand by for the next epoch, once this one serves."""
+        await self._serving.wait()
+        try:
+            await placement.stand_by(self._config.model_spec, self._config.engine_spec)
+        except ray.exceptions.RayError as error:
+            _LOG.warning("nobody stands by: %s", _summary(error), extra=self.log_fields)
+        await asyncio.Event().wait()
+
+    def _assignments(self, endpoints: list[Endpoint]) -> list[Assignment]:
+        config, first = self._config, endpoints[0]
+        secret = secrets.token_bytes(32)
+        return [
+            Assignment(
+                replica=self.index,
+                epoch=self.epoch,
+                secret=secret,
+                rank=rank,
+                coordinator=f"{first.address}:{first.coordinator_port}",
+                leader=f"{first.address}:{first.leader_port}",
+                model=config.model_spec,
+                mesh=config.mesh_spec,
+                engine=config.engine_spec,
+                compilation_cache=config.cluster.compilation_cache or None,
+                silence_seconds=config.cluster.silence_seconds,
+                stall_seconds=config.telemetry.stall_seconds,
+            )
+            for rank in range(len(endpoints))
+        ]
+
+    async def _watch_progress(self, placement: Placement) -> None:
+        """Asks again and again what the hosts do. Raises HostError for one that does not answer, or does not get on."""
+        loop = asyncio.get_running_loop()
+        since: dict[int, tuple[Progress, float]] = {}
+        while True:
+            await self._poll(placement)
+            for rank, view in enumerate(self.hosts):
+                if rank not in since or since[rank][0] != view.progress:
+                    since[rank] = view.progress, loop.time()
+            stalled = [
+                (phase, rank)
+                for phase, (name, seconds) in enumerate(STALLED_SECONDS.items())
+                for rank, (progress, began) in since.items()
+                if progress.phase == name and loop.time() - began > seconds
+            ]
+            if stalled:
+                _, rank = min(stalled)  # the others may wait for the one that is furthest behind
+                progress, began = since[rank]
+                raise HostError(
+                    rank, TimeoutError(f"{progress.phase} for {loop.time() - began:.0f} s without progress")
+                )
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _poll(self, placement: Placement) -> None:
+        """Asks all hosts what they do. Raises HostError for one that does not answer."""
+        progress = await placement.ask("progress", seconds=SILENT_SECONDS)
+        self.hosts = [HostView(view.endpoint, p) for view, p in zip(self.hosts, progress, strict=True)]
+        self._on_progress(self)
+
+    @property
+    def log_fields(self) -> dict[str, int]:
+        """For a log line's `extra`."""
+        return {"replica": self.index, "epoch": self.epoch}
+
+    def _accept(self, canary: Sequence[float]) -> bool:
+        """Whether the mesh computes what others did."""
+        assert self._placement is not None
+        self._strange = not self._canary.accept(canary, self._placement.nodes)
+        return not self._strange
+
+    def _ready(self) -> None:
+        self._serving.set()
+        self._enter(cluster_pb2.REPLICA_STATE_READY)
+        asyncio.get_running_loop().call_later(HEALTHY_SECONDS, self._recover, self.epoch)
+
+    def _recover(self, epoch: int) -> None:
+        """Forgets failures while an epoch serves."""
+        if self.failures and (self.epoch, self.state) == (epoch, cluster_pb2.REPLICA_STATE_READY):
+            self._count_failures(self.failures - 1)
+            asyncio.get_running_loop().call_later(HEALTHY_SECONDS, self._recover, epoch)
+
+    def _count_failures(self, failures: int) -> None:
+        self.failures = failures
+        metrics.REPLICA_FAILURES.labels(str(self.index)).set(failures)
+
+    def _enter(self, state: cluster_pb2.ReplicaState.ValueType) -> None:
+        self.state = state
+        self._on_progress(self)
+
+
+async def _first(*parts: Awaitable[object]) -> None:
+    """Returns or raises as the first that ends does; the others are cancelled. Of several that end at once, the one with an
+    error tells more."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in sorted(done, key=lambda task: task.exception() is None):
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _accused(failure: Exception) -> HostError | None:
+    """The host that a failure speaks of, None if of none. A worker whose stream broke speaks of who was at its other end."""
+    if not isinstance(failure, HostError):
+        return None
+    cause = getattr(failure.error, "cause", failure.error)
+    if not isinstance(cause, LinkError):
+        return failure
+    return None if cause.rank is None else HostError(cause.rank, cause)
+
+
+def _summary(error: BaseException) -> str:
+    """The first sentence of an error's last line, which in Ray's says what the worker raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (
+        f"{type(error).__name__}: {lines[-1].split('. ')[0].split(' Worker exit type')[0]}"
+        if lines
+        else type(error).__name__
+    )

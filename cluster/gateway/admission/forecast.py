@@ -1,0 +1,83 @@
+"""How long a request would wait, from what is ahead of it and from how fast requests went lately."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Iterable
+
+from workers.messages.request import Request
+
+#: Weight of the latest request in the averages.
+AGING = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """A request that is on a replica, and how many tokens of it have been drawn, without resumed ones."""
+
+    request: Request
+    drawn: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """What a replica has for the requests on it."""
+
+    slots: int
+    positions: int
+
+
+class Forecast:
+    """Learns what requests take once they have a slot: seconds a prompt position, seconds a token after the first, and how much
+    of `max_tokens` is drawn.
+
+    What is on a replica is then played through: who comes next has a slot when one of those before it has ended, if they
+    leave none.
+    """
+
+    def __init__(self) -> None:
+        self._position: float | None = None
+        self._token: float | None = None
+        self._used = 1.0
+
+    def learn(self, request: Request, drawn: int, prefill: float, decode: float, *, whole: bool = True) -> None:
+        """Notes a request: seconds until its first token, and from that to the last one of `drawn`, at least one. One that is
+        not whole, as its client left, tells how fast tokens come but not how many."""
+        self._position = _averaged(self._position, prefill / _positions(request))
+        if drawn > 1:
+            self._token = _averaged(self._token, decode / (drawn - 1))
+        if whole:
+            self._used = _averaged(self._used, drawn / (request.max_tokens - len(request.resumed)))
+
+    def own(self, request: Request) -> float:
+        """Seconds that a request will likely take once it has a slot."""
+        return self._left(Ahead(request, 0))
+
+    def wait(self, ahead: Iterable[Ahead], capacity: Capacity) -> float:
+        """Seconds until a newcomer has a slot; 0 as long as nothing is known."""
+        before = list(ahead)
+        if not before or self._position is None or not capacity.slots:
+            return 0.0
+        lengths = sum(len(a.request.prompt) + a.request.max_tokens * self._used for a in before) / len(before)
+        together = max(1, min(capacity.slots, int(capacity.positions / lengths)))
+        ends: list[float] = []
+        for one in sorted(before, key=lambda one: one.drawn == 0):  # who draws has a slot; the sort is stable
+            began = heapq.heappop(ends) if len(ends) == together else 0.0
+            heapq.heappush(ends, began + self._left(one))
+        return ends[0] if len(ends) == together else 0.0
+
+    def _left(self, one: Ahead) -> float:
+        """Seconds that a request still takes."""
+        request = one.request
+        positions = 0 if one.drawn else _positions(request)
+        tokens = max(1.0, (request.max_tokens - len(request.resumed)) * self._used - one.drawn)
+        return positions * (self._position or 0.0) + tokens * (self._token or 0.0)
+
+
+def _positions(request: Request) -> int:
+    return len(request.prompt) + len(request.resumed)
+
+
+def _averaged(average: float | None, latest: float) -> float:
+    return latest if average is None else average + AGING * (latest - average)

@@ -1,0 +1,49 @@
+"""Certificates of the gateway."""
+
+from __future__ import annotations
+
+import pathlib
+import ssl
+from typing import Any
+
+import grpc
+
+from cluster.config.reader import GatewaySection
+from cluster.gateway.auth.reloading import Reloading
+
+
+class TlsError(ValueError):
+    """Certificates that can't be used."""
+
+
+def server_credentials(config: GatewaySection) -> grpc.ServerCredentials:
+    """Credentials that look with each new connection whether the files have changed. Raises TlsError, which names them."""
+    certificate, key, client_ca = config.tls_certificate, config.tls_key, config.tls_client_ca
+    assert certificate is not None
+    assert key is not None
+    files = (certificate, key, *([client_ca] if client_ca is not None else []))
+    reloading = Reloading(files, lambda: _read(certificate, key, client_ca), TlsError)
+    known = reloading.get()
+
+    def changed() -> Any:  # None for no change, which gRPC's types don't tell
+        nonlocal known
+        before, known = known, reloading.get()
+        return None if known is before else known
+
+    return grpc.dynamic_ssl_server_credentials(known, changed, require_client_authentication=client_ca is not None)
+
+
+def _read(
+    certificate: pathlib.Path, key: pathlib.Path, client_ca: pathlib.Path | None
+) -> grpc.ServerCertificateConfiguration:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # gRPC would take anything, and then fail with each connection.
+        context.load_cert_chain(certificate, key)
+        if client_ca is not None:
+            context.load_verify_locations(client_ca)
+        roots = client_ca.read_bytes() if client_ca is not None else None
+        return grpc.ssl_server_certificate_configuration([(key.read_bytes(), certificate.read_bytes())], roots)
+    except (OSError, ssl.SSLError) as error:
+        shown = ", ".join(str(file) for file in (certificate, key, client_ca) if file is not None)
+        raise TlsError(f"{shown}: {error}") from error

@@ -1,0 +1,140 @@
+"""The ClusterService: how replicas, hosts and gateway are, and traces of what they compute."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+import ray.exceptions
+
+from cluster.config.reader import Config
+from cluster.controller.fleet import Fleet
+from cluster.controller.replica import HostView, NotReadyError, Replica
+from cluster.gateway.errors import GatewayError, Violation, invalid, unavailable
+from cluster.gateway.routing.router import Router
+from grok.engine.v1 import engine_pb2
+from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc
+
+DEFAULT_PROFILE_STEPS = 20
+MAX_PROFILE_STEPS = 1000
+#: Seconds that a trace may take if the call has no deadline, and seconds of a deadline that are kept for sending it.
+PROFILE_SECONDS, PROFILE_RESERVE = 60.0, 5.0
+
+
+class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
+    """Answers from what fleet and router know; asks hosts only for traces. Raises GatewayError."""
+
+    def __init__(
+        self, config: Config, version: str, fleet: Fleet, router: Router, requests: Callable[[], int], metrics_url: str
+    ) -> None:
+        self._config = config
+        self._version = version
+        self._fleet = fleet
+        self._router = router
+        self._requests = requests
+        self._metrics_url = metrics_url
+
+    def status(self) -> cluster_pb2.GetStatusResponse:
+        """The status now."""
+        return cluster_pb2.GetStatusResponse(
+            replicas=[self._replica(replica) for replica in self._fleet.replicas],
+            requests=self._requests(),
+            metrics_url=self._metrics_url,
+            model=self._config.model.name,
+            version=self._version,
+            wanted_replicas=self._fleet.wanted,
+        )
+
+    async def GetStatus(
+        self, request: cluster_pb2.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> cluster_pb2.GetStatusResponse:
+        """The status now."""
+        return self.status()
+
+    async def Profile(
+        self, request: cluster_pb2.ProfileRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[cluster_pb2.ProfileResponse]:
+        """Trace files of all hosts of a replica, host by host."""
+        steps = request.steps if request.HasField("steps") else DEFAULT_PROFILE_STEPS
+        if not 1 <= steps <= MAX_PROFILE_STEPS:
+            raise invalid([Violation("steps", f"is {steps}; must be from 1 to {MAX_PROFILE_STEPS}")])
+        replica = self._named(request.replica)
+        left = context.time_remaining()
+        seconds = PROFILE_SECONDS if left is None else max(left - PROFILE_RESERVE, 1.0)
+        try:
+            async for rank, path, content in replica.profile(steps, seconds):
+                yield cluster_pb2.ProfileResponse(rank=rank, path=path, content=content)
+        except NotReadyError as error:
+            raise _not_ready(error) from error
+        except ray.exceptions.RayTaskError as error:
+            late = "were to come after" in str(error.cause)
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.FAILED_PRECONDITION
+            raise GatewayError(code, "NO_TRACE", f"no trace: {error.cause}") from error
+        except ray.exceptions.RayError as error:
+            raise unavailable(f"no trace: a host of replica {replica.index} is lost") from error
+
+    async def Restart(
+        self, request: cluster_pb2.RestartRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> cluster_pb2.RestartResponse:
+        """Gives a replica new worker processes."""
+        try:
+            # Shielded: what has begun must end, or the replica would drain for ever.
+            epoch = await asyncio.shield(self._named(request.replica).restart())
+            return cluster_pb2.RestartResponse(epoch=epoch)
+        except NotReadyError as error:
+            raise _not_ready(error) from error
+
+    def _named(self, index: int) -> Replica:
+        replica = next((r for r in self._fleet.replicas if r.index == index), None)
+        if replica is None:
+            raise invalid([Violation("replica", f"is {index}; there is no such replica")])
+        return replica
+
+    def _replica(self, replica: Replica) -> cluster_pb2.ReplicaStatus:
+        load, mesh = self._router.load(replica.index), self._config.mesh
+        return cluster_pb2.ReplicaStatus(
+            index=replica.index,
+            state=replica.state,
+            epoch=replica.epoch,
+            mesh_data=mesh.data,
+            mesh_model=mesh.model,
+            hosts=[_host(rank, view) for rank, view in enumerate(replica.hosts)],
+            running=load.running,
+            waiting=load.waiting,
+            slots=load.slots,
+            pages_used=load.pages_used,
+            pages_total=load.pages_total,
+            compilations=load.compilations,
+            last_failure=replica.last_failure,
+            failures=replica.failures,
+            layer_groups=[_layer_group(routing) for routing in load.routing],
+        )
+
+
+def _not_ready(error: NotReadyError) -> GatewayError:
+    return GatewayError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READY", str(error))
+
+
+def _layer_group(routing: engine_pb2.Routing) -> cluster_pb2.LayerGroup:
+    return cluster_pb2.LayerGroup(
+        first_layer=routing.first_layer, last_layer=routing.last_layer, expert_tokens=routing.expert_tokens
+    )
+
+
+def _host(rank: int, view: HostView) -> cluster_pb2.HostStatus:
+    endpoint, progress = view.endpoint, view.progress
+    return cluster_pb2.HostStatus(
+        rank=rank,
+        address=endpoint.address,
+        pid=endpoint.pid,
+        phase=progress.phase,
+        progress=progress.fraction,
+        devices=progress.devices,
+        bytes_read=progress.bytes_read,
+        bytes_total=progress.bytes_total,
+        bytes_per_second=progress.bytes_per_second,
+        metrics_url=f"http://{endpoint.address}:{endpoint.metrics_port}/metrics",
+    )

@@ -1,0 +1,412 @@
+"""From sessions to leaders and back: one long-lived stream to each ready replica. A session outlives its replica: when that
+is lost, another one goes on where it was, or the same one once it is built again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import struct
+from collections.abc import Callable, Sequence
+
+from cluster.gateway.admission.forecast import Ahead, Capacity, Forecast
+from cluster.gateway.errors import Violation, breaking, exhausted, failed, invalid, unavailable
+from cluster.gateway.session import Session
+from cluster.telemetry import metrics
+from grok.engine.v1 import engine_pb2
+from workers.host.streams import MAX_FRAME, PULSE_SECONDS
+from workers.messages import codec
+
+_LOG = logging.getLogger(__name__)
+_LENGTH = struct.Struct(">I")
+
+#: Seconds that a leader has to listen after it was told to serve.
+CONNECT_SECONDS = 30.0
+#: Seconds until a session is sent again that a replica could not take, as it had too many.
+REFUSED_SECONDS = 0.5
+#: Seconds that a forecast wait counts, unless a session is started.
+WAIT_SECONDS = 0.02
+#: Replicas that may be lost with a session as their only suspect. Else one that breaks them would break all, for ever.
+MOST_TRIALS = 2
+#: Seconds between this end's signs of life.
+ALIVE_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LeaderAddress:
+    """Where a replica's leader listens in an epoch, and the secret that it wants to hear."""
+
+    replica: int
+    epoch: int
+    address: str
+    secret: bytes = dataclasses.field(repr=False)
+
+
+class ReplicaLink:
+    """The stream to one replica's leader in one epoch, and the sessions that it carries."""
+
+    def __init__(
+        self,
+        leader: LeaderAddress,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        on_refused: Callable[[Session, engine_pb2.Refusal], None],
+        on_token: Callable[[Session], None],
+        silence: float,
+    ) -> None:
+        self.leader = leader
+        self._most_silent = silence
+        self._on_refused = on_refused
+        self._on_token = on_token
+        self.load = engine_pb2.Load()
+        self.sessions: dict[str, Session] = {}
+        self.draining = False
+        self._proven = False
+        self._on_proven: Callable[[], None] = lambda: None
+        self._silent = 0
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def connect(
+        cls,
+        leader: LeaderAddress,
+        on_refused: Callable[[Session, engine_pb2.Refusal], None],
+        on_token: Callable[[Session], None],
+        silence: float,
+    ) -> ReplicaLink:
+        """Opens the stream, as soon as the leader listens, and says Hello. Raises OSError after CONNECT_SECONDS."""
+        host, port = leader.address.rsplit(":", 1)
+        deadline = asyncio.get_running_loop().time() + CONNECT_SECONDS
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):  # packets may be dropped on the way
+                    reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+                break
+            except ConnectionRefusedError:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+                await asyncio.sleep(0.05)
+        link = cls(leader, reader, writer, on_refused, on_token, silence)
+        link._send(engine_pb2.Hello(epoch=leader.epoch, secret=leader.secret))
+        return link
+
+    def submit(self, session: Session) -> None:
+        """Sends a session's request; the tokens that it lacks will be delivered to it."""
+        self.sessions[session.request.id] = session
+        session.replica, session.epoch = self.leader.replica, self.leader.epoch
+        self._send(engine_pb2.LeaderInput(submit=codec.request_to_proto(session.rest())))
+
+    def cancel(self, session: Session) -> None:
+        """Forgets a session, here and on the leader, unless it has ended already."""
+        if self.sessions.pop(session.request.id, None) is not None:
+            self._send(engine_pb2.LeaderInput(cancel=engine_pb2.Cancel(request_id=session.request.id)))
+
+    async def run(self, on_proven: Callable[[], None]) -> None:
+        """Delivers what the leader sends until the stream ends, or nothing comes for too long. `on_proven` is called when the
+        first load comes, which tells that the mesh computes."""
+        self._on_proven = on_proven
+        beside = [asyncio.ensure_future(work) for work in (self._watch(), self._tell_alive())]
+        try:
+            await self._listen()
+        finally:
+            for task in beside:
+                task.cancel()
+
+    async def _watch(self) -> None:
+        # Turns of this loop are counted, not seconds: when it was itself held up, what came meanwhile is heard first.
+        while self._silent < self._most_silent / PULSE_SECONDS:
+            await asyncio.sleep(PULSE_SECONDS)
+            self._silent += 1
+        _LOG.error("replica %d has been silent for %g s", self.leader.replica, self._most_silent)
+        self.abort()
+
+    async def _tell_alive(self) -> None:
+        while True:
+            await asyncio.sleep(ALIVE_SECONDS)
+            self._send(engine_pb2.LeaderInput())
+
+    async def _listen(self) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
+                self._silent = 0
+                if length > MAX_FRAME:
+                    _LOG.error("replica %d sent a frame of %d bytes", self.leader.replica, length)
+                    return
+                self._hear(engine_pb2.LeaderOutput.FromString(await self._reader.readexactly(length)))
+
+    def abort(self) -> None:
+        """Ends the stream; `run` returns."""
+        self._writer.transport.abort()
+
+    def close(self) -> list[Session]:
+        """Ends the stream; returns the sessions that it leaves behind."""
+        self._writer.close()
+        left = list(self.sessions.values())
+        self.sessions.clear()
+        return left
+
+    def _hear(self, output: engine_pb2.LeaderOutput) -> None:
+        if output.epoch != self.leader.epoch:
+            _LOG.warning("ignored a frame of epoch %d in epoch %d", output.epoch, self.leader.epoch)
+            return
+        if output.HasField("load"):
+            self.load = output.load
+            if not self._proven:
+                self._proven = True
+                self._on_proven()
+        for message in output.tokens:
+            event = codec.event_from_proto(message)
+            session = self.sessions.get(event.request_id)
+            if session is not None:
+                if event.finish is not None:
+                    del self.sessions[event.request_id]
+                session.deliver(event)
+                self._on_token(session)
+        for refusal in output.refusals:
+            session = self.sessions.pop(refusal.request_id, None)
+            if session is not None:
+                self._on_refused(session, refusal)
+
+    def _send(self, message: engine_pb2.Hello | engine_pb2.LeaderInput) -> None:
+        frame = message.SerializeToString()
+        self._writer.write(_LENGTH.pack(len(frame)) + frame)
+
+
+class Router:
+    """Knows the ready replicas and sends each session to the least busy one.
+
+    While none is ready but one that was lost is being built again, sessions wait for it, at most `patience` seconds.
+    """
+
+    def __init__(
+        self, patience: float, on_change: Callable[[int], None] = lambda _: None, silence: float = 1.5
+    ) -> None:
+        """Leaders that say nothing for `silence` seconds are lost."""
+        self._patience = patience
+        self._silence = silence
+        self._links: dict[int, ReplicaLink] = {}
+        self._lost: set[int] = set()
+        self._waiting: dict[str, tuple[Session, asyncio.TimerHandle]] = {}
+        # Of those that may be what breaks replicas one runs at a time; the others wait for it to come on or to break another.
+        self._trial: Session | None = None
+        self._untried: dict[str, tuple[Session, asyncio.TimerHandle]] = {}
+        self._on_change = on_change
+        self._waits: dict[int, tuple[float, float]] = {}
+        #: What requests take, as it turns out.
+        self.forecast = Forecast()
+
+    @property
+    def ready(self) -> int:
+        """Number of replicas that take sessions."""
+        return sum(not link.draining for link in self._links.values())
+
+    @property
+    def queued(self) -> int:
+        """Number of sessions that have no token yet. May be asked by any thread."""
+        return sum(not session.tokens for session in self._everywhere())
+
+    def load(self, replica: int) -> engine_pb2.Load:
+        """A replica's load as it last told it."""
+        link = self._links.get(replica)
+        return link.load if link else engine_pb2.Load()
+
+    async def serve(
+        self,
+        leader: LeaderAddress,
+        on_ready: Callable[[], None],
+        accept: Callable[[Sequence[float]], bool] = lambda _: True,
+    ) -> None:
+        """Carries sessions to a replica, once all of its hosts have computed a token, until its stream ends; what is left of
+        them goes elsewhere. That token's logarithmic probabilities must be ones that `accept` takes. Raises OSError."""
+        link = await ReplicaLink.connect(leader, self._refused, self._proceeded, self._silence)
+
+        def proven() -> None:
+            if not accept(link.load.canary):
+                link.abort()
+                return
+            self._links[leader.replica] = link
+            self._lost.discard(leader.replica)
+            on_ready()
+            self._changed()
+            for session, _ in list(self._waiting.values()):
+                self._send(session)
+
+        try:
+            await link.run(proven)
+        finally:
+            if self._links.pop(leader.replica, None) is not None and not link.draining:
+                self._lost.add(leader.replica)
+            left = link.close()
+            self._changed()
+            known = [session for session in left if session.losses and not session.proceeded]
+            for session in left:
+                session.lose(alone=known == [session] and session is self._trial)
+            tried = self._trial if self._trial in left else None
+            if tried is not None:
+                self._trial = None
+            for session in left:
+                if session is tried and session.trials == MOST_TRIALS:
+                    session.deliver(breaking(f"{session.losses} replicas were lost with this request; it must be why"))
+                    continue
+                metrics.SESSIONS_RESUMED.inc()
+                self._send(session)
+            self._try_next()
+
+    @property
+    def sessions(self) -> int:
+        """Number of sessions, on replicas or waiting for one."""
+        return len(self._everywhere())
+
+    def busy(self, replica: int) -> bool:
+        """Whether a replica has sessions."""
+        link = self._links.get(replica)
+        return link is not None and bool(link.sessions)
+
+    def drain(self, replica: int, *, returns: bool = False) -> None:
+        """Sends no more sessions to a replica; those that it has go on. Sessions that find no other wait for it only if it
+        returns."""
+        (self._lost.add if returns else self._lost.discard)(replica)
+        if (link := self._links.get(replica)) is not None:
+            link.draining = True
+            self._changed()
+
+    def forget(self, replica: int) -> None:
+        """No session waits any more for a replica that was lost."""
+        self._lost.discard(replica)
+        if not self._lost and not self._links:
+            for session, _ in list(self._waiting.values()):
+                self._send(session)
+
+    def wait(self, priority: int) -> float:
+        """Seconds that a request of a priority would likely wait for a slot. Not worked out anew for each of those that are
+        turned away one after the other."""
+        now = asyncio.get_running_loop().time()
+        seconds, until = self._waits.get(priority, (0.0, 0.0))
+        if now > until:
+            seconds = self._wait_now(priority)
+            self._waits[priority] = seconds, now + WAIT_SECONDS
+        return seconds
+
+    def _wait_now(self, priority: int) -> float:
+        link = self._least_busy()
+        if link is None:
+            return 0.0
+        ahead = (
+            Ahead(session.request, session.drawn)
+            for session in link.sessions.values()
+            if session.drawn or session.request.priority >= priority  # who draws keeps its slot
+        )
+        return self.forecast.wait(ahead, Capacity(link.load.slots, link.load.positions))
+
+    def start(self, session: Session) -> None:
+        """Sends a session to the least busy replica. Raises GatewayError (UNAVAILABLE) when there is none to wait for."""
+        self._waits.clear()
+        if not self._place(session):
+            metrics.REJECTIONS.labels("no_replica").inc()
+            raise unavailable("no replica is ready", retry_seconds=2.0)
+
+    def cancel(self, session: Session) -> None:
+        """Forgets a session, wherever it is."""
+        if not self._stop_waiting(session):
+            link = self._links.get(session.replica)
+            if link is not None and link.sessions.get(session.request.id) is session:
+                link.cancel(session)
+        self._leave_trial(session)
+
+    def end(self, reason: str) -> None:
+        """Ends all sessions; their clients may go on elsewhere."""
+        for session in self._everywhere():
+            self.cancel(session)
+            session.deliver(unavailable(reason))
+
+    def _everywhere(self) -> list[Session]:
+        running = [session for link in list(self._links.values()) for session in list(link.sessions.values())]
+        waiting = [session for session, _ in [*self._waiting.values(), *self._untried.values()]]
+        return [*running, *waiting]
+
+    def _send(self, session: Session) -> None:
+        """Sends a session that is on no replica (any more), or ends it."""
+        self._stop_waiting(session)
+        if not self._place(session):
+            self._leave_trial(session)
+            session.deliver(unavailable("the replica was lost, and there is no other"))
+
+    def _least_busy(self) -> ReplicaLink | None:
+        """The replica that would get the next session; None if none takes any."""
+        links = [link for link in self._links.values() if not link.draining]
+        return min(links, key=lambda link: (len(link.sessions), link.leader.replica), default=None)
+
+    def _proceeded(self, session: Session) -> None:
+        """Something has come for a session."""
+        if session is self._trial and not (session.suspect and self._on_replica(session)):
+            self._leave_trial(session)
+
+    def _on_replica(self, session: Session) -> bool:
+        link = self._links.get(session.replica)
+        return link is not None and link.sessions.get(session.request.id) is session
+
+    def _leave_trial(self, session: Session) -> None:
+        if session is self._trial:
+            self._trial = None
+            asyncio.get_running_loop().call_soon(self._try_next)  # not within what ends one after the other
+
+    def _try_next(self) -> None:
+        while self._trial is None and self._untried:
+            self._send(next(iter(self._untried.values()))[0])
+
+    def _place(self, session: Session) -> bool:
+        if session.suspect and self._trial not in (None, session):
+            timer = asyncio.get_running_loop().call_later(self._patience, self._give_up, session)
+            self._untried[session.request.id] = session, timer
+            return True
+        link = self._least_busy()
+        if link is None and not self._lost:
+            return False
+        if session.suspect:
+            self._trial = session
+        if link is not None:
+            link.submit(session)
+        else:
+            self._wait(session, self._patience, self._give_up)
+        return True
+
+    def _wait(self, session: Session, seconds: float, then: Callable[[Session], None]) -> None:
+        timer = asyncio.get_running_loop().call_later(seconds, then, session)
+        self._waiting[session.request.id] = session, timer
+
+    def _stop_waiting(self, session: Session) -> bool:
+        for waiting in (self._waiting, self._untried):
+            found, timer = waiting.get(session.request.id, (None, None))
+            if found is session and timer is not None:
+                timer.cancel()
+                del waiting[session.request.id]
+                return True
+        return False
+
+    def _give_up(self, session: Session) -> None:
+        self._stop_waiting(session)
+        self._leave_trial(session)
+        session.deliver(unavailable(f"no replica came back within {self._patience:g} s"))
+
+    def _refused(self, session: Session, refusal: engine_pb2.Refusal) -> None:
+        """A replica did not take a session, or can't go on with it. One that was admitted before is not turned away because
+        others were faster."""
+        full = refusal.refused == engine_pb2.REFUSED_FULL
+        if full and session.losses:
+            self._wait(session, REFUSED_SECONDS, self._send)
+            return
+        self._leave_trial(session)
+        if refusal.refused == engine_pb2.REFUSED_FAILED:
+            session.deliver(failed(refusal.reason))
+        elif full:
+            metrics.REJECTIONS.labels("engine_full").inc()
+            session.deliver(exhausted(refusal.reason, retry_seconds=1.0))
+        else:
+            session.deliver(invalid([Violation("completion", refusal.reason)]))
+
+    def _changed(self) -> None:
+        metrics.REPLICAS_READY.set(self.ready)
+        self._on_change(self.ready)

@@ -1,0 +1,27 @@
+"""Where workers are put."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from cluster.config.reader import ClusterSection
+from cluster.controller.placement import bundle, group_options
+from workers.messages.specs import MeshSpec
+
+
+def test_a_host_of_accelerators_is_taken_whole() -> None:
+    mesh = MeshSpec("gpu", hosts=2, devices_per_host=8, data=2, model=8, rules="tensor")
+    assert bundle(mesh, cpus_per_host=4) == {"CPU": 4, "GPU": 8}
+    options = group_options(mesh, ClusterSection(platform="gpu", cpus_per_host=4))
+    assert options == {"bundles": [{"CPU": 4, "GPU": 8}] * 2, "strategy": "STRICT_SPREAD"}
+
+
+def test_a_replica_lies_on_one_tpu_slice_with_ranks_in_its_order() -> None:
+    command = [sys.executable, "-m", "tests.cluster.controller.fake_slices"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == [
+        {"slice-name": "whole", "worker-id": "0"},
+        {"slice-name": "whole", "worker-id": "1"},
+    ]

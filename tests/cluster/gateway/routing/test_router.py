@@ -1,0 +1,241 @@
+"""Sessions and replicas, with leaders that are played: who is lost, who is silent, who comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+import pytest
+
+from cluster.gateway.errors import GatewayError
+from cluster.gateway.routing.router import MOST_TRIALS, LeaderAddress, Router
+from cluster.gateway.session import Session
+from cluster.gateway.stop import StopTexts
+from grok.engine.v1 import engine_pb2
+from tests.conftest import DEMO
+from workers.host.streams import PULSE_SECONDS
+from workers.messages import codec
+from workers.messages.plan import Sampling, Token
+from workers.messages.request import Finish, Request, TokenEvent
+from workers.text.tokenizer import Tokenizer
+
+SILENCE_SECONDS = 1.5
+TOKENIZER = Tokenizer(DEMO / "tokenizer.model")
+
+
+class _Leader:
+    """Plays a leader to one gateway."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, epoch: int) -> None:
+        self._reader, self._writer, self._epoch = reader, writer, epoch
+
+    async def hear(self) -> engine_pb2.LeaderInput:
+        while not (frame := await self.frame()):
+            pass  # it lives
+        return engine_pb2.LeaderInput.FromString(frame)
+
+    async def frame(self) -> bytes:
+        (length,) = struct.unpack(">I", await self._reader.readexactly(4))
+        return await self._reader.readexactly(length)
+
+    def say(self, **parts: object) -> None:
+        frame = engine_pb2.LeaderOutput(epoch=self._epoch, **parts).SerializeToString()  # type: ignore[arg-type]
+        self._writer.write(struct.pack(">I", len(frame)) + frame)
+
+    def draw(self, *ids: int, last: bool = False, name: str = "r") -> None:
+        events = [TokenEvent(name, Token(id, -0.5, ()), None) for id in ids]
+        if last:
+            events[-1] = TokenEvent(name, events[-1].token, Finish.LENGTH)
+        self.say(tokens=[codec.event_to_proto(event) for event in events])
+
+    def die(self) -> None:
+        self._writer.transport.abort()
+
+
+@contextlib.asynccontextmanager
+async def _leading(router: Router, replica: int, epoch: int) -> AsyncIterator[_Leader]:
+    """A replica that has become ready."""
+    joined: asyncio.Queue[_Leader] = asyncio.Queue()
+    server = await asyncio.start_server(lambda r, w: joined.put_nowait(_Leader(r, w, epoch)), "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    ready = asyncio.Event()
+    serving = asyncio.ensure_future(router.serve(LeaderAddress(replica, epoch, f"{host}:{port}", b"s"), ready.set))
+    leader = await joined.get()
+    assert engine_pb2.Hello.FromString(await leader.frame()).epoch == epoch
+    leader.say()
+    await asyncio.sleep(0.01)
+    assert not ready.is_set(), "that it lives is not enough"
+    leader.say(load=engine_pb2.Load())
+    await ready.wait()
+    try:
+        yield leader
+    finally:
+        leader.die()
+        await asyncio.wait_for(serving, 5)
+        server.close()
+        await asyncio.sleep(0.01)  # sockets are closed in the loop's next turn
+
+
+def _session() -> Session:
+    return Session(Request("r", (5, 6), 6, Sampling(seed=1)), StopTexts.of(()), TOKENIZER)
+
+
+def _resumed(message: engine_pb2.LeaderInput) -> list[int]:
+    assert list(message.submit.prompt) == [5, 6]
+    return list(message.submit.resumed)
+
+
+async def _ids(session: Session) -> list[int]:
+    ids: list[int] = []
+    while session.finish is None:
+        ids += [delta.token.id for delta in await session.next_deltas()]
+    return ids
+
+
+def test_a_session_goes_on_at_another_replica_with_what_it_has() -> None:
+    async def play() -> None:
+        router, session = Router(patience=5), _session()
+        async with _leading(router, 0, 1) as first, _leading(router, 1, 1) as second:
+            router.start(session)
+            assert _resumed(await first.hear()) == []
+            first.draw(10, 11)
+            await session.next_deltas()
+            first.draw(12)
+            await asyncio.sleep(0.05)
+            first.die()
+            assert _resumed(await second.hear()) == [10, 11, 12]  # the last one has not been told to the client
+            second.draw(13, 14, 15, last=True)
+            assert await _ids(session) == [12, 13, 14, 15]
+            assert (session.replica, session.epoch) == (1, 1)
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("end", [_Leader.die, lambda leader: None], ids=["dead", "silent"])
+def test_sessions_wait_for_a_replica_that_is_built_again(end: Callable[[_Leader], None]) -> None:
+    async def play() -> None:
+        router, session = Router(patience=5), _session()
+        async with _leading(router, 0, 1) as first:
+            router.start(session)
+            first.draw(10)
+            end(first)
+            async with asyncio.timeout(SILENCE_SECONDS + 1):
+                while router.ready:
+                    await asyncio.sleep(0.01)
+        late = Session(Request("late", (5, 6), 6, Sampling()), StopTexts.of(()), TOKENIZER)
+        router.start(late)
+        cancelled = Session(Request("cancelled", (5, 6), 6, Sampling()), StopTexts.of(()), TOKENIZER)
+        router.start(cancelled)
+        assert router.sessions == 3
+        router.cancel(cancelled)
+        async with _leading(router, 0, 2) as again:
+            assert _resumed(await again.hear()) == [10]
+            assert (await again.hear()).submit.request_id == "late"
+            again.draw(11, 12, 13, 14, 15, last=True)
+            assert await _ids(session) == [10, 11, 12, 13, 14, 15]
+            router.cancel(late)
+            assert (await again.hear()).cancel.request_id == "late"
+        assert router.sessions == 0
+
+    asyncio.run(play())
+
+
+def test_a_leader_that_says_that_it_lives_is_believed() -> None:
+    async def play() -> None:
+        router = Router(patience=5)
+        async with _leading(router, 0, 1) as leader:
+            for _ in range(int(2 * SILENCE_SECONDS / PULSE_SECONDS)):
+                leader.say()
+                await asyncio.sleep(PULSE_SECONDS)
+            assert router.ready == 1
+
+    asyncio.run(play())
+
+
+def test_patience_ends() -> None:
+    async def play() -> None:
+        router, session = Router(patience=0.1), _session()
+        async with _leading(router, 0, 1):
+            router.start(session)
+        with pytest.raises(GatewayError, match="no replica came back within"):
+            await _ids(session)
+        assert router.sessions == 0
+
+    asyncio.run(play())
+
+
+def test_who_was_admitted_is_not_turned_away_by_a_full_replica() -> None:
+    async def play() -> None:
+        router, session, newcomer = Router(patience=5), _session(), _session()
+        async with _leading(router, 0, 1) as first, _leading(router, 1, 1) as second:
+            router.start(session)
+            first.draw(10)
+            await session.next_deltas()
+            first.die()
+            full = [engine_pb2.Refusal(request_id="r", reason="full", refused=engine_pb2.REFUSED_FULL)]
+            assert _resumed(await second.hear()) == [10]
+            second.say(refusals=full)
+            assert _resumed(await second.hear()) == [10]  # again, a little later
+            second.draw(11, 12, 13, 14, 15, last=True)
+            assert await _ids(session) == [11, 12, 13, 14, 15]
+            router.start(newcomer)
+            await second.hear()
+            second.say(refusals=full)
+            with pytest.raises(GatewayError, match="full"):
+                await _ids(newcomer)
+
+    asyncio.run(play())
+
+
+def test_a_session_that_breaks_every_replica_breaks_no_more_and_takes_no_others_with_it() -> None:
+    """One of 16 breaks whatever computes it. All go on elsewhere once; then each is tried alone, until it has come on."""
+
+    async def play() -> int:
+        router, guilty, epoch = Router(patience=5), "s7", 0
+        sessions = {
+            name: Session(Request(name, (5, 6), 20, Sampling()), StopTexts.of(()), TOKENIZER)
+            for name in (f"s{i}" for i in range(16))
+        }
+        async with _leading(router, 0, epoch) as leader:
+            for session in sessions.values():
+                router.start(session)
+        reading = {name: asyncio.ensure_future(_ids(session)) for name, session in sessions.items()}
+        while not reading[guilty].done():
+            epoch += 1
+            async with _leading(router, 0, epoch) as leader:
+                while (message := await leader.hear()).submit.request_id != guilty:
+                    count = min(10, 20 - len(message.submit.resumed))
+                    leader.draw(
+                        *[9] * count, last=len(message.submit.resumed) + count == 20, name=message.submit.request_id
+                    )
+            await asyncio.sleep(0.01)
+        with pytest.raises(GatewayError, match="it must be why") as raised:
+            await reading.pop(guilty)
+        assert raised.value.code is grpc.StatusCode.INTERNAL, "clients must not send it again"
+        async with _leading(router, 0, epoch + 1) as leader:
+            while not all(task.done() for task in reading.values()):
+                with contextlib.suppress(TimeoutError):
+                    submit = (await asyncio.wait_for(leader.hear(), 0.1)).submit
+                    leader.draw(*[9] * (20 - len(submit.resumed)), last=True, name=submit.request_id)
+        for task in reading.values():
+            assert await task == [9] * 20
+        assert router.sessions == 0
+        return epoch
+
+    assert asyncio.run(play()) <= MOST_TRIALS + 2
+
+
+def test_without_any_replica_there_is_nothing_to_wait_for() -> None:
+    async def play() -> None:
+        router = Router(patience=5)
+        with pytest.raises(GatewayError, match="no replica is ready"):
+            router.start(_session())
+        async with _leading(router, 0, 1):
+            router.drain(0)
+        with pytest.raises(GatewayError, match="no replica is ready"):
+            router.start(_session())
+
+    asyncio.run(play())

@@ -1,0 +1,119 @@
+"""A gateway before a mesh that computes nothing, in a process of its own; and work on texts without other processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import pathlib
+import unittest.mock
+from collections.abc import Coroutine, Iterator
+from typing import Any, TypeVar
+
+from opentelemetry import trace
+
+from cluster.client import Client
+from cluster.config.reader import Config, GatewaySection, ModelSection
+from cluster.gateway.admission.latency import RecentLatency
+from cluster.gateway.auth.api_keys import Caller, Keys
+from cluster.gateway.routing.router import LeaderAddress, Router
+from cluster.gateway.server import Gateway
+from cluster.gateway.text_job import TextJobs
+from cluster.gateway.texts import TEXT_BUDGET, Done, Texts
+from cluster.gateway.validation import Limits
+from tests.conftest import DEMO
+from tests.support.fake_mesh import leading
+from tests.support.waiting import wait_until
+from workers.host.streams import free_port
+from workers.messages.plan import EngineShape
+from workers.model.config import GrokConfig
+from workers.text.sandbox import Budget, Sandbox
+from workers.text.tokenizer import Tokenizer
+
+SHAPE = EngineShape(slots=16, groups=1, pages=513, page_size=16, chunk=64, context=512, exact_rows=True)
+MODEL = GrokConfig.load(DEMO / "config.json")
+TOKENIZER = Tokenizer(DEMO / "tokenizer.model")
+ARGUMENTS = [str(DEMO), str(MODEL.vocab_size), str(MODEL.eos_token)]
+
+Result = TypeVar("Result")
+
+
+class InlineTexts(Texts):
+    """Does all work at once."""
+
+    def __init__(self) -> None:
+        unused: Any = None
+        super().__init__(TOKENIZER, unused, lambda caller, tokens: None)
+        self._jobs = TextJobs(TOKENIZER, MODEL.vocab_size, MODEL.eos_token)
+
+    async def encode(self, text: str, caller: Caller) -> list[int]:
+        """The tokens of a text."""
+        return TOKENIZER.encode(text)
+
+    async def run(self, job: str, data: bytes, caller: Caller, budget: Budget = TEXT_BUDGET) -> Done:
+        """The job's outcome."""
+        return Done.parse(self._jobs.run(job, data))
+
+
+def now(work: Coroutine[Any, Any, Result]) -> Result:
+    """What work comes to that waits for nothing."""
+    try:
+        work.send(None)
+    except StopIteration as end:
+        result: Result = end.value
+        return result
+    raise AssertionError("it waits")
+
+
+async def _serve(address: str, seconds: float, keys: pathlib.Path | None, context: int) -> None:
+    limits = Limits(MODEL, context, TOKENIZER.longest_piece)
+    config = Config(ModelSection("demo", str(DEMO)), gateway=GatewaySection(address))
+    router = Router(patience=0)
+    status: Any = unittest.mock.Mock()  # nobody asks for it
+    sandbox = Sandbox("cluster.gateway.text_job", ARGUMENTS)
+    gateway = Gateway(
+        config, Keys(keys), limits, TOKENIZER, sandbox, router, RecentLatency(), status, trace.NoOpTracer()
+    )
+    await gateway.start()
+    pages = SHAPE.slots * -(-context // SHAPE.page_size) + 1
+    shape = EngineShape(SHAPE.slots, 1, pages, SHAPE.page_size, SHAPE.chunk, context, exact_rows=True)
+    ready = asyncio.Event()
+    telling = asyncio.ensure_future(_tell(gateway, ready))
+    with leading(shape, MODEL.vocab_size, 512, seconds, Sandbox("workers.text.grammar_job", ARGUMENTS)) as leader:
+        await router.serve(LeaderAddress(0, 1, leader, b"s"), ready.set)
+    await telling
+
+
+async def _tell(gateway: Gateway, ready: asyncio.Event) -> None:
+    await ready.wait()
+    await gateway.set_ready(True)
+
+
+def _run(address: str, seconds: float, keys: pathlib.Path | None, context: int) -> None:
+    asyncio.run(_serve(address, seconds, keys, context))
+
+
+@contextlib.contextmanager
+def serving(
+    seconds: float = 0.0, keys: pathlib.Path | None = None, context: int = SHAPE.context
+) -> Iterator[tuple[str, int]]:
+    """Address and process of gateway and leader on a mesh that computes nothing in steps of `seconds`, for the block."""
+    address = f"127.0.0.1:{free_port('127.0.0.1')}"
+    process = multiprocessing.get_context("spawn").Process(
+        target=_run, args=(address, seconds, keys, context), daemon=True
+    )
+    process.start()
+    assert process.pid is not None
+    try:
+        with Client(address) as client:
+
+            def ready() -> bool:
+                with contextlib.suppress(Exception):
+                    return client.serving(timeout=5)
+                return False
+
+            wait_until(ready, 60)
+        yield address, process.pid
+    finally:
+        process.kill()
+        process.join()

@@ -1,0 +1,611 @@
+"""The scheduler under random histories: nothing leaks, nobody starves, nothing belongs to two."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import math
+import os
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from workers.engine.pages import PagePool
+from workers.engine.scheduler import MAX_PASSED_OVER, Scheduler
+from workers.messages.plan import Draft, EngineShape, Plan, Sampling, StepTokens, Token
+from workers.messages.request import Finish, Refused, Request, TokenEvent
+
+EOS = 2
+VOCAB = 100
+SHAPE = EngineShape(slots=4, groups=2, pages=9, page_size=4, chunk=6, context=40)
+EXACT = dataclasses.replace(SHAPE, exact_rows=True)
+MAX_WAITING = 6
+#: Of the random histories; `make operations` tries many more.
+OPERATIONS = int(os.environ.get("GROKMESH_OPERATIONS", "14400"))
+
+
+def _request(id: str, prompt: int, max_tokens: int) -> Request:
+    return Request(id, tuple(range(3, 3 + prompt)), max_tokens, Sampling(), frozenset({EOS}))
+
+
+def _answer(plan: Plan, tokens: list[int]) -> StepTokens:
+    """Tokens for a plan, taken from `tokens`."""
+    source = iter(tokens)
+    last = [chunk for chunks in plan.prefills for chunk in chunks if chunk.last]
+    return StepTokens(
+        plan.number,
+        tuple(Token(next(source), 0.0, ()) for _ in last),
+        tuple(tuple(Token(next(source), 0.0, ()) for _ in range(plan.steps)) for _ in plan.decode),
+        tuple(_verified(draft, Token(next(source), 0.0, ())) for draft in plan.drafts),
+    )
+
+
+def _verified(draft: Draft, token: Token) -> tuple[Token, ...]:
+    """As if guesses below `token` were right."""
+    right = list(itertools.takewhile(lambda guess: guess < token.id, draft.tokens[1:]))
+    return (*(Token(guess, 0.0, ()) for guess in right), token)
+
+
+class _Mesh:
+    """What hosts know: who owns a slot, how far it is. Checks each plan as a careful host would."""
+
+    def __init__(self, shape: EngineShape) -> None:
+        self.shape = shape
+        self.pages: dict[int, tuple[int, ...]] = {}
+        self.position: dict[int, int] = {}
+        self.prompt_done: dict[int, bool] = {}
+
+    def execute(self, plan: Plan) -> None:
+        for growth in plan.growths:
+            assert growth.first == len(self.pages[growth.slot])
+            self.pages[growth.slot] += growth.pages
+        for admission in plan.admissions:
+            self.pages[admission.slot] = admission.pages
+            self.position[admission.slot] = -1  # where its first chunk starts
+            self.prompt_done[admission.slot] = False
+        for chunks in plan.prefills:
+            groups = [SHAPE.group_of(chunk.slot) for chunk in chunks]
+            assert len(set(groups)) == len(groups), "two chunks of a group in one call"
+            for chunk in chunks:
+                if not self.shape.exact_rows:
+                    assert chunk.start % SHAPE.chunk == 0, "a chunk starts at a multiple of the chunk size"
+                if self.position[chunk.slot] == -1:
+                    assert chunk.start % SHAPE.page_size == 0, "full pages are shared"
+                    self.position[chunk.slot] = chunk.start
+                assert self.position[chunk.slot] == chunk.start
+                assert not self.prompt_done[chunk.slot]
+                assert 0 < len(chunk.tokens) <= SHAPE.chunk
+                self._advance(chunk.slot, len(chunk.tokens))
+                self.prompt_done[chunk.slot] = chunk.last
+        assert len(set(plan.decode)) == len(plan.decode)
+        for slot in plan.decode:
+            assert self.prompt_done[slot]
+            self._advance(slot, plan.steps)
+        for draft in plan.drafts:
+            assert self.prompt_done[draft.slot]
+            assert draft.slot not in plan.decode
+            assert draft.position + len(draft.tokens) <= len(self.pages[draft.slot]) * SHAPE.page_size
+
+    def _advance(self, slot: int, count: int) -> None:
+        self.position[slot] += count
+        assert self.position[slot] <= len(self.pages[slot]) * SHAPE.page_size, "a write beyond the slot's pages"
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Requests, cancellations, plans and tokens in any order, with up to two plans in flight."""
+
+    shape, steps = SHAPE, 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = Scheduler(self.shape, VOCAB, MAX_WAITING, self.steps)
+        self.mesh = _Mesh(self.shape)
+        self.in_flight: collections.deque[Plan] = collections.deque()
+        self.requests: dict[str, Request] = {}
+        self.received: collections.Counter[str] = collections.Counter()
+        self.started: list[str] = []
+        self.count = 0
+
+    @rule(prompt=st.integers(0, 30), max_tokens=st.integers(0, 20))
+    def submit(self, prompt: int, max_tokens: int) -> None:
+        self.count += 1
+        request = _request(f"r{self.count}", prompt, max_tokens)
+        fits = prompt > 0 and max_tokens > 0 and prompt + max_tokens <= SHAPE.context
+        fits = fits and SHAPE.pages_for(prompt + max_tokens - 1) <= SHAPE.pages - 1
+        refusal = None
+        try:
+            self.scheduler.submit(request)
+            self.requests[request.id] = request
+        except Refused as refused:
+            refusal = refused
+        assert (refusal is None or refusal.full) == fits
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        id = data.draw(st.sampled_from(sorted(self.requests)))
+        assert self.scheduler.cancel(id)
+        assert not self.scheduler.cancel(id)
+        del self.requests[id]
+
+    @precondition(lambda self: len(self.in_flight) < 2)
+    @rule()
+    def plan(self) -> None:
+        plan = self.scheduler.plan()
+        if plan is not None:
+            self.mesh.execute(plan)
+            self.in_flight.append(plan)
+
+    @precondition(lambda self: self.in_flight)
+    @rule(data=st.data())
+    def complete(self, data: st.DataObject) -> None:
+        most = (1 + self.steps) * SHAPE.slots
+        tokens = st.lists(st.sampled_from([EOS, 5, 6, 7, 8, 9]), min_size=most, max_size=most)
+        self._receive(self.scheduler.complete(_answer(self.in_flight.popleft(), data.draw(tokens))))
+
+    def _receive(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            request = self.requests[event.request_id]  # nothing comes for one that has ended
+            self.received[request.id] += 1
+            count = self.received[request.id]
+            if event.token.id == EOS:
+                assert event.finish is Finish.STOP
+            else:
+                assert (event.finish is Finish.LENGTH) == (count == request.max_tokens)
+            if event.finish is not None:
+                del self.requests[request.id]
+
+    @invariant()
+    def every_page_belongs_to_one_or_is_a_shared_prefix(self) -> None:
+        load = self.scheduler.load
+        assert load.running + load.waiting == len(self.requests)
+        assert load.waiting <= MAX_WAITING + SHAPE.slots, "who is preempted waits besides"
+        running = self.scheduler._running.values()
+        owned: collections.Counter[tuple[int, int]] = collections.Counter()
+        for sequence in running:
+            group = SHAPE.group_of(sequence.slot)
+            owned.update((group, page) for page in self.scheduler._pools[group]._owned[sequence.request.id])
+        assert all(page != 0 for _, page in owned)
+        assert len(owned) == load.pages_used
+        assert load.pages_used + sum(pool.free for pool in self.scheduler._pools) == load.pages_total
+        assert len({sequence.slot for sequence in running}) == load.running
+        for (group, page), count in owned.items():
+            assert count == 1 or page in self.scheduler._pools[group]._by_page, "a page of two that is no known prefix"
+
+    def teardown(self) -> None:
+        """Everything that was taken ends within a bounded number of steps, and leaves nothing behind."""
+        for _ in range(2000):
+            if self.in_flight:
+                self._receive(self.scheduler.complete(_answer(self.in_flight.popleft(), [5] * 40)))
+            plan = self.scheduler.plan()
+            if plan is not None:
+                self.mesh.execute(plan)
+                self.in_flight.append(plan)
+            elif not self.in_flight:
+                break
+        assert not self.requests, "a request starved"
+        assert self.scheduler.load.pages_used == 0
+        assert len(self.scheduler._free_slots) == SHAPE.slots
+
+
+class ExactSchedulerMachine(SchedulerMachine):
+    """Prompts cut anywhere, completions shared, guesses, several steps a plan."""
+
+    shape, steps = EXACT, 3
+
+    @rule(budget=st.integers(1, SHAPE.chunk))
+    def set_budget(self, budget: int) -> None:
+        self.scheduler.prompt_budget = budget
+
+
+class FarSchedulerMachine(ExactSchedulerMachine):
+    """More steps a plan than a draft has tokens."""
+
+    steps = 5
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestFarScheduler = FarSchedulerMachine.TestCase
+TestExactScheduler = ExactSchedulerMachine.TestCase
+TestScheduler.settings = TestExactScheduler.settings = TestFarScheduler.settings = settings(
+    max_examples=OPERATIONS // 180, stateful_step_count=60, deadline=None
+)
+
+
+def _completed(scheduler: Scheduler, request: Request) -> list[Plan]:
+    """The plans that a request takes alone; every token is 5."""
+    scheduler.submit(request)
+    plans = []
+    while (plan := scheduler.plan()) is not None:
+        plans.append(plan)
+        scheduler.complete(_answer(plan, [5] * 40))
+    return plans
+
+
+def test_a_prompt_that_was_computed_before_is_not_computed_again() -> None:
+    scheduler = Scheduler(EXACT, VOCAB, MAX_WAITING)
+    first, second = (_completed(scheduler, _request(name, 13, 2)) for name in ("first", "second"))
+    assert sum(plan.prompt_tokens for plan in first) == 13
+    assert sum(plan.prompt_tokens for plan in second) == 1  # three full pages of four are shared
+    assert scheduler.counts.prompt_tokens_cached == 12
+
+
+def test_a_completion_is_shared_with_the_prompt_that_quotes_it() -> None:
+    scheduler = Scheduler(EXACT, VOCAB, MAX_WAITING)
+    first = _request("first", 6, 8)
+    _completed(scheduler, first)
+    again = dataclasses.replace(first, id="again", prompt=(*first.prompt, *[5] * 7))
+    assert sum(plan.prompt_tokens for plan in _completed(scheduler, again)) == 1  # of 13
+
+
+def test_where_bits_depend_on_the_cut_a_prefix_is_shared_up_to_a_cut() -> None:
+    scheduler = Scheduler(SHAPE, VOCAB, MAX_WAITING)
+    _completed(scheduler, _request("first", 20, 2))
+    second = _completed(scheduler, _request("second", 20, 2))
+    assert sum(plan.prompt_tokens for plan in second) == 8  # 12 is a multiple of the page of 4 and the chunk of 6
+
+
+def test_prompts_that_begin_alike_and_come_together_are_computed_once() -> None:
+    scheduler = Scheduler(EXACT, VOCAB, MAX_WAITING)
+    for i in range(2):
+        scheduler.submit(_request(f"r{i}", 9, 4))
+    computed, running = 0, []
+    while (plan := scheduler.plan()) is not None:
+        computed += plan.prompt_tokens
+        running.append(scheduler.load.running)
+        scheduler.complete(_answer(plan, [5] * 40))
+    assert computed == 9 + 1
+    assert max(running) == 2
+
+
+def test_the_longest_unused_prefix_makes_room() -> None:
+    scheduler = Scheduler(EXACT, VOCAB, MAX_WAITING)
+    for start in (3, 33, 63):  # six pages each: two groups of eight pages can't keep three
+        request = Request(f"r{start}", tuple(range(start, start + 23)), 2, Sampling(), frozenset({EOS}))
+        _completed(scheduler, request)
+    load = scheduler.load
+    assert load.pages_used == 0
+    assert load.pages_cached <= load.pages_total
+    newest = Request("newest", tuple(range(63, 86)), 2, Sampling(), frozenset({EOS}))
+    assert sum(plan.prompt_tokens for plan in _completed(scheduler, newest)) == 3
+
+
+def test_a_higher_priority_goes_first_among_those_that_wait() -> None:
+    scheduler = Scheduler(SHAPE, VOCAB, MAX_WAITING)
+    for i in range(5):
+        scheduler.submit(dataclasses.replace(_request(f"r{i}", 2, 3), priority=int(i == 4)))
+    plan = scheduler.plan()
+    assert plan is not None
+    assert [admission.request_id for admission in plan.admissions] == ["r4", "r0", "r1", "r2"]
+
+
+def test_who_has_fewer_slots_goes_first() -> None:
+    scheduler = Scheduler(SHAPE, VOCAB, MAX_WAITING)
+    for i, owner in enumerate("aaaaab"):
+        scheduler.submit(dataclasses.replace(_request(f"{owner}{i}", 2, 3), owner=owner))
+    plan = scheduler.plan()
+    assert plan is not None
+    assert [admission.request_id for admission in plan.admissions] == ["a0", "b5", "a1", "a2"]
+
+
+def test_a_sequence_that_repeats_itself_is_guessed_and_gets_several_tokens_a_step() -> None:
+    scheduler = Scheduler(EXACT, VOCAB, MAX_WAITING)
+    prompt = (7, 8, 9, 10) * 4
+    scheduler.submit(Request("again", prompt, 16, Sampling(), frozenset()))
+    expected = itertools.cycle(prompt)
+    got, steps = [], 0
+    while (plan := scheduler.plan()) is not None:
+        steps += 1
+        drafted = tuple(tuple(Token(next(expected), 0.0, ()) for _ in draft.tokens) for draft in plan.drafts)
+        drawn = [*plan.decode, *(chunk for call in plan.prefills for chunk in call if chunk.last)]
+        answer = _answer(dataclasses.replace(plan, drafts=()), [next(expected) for _ in drawn])
+        got += [event.token.id for event in scheduler.complete(dataclasses.replace(answer, drafted=drafted))]
+    assert tuple(got) == prompt
+    assert scheduler.counts.guesses_right >= 3
+    assert scheduler.counts.guesses_wrong == 0
+    assert steps < 16
+
+
+def test_a_sequence_that_surprises_is_not_guessed() -> None:
+    scheduler = Scheduler(EXACT, VOCAB, MAX_WAITING)
+    scheduler.submit(Request("new", (3, 4, 5) * 3, 20, Sampling(), frozenset()))
+    tokens = iter(range(10, 100))
+    while (plan := scheduler.plan()) is not None:
+        assert not plan.drafts
+        scheduler.complete(_answer(plan, [next(tokens), next(tokens)]))
+
+
+def test_several_steps_are_planned_at_once_only_while_nobody_waits() -> None:
+    scheduler = Scheduler(EXACT, VOCAB, MAX_WAITING, steps=4)
+    for i in range(4):
+        scheduler.submit(_request(f"r{i}", 1 + i, 9))
+    steps = []
+    for _ in range(4):
+        plan = scheduler.plan()
+        assert plan is not None
+        steps.append((bool(plan.prefills), plan.steps))
+    assert steps == [
+        (True, 1),
+        (True, 1),
+        (False, 4),
+        (False, 2),
+    ]  # nine tokens: 2 beside prompts, 4, and one has 2 left
+    scheduler.submit(_request("waits", 3, 9))
+    last = scheduler.plan()
+    assert last is not None
+    assert last.steps == 1
+
+
+class _AllowOnly:
+    """Allows one token after the other."""
+
+    ready, problem = True, ""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+    def mask(self) -> bytes:
+        return (1 << self.tokens[0]).to_bytes(16, "little")
+
+    def accept(self, token: int) -> None:
+        assert token == self.tokens.pop(0)
+
+    def close(self) -> None:
+        assert not self.tokens
+
+
+def test_a_grammar_gives_each_token_its_own_mask_and_holds_up_nobody_else() -> None:
+    scheduler = Scheduler(SHAPE, VOCAB, MAX_WAITING)
+    scheduler.submit(_request("free", 2, 20))
+    scheduler.submit(_request("bound", 3, 20), _AllowOnly([11, 12, EOS]))
+    masked = []
+    pending: Plan | None = None
+    while (plan := scheduler.plan()) is not None or pending is not None:
+        if plan is not None:
+            slots = {mask.slot: mask for mask in plan.masks}
+            masked += [int.from_bytes(mask.words, "little").bit_length() - 1 for mask in plan.masks]
+        if pending is not None:  # one plan ahead, as the leader is
+            allowed = {m.slot: int.from_bytes(m.words, "little").bit_length() - 1 for m in pending.masks}
+            tokens = [allowed.get(c.slot, 5) for call in pending.prefills for c in call if c.last]
+            scheduler.complete(_answer(pending, tokens + [allowed.get(slot, 5) for slot in pending.decode]))
+        pending = plan
+    assert masked == [11, 12, EOS]
+    assert slots == {}
+
+
+def test_who_can_best_wait_is_preempted_for_want_of_pages() -> None:
+    scheduler = Scheduler(dataclasses.replace(SHAPE, slots=3, groups=1), VOCAB, MAX_WAITING)
+    for i in range(3):
+        request = dataclasses.replace(_request(f"r{i}", 4, 28), priority=int(i == 1))
+        scheduler.submit(request)  # eight pages each in the end; there are eight
+    ended: list[str] = []
+    received: collections.Counter[str] = collections.Counter()
+    while (plan := scheduler.plan()) is not None:
+        for event in scheduler.complete(_answer(plan, [5] * 9)):
+            received[event.request_id] += 1
+            ended += [event.request_id] if event.finish else []
+    assert ended == ["r1", "r0", "r2"], "by priority, then by age"
+    assert set(received.values()) == {28}, "no token twice"
+    assert scheduler.counts.preemptions > 0
+
+
+def test_who_comes_first_is_served_first() -> None:
+    scheduler = Scheduler(SHAPE, VOCAB, MAX_WAITING)
+    for i in range(4):
+        scheduler.submit(Request(f"small{i}", tuple(range(3 + 20 * i, 8 + 20 * i)), 8, Sampling(), frozenset({EOS})))
+    scheduler.plan()
+    scheduler.submit(_request("large", 20, 12))  # waits for pages
+    scheduler.submit(_request("late", 1, 1))  # would fit, but must not overtake
+    plan = scheduler.plan()
+    assert plan is not None
+    assert not plan.admissions
+    assert scheduler.load.waiting == 2
+
+
+def test_a_long_prompt_delays_decoding_by_one_chunk_a_step() -> None:
+    scheduler = Scheduler(SHAPE, VOCAB, MAX_WAITING)
+    scheduler.submit(_request("short", 3, 20))
+    first = scheduler.plan()
+    assert first is not None
+    assert first.decode == (0,)
+    scheduler.submit(_request("long", 18, 4))
+    for _ in range(3):
+        plan = scheduler.plan()
+        assert plan is not None
+        assert len(plan.prefills) == 1
+        assert 0 in plan.decode
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (_request("a", 0, 5), "the prompt is empty"),
+        (_request("a", 30, 11), "30 prompt tokens and max_tokens=11 exceed the context of 40"),
+        (_request("a", 30, 10), "needs 10 pages; the cache has 8"),
+        (_request("a", 1, 0), "max_tokens=0 must be at least 1"),
+        (Request("a", (VOCAB,), 1, Sampling()), "outside the vocabulary of 100"),
+        (Request("a", (1,), 1, Sampling(allowed_tokens=(VOCAB,))), "outside the vocabulary of 100"),
+    ],
+)
+def test_what_can_not_be_served_is_refused_with_a_reason(request_: Request, reason: str) -> None:
+    with pytest.raises(Refused, match=reason) as refused:
+        Scheduler(SHAPE, VOCAB, MAX_WAITING).submit(request_)
+    assert not refused.value.full
+
+
+def _broken(plan: Plan) -> StepTokens:
+    """What comes of a plan where the model gives no numbers."""
+    answer = _answer(plan, [7] * 64)
+    nothing = Token(7, math.nan, ())
+    return dataclasses.replace(answer, prefilled=(nothing,) * len(answer.prefilled))
+
+
+def test_a_request_for_which_the_model_gives_no_numbers_fails_and_what_it_computed_is_shared_with_nobody() -> None:
+    scheduler = Scheduler(dataclasses.replace(EXACT, chunk=16), VOCAB, MAX_WAITING)
+    scheduler.submit(_request("broken", 12, 5))
+    plan = scheduler.plan()
+    assert plan is not None
+    assert scheduler.complete(_broken(plan)) == []
+    (failure,) = scheduler.failures()
+    assert (failure.request_id, failure.reason) == ("broken", "the model gave no numbers")
+    assert scheduler.failures() == []
+    assert scheduler.load.pages_used == 0
+    scheduler.submit(_request("again", 12, 5))
+    scheduler.plan()
+    assert scheduler.counts.prompt_tokens_cached == 0
+
+
+class _Slow:
+    """A constraint whose masks come when they are let."""
+
+    def __init__(self) -> None:
+        self.ready, self.problem, self.closed = True, "", False
+
+    def mask(self) -> bytes:
+        assert self.ready
+        return b"\xff" * 16
+
+    def accept(self, token: int) -> None:
+        del token
+        self.ready = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_request_whose_mask_is_not_known_yet_waits_and_nobody_else_does() -> None:
+    scheduler, slow = Scheduler(EXACT, VOCAB, MAX_WAITING), _Slow()
+    scheduler.submit(_request("slow", 2, 5), slow)
+    scheduler.submit(_request("free", 2, 30))
+    first = scheduler.plan()
+    assert first is not None
+    (slot,) = (admission.slot for admission in first.admissions if admission.request_id == "slow")
+    scheduler.complete(_answer(first, [7] * 4))
+    for _ in range(3):
+        plan = scheduler.plan()
+        assert plan is not None
+        assert slot not in plan.decode
+        scheduler.complete(_answer(plan, [7] * 4))
+    slow.ready = True
+    plan = scheduler.plan()
+    assert plan is not None
+    assert slot in plan.decode
+    scheduler.complete(_answer(plan, [7] * 4))
+    slow.ready, slow.problem = True, "it leads nowhere"
+    scheduler.plan()
+    (failure,) = scheduler.failures()
+    assert failure.request_id == "slow"
+    assert "it leads nowhere" in failure.reason
+    assert slow.closed
+
+
+def test_a_flood_of_requests_that_will_share_a_prompt_is_not_looked_through_with_each_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked = []
+    will_be_shared = Scheduler._will_be_shared
+
+    def counted(self: Scheduler, request: Request, cached: int) -> bool:
+        looked.append(request.id)
+        return will_be_shared(self, request, cached)
+
+    monkeypatch.setattr(Scheduler, "_will_be_shared", counted)
+    scheduler = Scheduler(dataclasses.replace(EXACT, slots=8, pages=99), VOCAB, 5000)
+    for i in range(5000):
+        scheduler.submit(_request(f"r{i}", 30, 2))
+    for _ in range(3):
+        looked.clear()
+        plan = scheduler.plan()
+        assert plan is not None
+        assert len(looked) <= MAX_PASSED_OVER + 8
+        scheduler.complete(_answer(plan, [7] * 16))
+
+
+def test_of_equal_claims_the_oldest_goes_first_whoever_owns_it() -> None:
+    scheduler = Scheduler(dataclasses.replace(SHAPE, slots=2), VOCAB, 10)
+    for i, owner in enumerate("baab"):
+        scheduler.submit(dataclasses.replace(_request(f"r{i}", 2 + i, 3), owner=owner))
+    plan = scheduler.plan()
+    assert plan is not None
+    assert [admission.request_id for admission in plan.admissions] == ["r0", "r1"]
+
+
+class _Flickering(_Slow):
+    """A constraint whose mask comes in the middle of a plan's making."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked = 0
+
+    @property
+    def ready(self) -> bool:
+        self._asked += 1
+        return self._asked % 2 == 0
+
+    @ready.setter
+    def ready(self, value: bool) -> None:
+        del value
+
+    def mask(self) -> bytes:
+        return b"\xff" * 16
+
+
+def test_a_mask_that_comes_while_a_plan_is_made_lets_nobody_decode_without_a_page() -> None:
+    scheduler = Scheduler(dataclasses.replace(EXACT, groups=1), VOCAB, MAX_WAITING)
+    scheduler.submit(_request("r", 3, 30), _Flickering())
+    pages: dict[int, int] = {}
+    position = 0
+    for _ in range(200):
+        plan = scheduler.plan()
+        if plan is None:
+            continue
+        for admission in plan.admissions:
+            pages[admission.slot], position = len(admission.pages), 3
+        for growth in plan.growths:
+            pages[growth.slot] += len(growth.pages)
+        for slot in plan.decode:
+            assert position < pages[slot] * SHAPE.page_size, "there is a page for what it writes"
+            position += 1
+        scheduler.complete(_answer(plan, [7] * 8))
+    assert position > 20
+
+
+def test_pages_of_a_request_without_numbers_stay_unshared_while_another_has_them() -> None:
+    pool = PagePool(9, 4)
+    tokens = tuple(range(12))
+    pool.take("a", (), 3)
+    pool.publish("a", tokens)
+    shared = pool.match(tokens)
+    pool.take("b", shared, 1)
+    pool.forget("a")
+    pool.publish("b", (*tokens, 1, 2, 3, 4))
+    assert pool.match(tokens) == ()
+    pool.give_back("a")
+    pool.publish("b", (*tokens, 1, 2, 3, 4))
+    assert pool.match(tokens) == ()
+    pool.give_back("b")
+    assert (pool.used, pool.cached, pool.free) == (0, 0, 8)
+
+
+def test_what_follows_a_forgotten_page_is_published_anew_without_a_trace_of_the_old() -> None:
+    pool = PagePool(9, 4)
+    tokens = tuple(range(12))
+    pool.take("a", (), 1)
+    pool.publish("a", tokens[:4])
+    pool.take("b", pool.match(tokens[:4]), 2)
+    pool.publish("b", tokens)
+    pool.forget("a")
+    pool.give_back("a")
+    pool.give_back("b")
+    for name in ("c", "d"):
+        pool.take(name, pool.match(tokens), 3 - len(pool.match(tokens)))
+        pool.publish(name, tokens)
+        pool.give_back(name)
+    assert len(pool.match(tokens)) == 3
+    pool.take("all", (), 8)
+    assert pool.cached == 0
+    pool.give_back("all")
+    assert pool.free == 8

@@ -1,0 +1,1 @@
+"""What is not the product: verification, benchmarks, exporters, dashboards, training."""

@@ -1,0 +1,96 @@
+"""Processor time of the gateway for each streamed message, beside a bare grpc.aio stream of the same messages.
+
+python -m tools.bench.stream
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import pathlib
+import tempfile
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from cluster.client import AsyncClient
+from grok.serving.v1 import generation_pb2
+from tests.support.service import running
+from tools.bench.processes import cpu_seconds
+from workers.host.streams import free_port
+
+STREAMS, TOKENS = 16, 200
+_SERVICE, _METHOD = "bench.Stream", "Run"
+
+
+def _serve_bare(port: int) -> None:
+    message = generation_pb2.GenerateResponse(
+        request_id="0" * 32, text=" word", tokens=[generation_pb2.GeneratedToken(id=300, logprob=-1.5)], seed=7
+    )
+
+    async def stream(request: bytes, context: Any) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        for _ in range(TOKENS):
+            await asyncio.sleep(0.02)  # as long as a step of the demo
+            yield message
+
+    async def serve() -> None:
+        server = grpc.aio.server()
+        handler: Any = grpc.unary_stream_rpc_method_handler(
+            stream, response_serializer=generation_pb2.GenerateResponse.SerializeToString
+        )
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler}),))
+        server.add_insecure_port(f"127.0.0.1:{port}")
+        await server.start()
+        await server.wait_for_termination()
+
+    asyncio.run(serve())
+
+
+async def _read_bare(port: int) -> None:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        await channel.channel_ready()
+
+        async def one() -> int:
+            method: Any = channel.unary_stream(f"/{_SERVICE}/{_METHOD}")
+            return len([part async for part in method(b"")])
+
+        assert await asyncio.gather(*(one() for _ in range(STREAMS))) == [TOKENS] * STREAMS
+
+
+async def _read_gateway(address: str) -> int:
+    async with AsyncClient(address) as client:
+
+        async def one(seed: int) -> int:
+            parts = client.generate("And", max_tokens=TOKENS, seed=seed, ignore_eos=True)
+            return len([part async for part in parts])
+
+        return sum(await asyncio.gather(*(one(seed) for seed in range(STREAMS))))
+
+
+def main() -> None:
+    """Prints microseconds a message of both, the best of three rounds, and their ratio."""
+    with tempfile.TemporaryDirectory() as folder, running(pathlib.Path(folder)) as service:
+        asyncio.run(_read_gateway(service.address))
+        rounds = []
+        for _ in range(3):
+            before = cpu_seconds(service.process.pid)
+            count = asyncio.run(_read_gateway(service.address))
+            rounds.append((cpu_seconds(service.process.pid) - before) / count)
+    port = free_port("127.0.0.1")
+    process = multiprocessing.get_context("spawn").Process(target=_serve_bare, args=(port,), daemon=True)
+    process.start()
+    assert process.pid is not None
+    asyncio.run(_read_bare(port))
+    bare = []
+    for _ in range(3):
+        before = cpu_seconds(process.pid)
+        asyncio.run(_read_bare(port))
+        bare.append((cpu_seconds(process.pid) - before) / (STREAMS * TOKENS))
+    process.kill()
+    ratio = min(rounds) / min(bare)
+    print(f"gateway {min(rounds) * 1e6:.0f} us a message, bare grpc.aio {min(bare) * 1e6:.0f} us: {ratio:.2f} x")
+
+
+if __name__ == "__main__":
+    main()

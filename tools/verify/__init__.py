@@ -1,0 +1,1 @@
+"""Checkpoints against golden sets."""

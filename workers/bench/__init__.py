@@ -1,1 +1,0 @@
-"""`grokmesh bench engine`: how near the engine is to what the machine can do."""

@@ -1,0 +1,1 @@
+"""One process a host: the actor, its worker, and the loops of leader and followers."""

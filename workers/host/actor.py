@@ -1,0 +1,152 @@
+"""The Ray actor, one a host."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import ray
+
+from workers.host.code_digest import code_digest
+from workers.host.environment import settle
+from workers.host.streams import free_port
+from workers.host.worker import Worker
+from workers.messages.specs import Assignment, Endpoint, EngineSpec, MeshSpec, ModelSpec, Progress
+from workers.telemetry import logs, metrics
+from workers.telemetry.metrics_server import serve_metrics
+
+if TYPE_CHECKING:
+    from workers.host.standby import Preparation
+
+#: Of workers' metrics. The policy of deploy/kuberay/common.yaml lets Prometheus in there.
+METRICS_PORTS = range(9500, 9564)
+#: Seconds that a connection to another host may take.
+_REACH_SECONDS = 3.0
+#: How often a worker looks whether Ray's node is still there. Ray itself looks every second.
+_ORPHAN_SECONDS = 0.1
+#: How Ray tells a process which of its host's accelerators are its own.
+_ACCELERATORS = ("CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS", "TPU_CHIPS_PER_HOST_BOUNDS", "TPU_HOST_BOUNDS")
+
+
+@ray.remote
+class Host:
+    """A worker process under Ray's care. Calls may overlap: `progress` answers while another call computes."""
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+        self._preparation: Preparation | None = None
+        self._preparing = threading.Lock()
+        self._traces: dict[str, dict[str, bytes]] = {}
+        self._address = ray.util.get_node_ip_address()
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name="orphan").start()
+        # Any port is better than none.
+        self._metrics_port = serve_metrics(self._address, (*METRICS_PORTS, 0), metrics.REGISTRY).server_port
+
+    def endpoint(self) -> Endpoint:
+        """Where this host can be reached."""
+        return Endpoint(
+            address=self._address,
+            pid=os.getpid(),
+            node=ray.get_runtime_context().get_node_id(),
+            coordinator_port=free_port(self._address),
+            leader_port=free_port(self._address),
+            metrics_port=self._metrics_port,
+            code=code_digest(),
+        )
+
+    def unreachable(self, places: list[tuple[str, int]]) -> list[int]:
+        """Which of these addresses and ports, by their index, can't be connected to from here."""
+        with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:
+            return [i for i, reached in enumerate(pool.map(_reaches, places)) if not reached]
+
+    def environment(self) -> dict[str, str]:
+        """The environment that tells which accelerators this worker has."""
+        return {name: os.environ[name] for name in _ACCELERATORS if name in os.environ}
+
+    def prepare(self, model: ModelSpec, mesh: MeshSpec, engine: EngineSpec, environment: dict[str, str]) -> None:
+        """Stands by: does all that can be done before a place is free. `environment` is that of the worker that has it."""
+        with self._preparing:
+            settle(os.environ)
+            for name in _ACCELERATORS:
+                os.environ.pop(name, None)
+            os.environ.update(environment)
+            from workers.host.standby import Preparation
+
+            self._preparation = Preparation(model, mesh, engine)
+            self._preparation.trace()
+
+    def replace(self, pid: int) -> None:
+        """Ends the process `pid` of this host, which is the worker whose place this one takes, and waits until it is gone."""
+        while True:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+            with contextlib.suppress(OSError):  # dead, but its parent has not looked yet
+                if _state(pid) == "Z":
+                    return
+            time.sleep(0.01)
+
+    def form(self, assignment: Assignment) -> dict[str, int]:
+        """See `Worker.form`."""
+        logs.configure(replica=assignment.replica, epoch=assignment.epoch, rank=assignment.rank)
+        with self._preparing:  # its time may come before it is done
+            settle(os.environ)
+            self._worker = Worker(assignment, self._preparation)
+        return self._worker.form()
+
+    def warm_up(self) -> None:
+        """See `Worker.warm_up`."""
+        assert self._worker is not None
+        self._worker.warm_up()
+
+    def serve(self) -> None:
+        """See `Worker.serve`."""
+        assert self._worker is not None
+        self._worker.serve()
+
+    def profile(self, name: str, steps: int, seconds: float) -> dict[str, int]:
+        """Takes a trace, see `Profiler.trace`, and keeps it under a name until it is forgotten. Paths and sizes of its
+        files."""
+        assert self._worker is not None
+        self._traces[name] = self._worker.profiler.trace(steps, seconds)
+        return {path: len(content) for path, content in self._traces[name].items()}
+
+    def trace_part(self, name: str, path: str, start: int, length: int) -> bytes:
+        """A part of a file of a trace. Small parts hold nobody up on their way."""
+        return self._traces[name][path][start : start + length]
+
+    def forget_trace(self, name: str) -> None:
+        """Nobody wants a trace any more."""
+        self._traces.pop(name, None)
+
+    def progress(self) -> Progress:
+        """What the worker is doing."""
+        return self._worker.progress if self._worker else Progress("starting", 0.0)
+
+
+def _reaches(place: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(place, timeout=_REACH_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent, Ray's node, has ended: nobody can reach or replace it any more."""
+    while os.getppid() == parent:
+        time.sleep(_ORPHAN_SECONDS)
+    os._exit(1)
+
+
+def _state(pid: int) -> str:
+    """The letter by which Linux tells what a process does."""
+    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -1,0 +1,440 @@
+"""The leader's and the followers' loops: plans out, tokens back, one step ahead of the devices."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from grok.engine.v1 import engine_pb2
+from workers.engine.prefill_budget import PromptBudget
+from workers.engine.scheduler import Counts, Scheduler
+from workers.host.streams import PULSE_SECONDS, GatewayLink, Incoming, LeaderServer, Link, LinkError
+from workers.host.watchdog import Watchdog
+from workers.messages import codec
+from workers.messages.plan import Plan, Sampling, StepTokens
+from workers.messages.request import Failure, Refused, Request, Timing, TokenEvent
+from workers.model.config import GrokConfig
+from workers.runtime.profiler import Profiler
+from workers.runtime.runtime import Pending, Runtime
+from workers.telemetry import metrics
+from workers.telemetry.stalls import StallWatch
+from workers.text.grammar_job import Constraints, RemoteConstraint
+
+_LOG = logging.getLogger(__name__)
+
+#: Every so many plans all hosts take the time of a collective.
+PROBE_EVERY = 64
+#: So often an idle mesh computes a token.
+CANARY_SECONDS = 5.0
+CANARY = Request("canary", (0,), 1, Sampling())
+#: Requests whose grammars may be under way to be followed.
+MAX_OPENING = 512
+#: Seconds that a turn of the loop listens to gateways while there is something to compute.
+HEAR_SECONDS = 0.005
+#: Seconds that the loop waits for what tokens may come next, while the devices are busy anyway.
+SETTLE_SECONDS = 0.002
+
+
+class Leader:
+    """Rank 0's loop. Each turn hears the gateways, plans, broadcasts and dispatches the plan, and only then reads the
+    tokens of the plan before, so that devices never wait for Python."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        scheduler: Scheduler,
+        server: LeaderServer,
+        epoch: int,
+        compilations: Callable[[], int],
+        profiler: Profiler,
+        constraints: Constraints,
+        stalls: StallWatch,
+        prefill_slowdown: float,
+    ) -> None:
+        self._runtime = runtime
+        self._scheduler = scheduler
+        self._server = server
+        self._epoch = epoch
+        self._compilations = compilations
+        self._profiler = profiler
+        self._constraints = constraints
+        self._stalls = stalls
+        self._opening: dict[str, tuple[Request, RemoteConstraint]] = {}
+        self._budget = PromptBudget(runtime.shape.chunk, prefill_slowdown)
+        self._counted = Counts()
+        self._waits: dict[str, _Wait] = {}
+        self._slots: dict[int, str] = {}
+        self._routing = Routing(runtime.config)
+        metrics.SLOTS.set(runtime.shape.slots)
+        self._owners: dict[str, GatewayLink] = {}
+        self._gateways: set[GatewayLink] = set()
+        self._greeted: set[GatewayLink] = set()
+        #: Of the first canary.
+        self._canary: list[float] = []
+        self._refusals: dict[GatewayLink, list[engine_pb2.Refusal]] = {}
+        self._watchdog = Watchdog(server.give_up)
+
+    def run(self) -> None:
+        """Serves until a follower is lost, which raises LinkError. Nobody is heard before all hosts have computed a token."""
+        self._prove()
+        pending: Pending | None = None
+        clock = _Clock()
+        idle = True
+        while True:
+            self._stalls.turn()
+            self._hear(block=idle)
+            if idle:
+                clock.restart()
+            self._submit_opened()
+            plan = self._scheduler.plan()
+            clock.lap("plan")
+            dispatched = None
+            if plan is not None:
+                self._server.broadcast(codec.plan_to_proto(plan, self._epoch))
+                clock.lap("broadcast")
+                self._profiler.step()
+                self._count(plan)
+                dispatched = self._execute(plan)
+                clock.lap("dispatch")
+            events: list[TokenEvent] = []
+            finished = pending.plan if pending is not None else None
+            if pending is not None:
+                events = self._read(pending)
+                clock.lap("device")
+                if dispatched is not None:
+                    self._constraints.settle(SETTLE_SECONDS)
+            # Then only what gateways send, or a mask, can change anything.
+            idle = pending is None and dispatched is None
+            pending = dispatched
+            if pending is not None:
+                with self._waiting(pending.plan):
+                    _probe(self._runtime, pending)
+            self._fail(self._scheduler.failures())
+            self._tell(events)
+            clock.lap("deliver")
+            self._scheduler.prompt_budget = self._budget.after(finished, clock.step())
+            metrics.PROMPT_BUDGET.set(self._scheduler.prompt_budget)
+
+    def _prove(self) -> None:
+        self._scheduler.submit(CANARY)
+        while (plan := self._scheduler.plan()) is not None:
+            self._server.broadcast(codec.plan_to_proto(plan, self._epoch))
+            self._count(plan)
+            pending = self._execute(plan)
+            with self._waiting(plan):
+                tokens = self._runtime.read(pending)
+            self._canary += [
+                logprob for token in tokens.prefilled for logprob in (token.logprob, *dict(token.top).values())
+            ]
+            self._complete(plan, tokens)
+        self._fail(self._scheduler.failures())
+
+    def _execute(self, plan: Plan) -> Pending:
+        self._watchdog.dispatched(plan)
+        with self._waiting(plan):
+            return self._runtime.execute(plan)
+
+    @contextlib.contextmanager
+    def _waiting(self, plan: Plan) -> Iterator[None]:
+        """The devices have to do with a plan while the block runs."""
+        with self._watchdog.waiting(plan), self._stalls.resting():
+            yield
+
+    def _read(self, pending: Pending) -> list[TokenEvent]:
+        with self._waiting(pending.plan):
+            tokens = self._runtime.read(pending)
+        return self._complete(pending.plan, tokens)
+
+    def _complete(self, plan: Plan, tokens: StepTokens) -> list[TokenEvent]:
+        self._watchdog.done(plan)
+        self._routing.add(tokens.expert_tokens)
+        return [event for event in self._scheduler.complete(tokens) if event.request_id != CANARY.id]
+
+    def _hear(self, block: bool) -> None:
+        """Takes what gateways sent; if there is nothing to compute, waits for it, and computes a token for nobody if nothing
+        comes: so that a mesh that no longer works is found before somebody needs it. Raises LinkError when it doesn't."""
+        until = time.monotonic() + (CANARY_SECONDS if block else 0.0) + HEAR_SECONDS
+        while time.monotonic() < until:
+            try:
+                incoming = self._next(block)
+            except queue.Empty:
+                if block:
+                    with contextlib.suppress(Refused):  # the last one waits for a slot still
+                        self._scheduler.submit(CANARY)
+                return
+            if incoming is None:
+                raise self._server.broken
+            if block:
+                block, until = False, time.monotonic() + HEAR_SECONDS
+            gateway, message = incoming
+            if gateway is None:  # a mask has come
+                continue
+            if message is None:
+                self._drop(gateway)
+                continue
+            self._gateways.add(gateway)
+            if message.HasField("submit"):
+                self._submit(gateway, message.submit)
+            elif message.HasField("cancel"):
+                self._cancel(message.cancel.request_id)
+
+    def _next(self, block: bool) -> Incoming | None:
+        if not block:
+            return self._server.inbox.get_nowait()
+        with self._stalls.resting():
+            return self._server.inbox.get(timeout=CANARY_SECONDS)
+
+    def _submit(self, gateway: GatewayLink, message: engine_pb2.Submit) -> None:
+        try:
+            request = codec.request_from_proto(message)
+            if request.id in self._owners:
+                raise Refused(f"request id {request.id} is in use")
+            if request.grammar:
+                if len(self._opening) >= MAX_OPENING:
+                    raise Refused(f"{len(self._opening)} requests with formats are waiting already", full=True)
+                self._opening[request.id] = request, self._constraints.open(request)
+            else:
+                self._scheduler.submit(request)
+            self._owners[request.id] = gateway
+            forced = 0 if self._runtime.shape.exact_rows else len(request.resumed)
+            self._waits[request.id] = _Wait(time.monotonic(), forced)
+        except (Refused, ValueError) as error:  # a ValueError is a message that makes no request
+            self._refuse(gateway, message.request_id, error)
+
+    def _submit_opened(self) -> None:
+        """Queues the requests whose grammars can be followed now."""
+        for request_id, (request, constraint) in list(self._opening.items()):
+            if not constraint.ready:
+                continue
+            del self._opening[request_id]
+            try:
+                if constraint.problem and not constraint.passing:
+                    self._fail([Failure(request_id, f"its format can't be followed: {constraint.problem}")])
+                    continue
+                if constraint.problem:
+                    raise Refused(constraint.problem, full=True)
+                self._scheduler.submit(request, constraint)
+            except Refused as error:
+                constraint.close()
+                self._refuse(self._owners[request_id], request_id, error)
+                self._forget(request_id)
+
+    def _refuse(self, gateway: GatewayLink, request_id: str, error: Exception) -> None:
+        full = isinstance(error, Refused) and error.full
+        refused = engine_pb2.REFUSED_FULL if full else engine_pb2.REFUSED_UNSPECIFIED
+        refusal = engine_pb2.Refusal(request_id=request_id, reason=str(error), refused=refused)
+        self._refusals.setdefault(gateway, []).append(refusal)
+
+    def _fail(self, failures: list[Failure]) -> None:
+        """Ends requests that can't go on. Raises LinkError if nothing that the mesh computes is of use."""
+        for failure in failures:
+            if failure.request_id == CANARY.id:
+                raise LinkError(f"the mesh computes nothing of use: {failure.reason}")
+            refusal = engine_pb2.Refusal(
+                request_id=failure.request_id, reason=failure.reason, refused=engine_pb2.REFUSED_FAILED
+            )
+            self._refusals.setdefault(self._owners[failure.request_id], []).append(refusal)
+            self._forget(failure.request_id)
+
+    def _drop(self, gateway: GatewayLink) -> None:
+        """Nobody waits any more for what a lost gateway asked for."""
+        self._gateways.discard(gateway)
+        self._greeted.discard(gateway)
+        self._refusals.pop(gateway, None)
+        for request_id in [id for id, owner in self._owners.items() if owner is gateway]:
+            self._cancel(request_id)
+
+    def _cancel(self, request_id: str) -> None:
+        if (opening := self._opening.pop(request_id, None)) is not None:
+            opening[1].close()
+        self._scheduler.cancel(request_id)
+        self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self._owners.pop(request_id, None)
+        self._waits.pop(request_id, None)
+
+    def _timed(self, event: TokenEvent) -> TokenEvent:
+        """A request's first token tells what it waited for."""
+        wait = self._waits.pop(event.request_id, None)
+        if wait is None:
+            return event
+        timing = Timing(wait.admitted - wait.arrived, time.monotonic() - wait.admitted, wait.computed)
+        return dataclasses.replace(event, timing=timing)
+
+    def _tell(self, events: list[TokenEvent]) -> None:
+        """One frame to each gateway: its tokens, its refusals, the load."""
+        load = self._scheduler.load
+        metrics.RUNNING.set(load.running)
+        metrics.WAITING.set(load.waiting)
+        metrics.PAGES_USED.set(load.pages_used)
+        metrics.PAGES_TOTAL.set(load.pages_total)
+        metrics.PAGES_CACHED.set(load.pages_cached)
+        metrics.GENERATED_TOKENS.inc(len(events))
+        waiting = load.waiting + len(self._opening)
+        shared = codec.load_to_proto(
+            dataclasses.replace(load, waiting=waiting),
+            self._runtime.shape.slots,
+            self._compilations(),
+            self._routing.messages if self._gateways else None,
+        )
+        by_gateway: dict[GatewayLink, list[engine_pb2.TokenEvent]] = {}
+        for event in events:
+            owner = self._owners.get(event.request_id)
+            if owner is not None:
+                by_gateway.setdefault(owner, []).append(codec.event_to_proto(self._timed(event)))
+                if event.finish is not None:
+                    self._forget(event.request_id)
+        for gateway in self._gateways:
+            if gateway not in self._greeted:
+                self._greeted.add(gateway)
+                first = engine_pb2.Load(canary=self._canary)
+                first.MergeFrom(shared)
+                gateway.send(engine_pb2.LeaderOutput(epoch=self._epoch, load=first))
+            gateway.send(
+                engine_pb2.LeaderOutput(
+                    epoch=self._epoch,
+                    tokens=by_gateway.get(gateway, []),
+                    refusals=self._refusals.pop(gateway, []),
+                    load=shared,
+                )
+            )
+
+    def _count(self, plan: Plan) -> None:
+        metrics.PLANS.inc()
+        metrics.PROMPT_TOKENS.inc(plan.prompt_tokens)
+        counts, before = self._scheduler.counts, self._counted
+        metrics.PREFIX_TOKENS.labels("hit").inc(counts.prompt_tokens_cached - before.prompt_tokens_cached)
+        metrics.PREFIX_TOKENS.labels("miss").inc(counts.prompt_tokens_computed - before.prompt_tokens_computed)
+        metrics.DRAFT_TOKENS.labels("right").inc(counts.guesses_right - before.guesses_right)
+        metrics.DRAFT_TOKENS.labels("wrong").inc(counts.guesses_wrong - before.guesses_wrong)
+        metrics.PREEMPTIONS.inc(counts.preemptions - before.preemptions)
+        self._counted = dataclasses.replace(counts)
+        metrics.ASSIGNMENTS.inc((plan.prompt_tokens + plan.decode_rows) * self._routing.assignments_per_token)
+        if plan.decode or plan.drafts:
+            metrics.BATCH.observe(len(plan.decode) + len(plan.drafts))
+        now = time.monotonic()
+        for admission in plan.admissions:
+            wait = self._waits.get(admission.request_id)
+            self._slots[admission.slot] = admission.request_id
+            if wait is not None:
+                wait.admitted, wait.computed = now, wait.forced
+                metrics.QUEUE_SECONDS.observe(now - wait.arrived)
+        for chunk in (chunk for call in plan.prefills for chunk in call):
+            if (wait := self._waits.get(self._slots[chunk.slot])) is not None:
+                wait.computed += len(chunk.tokens)
+
+
+class Routing:
+    """Counts the tokens of each expert by groups of layers, for Prometheus and for the gateways."""
+
+    def __init__(self, config: GrokConfig) -> None:
+        self.assignments_per_token = config.num_layers * config.num_selected_experts
+        self.messages = [
+            engine_pb2.Routing(first_layer=g.start, last_layer=g.stop - 1, expert_tokens=[0] * config.num_experts)
+            for g in config.layer_groups()
+        ]
+        self._counters = [
+            [metrics.EXPERT_TOKENS.labels(_span(g), str(expert)) for expert in range(config.num_experts)]
+            for g in config.layer_groups()
+        ]
+
+    def add(self, expert_tokens: tuple[tuple[int, ...], ...]) -> None:
+        """Adds a step's counts, [groups, E]."""
+        for message, counters, counts in zip(self.messages, self._counters, expert_tokens, strict=True):
+            for expert, count in enumerate(counts):
+                message.expert_tokens[expert] += count
+                counters[expert].inc(count)
+
+
+def _span(layers: range) -> str:
+    return str(layers.start) if len(layers) == 1 else f"{layers.start}-{layers.stop - 1}"
+
+
+@dataclasses.dataclass
+class _Wait:
+    """A request without tokens: its times, positions that were decoded for it though their tokens were known, and all positions
+    that were computed."""
+
+    arrived: float
+    forced: int
+    admitted: float = 0.0
+    computed: int = 0
+
+
+def _probe(runtime: Runtime, pending: Pending | None) -> None:
+    """Takes the time of a collective, on every host after the same plans."""
+    if pending is not None and pending.plan.number % PROBE_EVERY == 0:
+        runtime.wait(pending)
+        metrics.COLLECTIVE_SECONDS.observe(runtime.probe())
+
+
+def follow(runtime: Runtime, link: Link, epoch: int, profiler: Profiler) -> None:
+    """A follower's loop: carries out plans as they come, a few ahead of the devices, and tells the leader when they are done.
+    Returns when the leader ends.
+
+    Raises:
+      LinkError: the stream broke, or a plan of another epoch or out of order came.
+    """
+    finished: queue.Queue[Pending] = queue.Queue(maxsize=1)
+    threading.Thread(target=_tell_done, args=(runtime, link, finished), daemon=True, name="follower-done").start()
+    threading.Thread(target=_pulse, args=(link,), daemon=True, name="follower-pulse").start()
+    expected = 1
+    while (frame := link.receive()) is not None:
+        message = engine_pb2.Plan.FromString(frame)
+        if (message.epoch, message.number) != (epoch, expected):
+            raise LinkError(f"plan {message.number} of epoch {message.epoch} came; {expected} of {epoch} is due")
+        expected += 1
+        profiler.step()
+        pending = runtime.execute(codec.plan_from_proto(message))
+        metrics.PLANS.inc()
+        finished.put(pending)
+        _probe(runtime, pending)
+
+
+def _pulse(link: Link) -> None:
+    """Tells the leader that this process lives, while it does."""
+    with contextlib.suppress(LinkError):
+        while True:
+            link.send(engine_pb2.Done().SerializeToString())
+            time.sleep(PULSE_SECONDS)
+
+
+def _tell_done(runtime: Runtime, link: Link, finished: queue.Queue[Pending]) -> None:
+    try:
+        while True:
+            pending = finished.get()
+            runtime.wait(pending)
+            link.send(engine_pb2.Done(number=pending.plan.number).SerializeToString())
+    except Exception as error:  # of the devices or the stream: the loop must end, and not be stuck behind a full queue
+        _LOG.error("a plan could not be finished: %s", error)
+        link.close()
+        while True:
+            finished.get()
+
+
+class _Clock:
+    """Charges the loop's time to its parts."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._began = self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        metrics.HOST_SECONDS.labels(part).inc(now - self._last)
+        self._last = now
+
+    def step(self) -> float:
+        """Ends a step; its seconds."""
+        seconds = self._last - self._began
+        metrics.STEP_SECONDS.observe(seconds)
+        self._began = self._last
+        return seconds

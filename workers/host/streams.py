@@ -1,0 +1,334 @@
+"""The ordered streams of a replica: frames over TCP, from the leader to followers and between the leader and gateways.
+
+A frame is four bytes of length, big-endian, and a protobuf message of `grok.engine.v1`. Every connection begins with a
+Hello that knows the epoch and its secret.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import queue
+import socket
+import struct
+import threading
+import time
+
+from google.protobuf.message import DecodeError
+
+from grok.engine.v1 import engine_pb2
+from workers.telemetry import metrics
+
+_LOG = logging.getLogger(__name__)
+_LENGTH = struct.Struct(">I")
+
+#: A plan that admits a full context of Grok-1 with every bias allowed takes 100 kB; more than this is no frame.
+MAX_FRAME = 16 * 1024 * 1024
+#: Seconds that a new connection has to say Hello, and the most bytes that it may take.
+HELLO_TIMEOUT = 5.0
+MAX_HELLO = 1024
+#: Plans whose sending times are kept: no follower is ever so many behind.
+MAX_LAG = 64
+#: Frames to a gateway that may wait before it is given up.
+MAX_OUTGOING = 10_000
+#: Each end of a stream that others watch says something so often, if only that it lives; who is silent for longer is lost.
+PULSE_SECONDS = 0.25
+#: Connections that may be about to say Hello: each has two threads.
+MAX_GREETINGS = 256
+#: Gateways have longer: theirs is a busy loop, and to be without one for a while harms nobody.
+GATEWAY_SILENCE_SECONDS = 15.0
+
+
+class LinkError(ConnectionError):
+    """A peer is gone, or does not speak the protocol. `rank` is that of the follower, where it is one."""
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+class Link:
+    """One end of a stream. Any thread may send, one may receive."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._connection = connection
+        self._buffer = bytearray()
+        self._sending = threading.Lock()
+
+    def send(self, frame: bytes) -> None:
+        """Sends one frame. Raises LinkError when the peer is gone or the frame is longer than MAX_FRAME."""
+        if len(frame) > MAX_FRAME:
+            raise LinkError(f"a frame of {len(frame)} bytes")
+        try:
+            with self._sending:
+                self._connection.sendall(_LENGTH.pack(len(frame)) + frame)
+        except OSError as error:
+            raise LinkError(f"peer is gone: {error}") from error
+
+    def receive(self, longest: int = MAX_FRAME) -> bytes | None:
+        """The next frame, or None when the peer has closed the stream. Raises LinkError when it broke."""
+        header = self._read(_LENGTH.size)
+        if header is None:
+            return None
+        (length,) = _LENGTH.unpack(header)
+        if length > longest:
+            raise LinkError(f"a frame of {length} bytes")
+        frame = self._read(length)
+        if frame is None and length:
+            raise LinkError("the stream ended within a frame")
+        return frame or b""
+
+    def settimeout(self, seconds: float | None) -> None:
+        """Bounds each following operation. On a stream that has been closed, they fail anyway."""
+        with contextlib.suppress(OSError):
+            self._connection.settimeout(seconds)
+
+    def close(self) -> None:
+        """Ends the stream; a blocked `receive` returns."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+
+    def _read(self, count: int) -> bytes | None:
+        while len(self._buffer) < count:
+            try:
+                received = self._connection.recv(65536)
+            except OSError as error:
+                raise LinkError(f"peer is gone: {error}") from error
+            if not received:
+                if self._buffer:
+                    raise LinkError("the stream ended within a frame")
+                return None
+            self._buffer += received
+        taken = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return taken
+
+
+class GatewayLink:
+    """The leader's end of a gateway's stream: frames out are queued, so that no gateway can delay a step."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._outgoing: queue.Queue[bytes] = queue.Queue(MAX_OUTGOING)
+        self.open = True
+        threading.Thread(target=self._write, daemon=True, name="gateway-writer").start()
+
+    def send(self, output: engine_pb2.LeaderOutput) -> None:
+        """Queues a frame. A gateway that does not read is closed."""
+        try:
+            self._outgoing.put_nowait(output.SerializeToString())
+        except queue.Full:
+            _LOG.error("a gateway reads too slowly; closing its stream")
+            self.close()
+
+    def close(self) -> None:
+        """Ends the stream."""
+        self.open = False
+        self._link.close()
+
+    def _write(self) -> None:
+        while self.open:
+            with contextlib.suppress(queue.Empty):
+                frame = self._outgoing.get(timeout=1.0)
+                try:
+                    self._link.send(frame)
+                except LinkError:
+                    self.open = False
+
+
+#: What the leader's loop hears: a gateway's input (an empty one when it has joined), or None when it is gone. Without a gateway
+#: it is only woken.
+Incoming = tuple[GatewayLink | None, engine_pb2.LeaderInput | None]
+
+
+class LeaderServer:
+    """Where followers and gateways connect. Followers are waited for, and all is over when one is lost, be it in mid-step or
+    while nothing happens; gateways may come and go.
+    """
+
+    def __init__(self, address: str, epoch: int, secret: bytes, silence: float) -> None:
+        """Listens. Followers that say nothing for `silence` seconds are lost."""
+        host, port = address.rsplit(":", 1)
+        self._silence = silence
+        self._greetings = threading.BoundedSemaphore(MAX_GREETINGS)
+        self._epoch = epoch
+        self._secret = secret
+        self._followers: dict[int, Link] = {}
+        self._sent: dict[int, float] = {}
+        #: The last plan that each follower has carried out.
+        self.done: dict[int, int] = {}
+        self._last_sent = 0
+        self._closed = False
+        #: Why the mesh is given up, once it is.
+        self.broken = LinkError("the mesh is broken")
+        self._gateways: set[GatewayLink] = set()
+        self._joined = threading.Condition()
+        #: None when all is over.
+        self.inbox: queue.SimpleQueue[Incoming | None] = queue.SimpleQueue()
+        self._listener = socket.create_server((host, int(port)), backlog=64)
+        threading.Thread(target=self._accept, daemon=True, name="leader-accept").start()
+
+    def wait_for_followers(self, count: int, seconds: float) -> None:
+        """Returns once `count` followers are there. Raises LinkError after `seconds`."""
+        with self._joined:
+            if not self._joined.wait_for(lambda: len(self._followers) == count, seconds):
+                raise LinkError(f"{len(self._followers)} of {count} followers joined within {seconds} s")
+
+    def broadcast(self, plan: engine_pb2.Plan) -> None:
+        """Sends a plan to all followers. Raises LinkError when one is gone."""
+        if self._closed:
+            raise self.broken
+        frame = plan.SerializeToString()
+        self._last_sent = plan.number
+        if self._followers:
+            self._sent[plan.number] = time.perf_counter()
+            self._sent.pop(plan.number - MAX_LAG, None)
+        for link in self._followers.values():
+            link.send(frame)
+
+    def wake(self) -> None:
+        """Wakes the leader's loop. Any thread may call it."""
+        self.inbox.put((None, None))
+
+    def give_up(self, reason: str, rank: int | None = None) -> None:
+        """Ends all streams because the mesh is broken, if it is known by the follower `rank`: so gateways know at once, and the
+        leader with its next plan."""
+        if not self._closed:
+            _LOG.error("%s; giving up", reason)
+            self.broken = LinkError(reason, rank)
+            self.close()
+
+    def close(self) -> None:
+        """Ends all streams and takes no more connections."""
+        self._closed = True
+        self.inbox.put(None)
+        for gateway in list(self._gateways):
+            gateway.close()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes a blocked accept
+        self._listener.close()
+        for link in self._followers.values():
+            link.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                if self._closed:
+                    return
+                time.sleep(0.05)  # out of descriptors, or a peer that gave up: others may still come
+                continue
+            if not self._greetings.acquire(blocking=False):
+                connection.close()
+                continue
+            try:
+                threading.Thread(target=self._greet, args=(connection,), daemon=True, name="leader-greet").start()
+            except RuntimeError:  # no more threads
+                self._greetings.release()
+                connection.close()
+
+    def _greet(self, connection: socket.socket) -> None:
+        try:
+            link = Link(connection)
+            # A timer, since a socket's timeout would begin anew with each byte.
+            patience = threading.Timer(HELLO_TIMEOUT, link.close)
+            patience.start()
+            try:
+                hello = engine_pb2.Hello.FromString(link.receive(MAX_HELLO) or b"")
+            finally:
+                patience.cancel()
+            if hello.epoch != self._epoch or not hmac.compare_digest(hello.secret, self._secret):
+                raise LinkError("wrong epoch or secret")
+        except (OSError, RuntimeError, DecodeError) as error:  # a LinkError too
+            _LOG.warning("refused a connection: %s", error)
+            connection.close()
+            return
+        finally:
+            self._greetings.release()
+        if hello.HasField("rank"):
+            with self._joined:
+                if hello.rank in self._followers:
+                    _LOG.warning("refused a second follower of rank %d", hello.rank)
+                    link.close()
+                    return
+                rank = hello.rank
+                self.done[rank] = 0
+                metrics.PLAN_LAG.labels(str(rank)).set_function(lambda: max(self._last_sent - self.done[rank], 0))
+                self._followers = {**self._followers, rank: link}
+                self._joined.notify_all()
+            self._read_follower(link, rank)
+        else:
+            self._read_gateway(link)
+
+    def _read_follower(self, link: Link, rank: int) -> None:
+        """Notes how far a follower is behind, and that it lives."""
+        link.settimeout(self._silence)
+        seconds = metrics.PLAN_SECONDS.labels(str(rank))
+        try:
+            while (frame := link.receive(MAX_HELLO)) is not None:
+                number = engine_pb2.Done.FromString(frame).number
+                sent = self._sent.get(number)
+                if sent is not None and number > self.done[rank]:
+                    seconds.observe(time.perf_counter() - sent)
+                self.done[rank] = max(number, self.done[rank])
+            self.give_up(f"follower {rank} has ended", rank)
+        except (LinkError, DecodeError) as error:
+            self.give_up(f"follower {rank} is lost: {error}", rank)
+
+    def _read_gateway(self, link: Link) -> None:
+        gateway = GatewayLink(link)
+        self._gateways.add(gateway)
+        threading.Thread(target=self._pulse, args=(gateway,), daemon=True, name="gateway-pulse").start()
+        self.inbox.put((gateway, engine_pb2.LeaderInput()))
+        link.settimeout(GATEWAY_SILENCE_SECONDS)
+        try:
+            while (frame := link.receive()) is not None:
+                self.inbox.put((gateway, engine_pb2.LeaderInput.FromString(frame)))
+        except (LinkError, DecodeError) as error:
+            _LOG.warning("a gateway's stream broke: %s", error)
+        gateway.close()
+        self._gateways.discard(gateway)
+        self.inbox.put((gateway, None))
+
+    def _pulse(self, gateway: GatewayLink) -> None:
+        """Tells a gateway that this process lives, while it does."""
+        while gateway.open:
+            gateway.send(engine_pb2.LeaderOutput(epoch=self._epoch))
+            time.sleep(PULSE_SECONDS)
+
+
+def connect(address: str, hello: engine_pb2.Hello, seconds: float) -> Link:
+    """A follower's stream to the leader, tried for `seconds` until the leader listens. Raises LinkError."""
+    link = Link(_connection(address, seconds))
+    link.send(hello.SerializeToString())
+    link.settimeout(None)
+    return link
+
+
+def wait_for_listener(address: str, seconds: float) -> None:
+    """Returns once somebody listens at `host:port`. Raises LinkError after `seconds`."""
+    _connection(address, seconds).close()
+
+
+def _connection(address: str, seconds: float) -> socket.socket:
+    host, port = address.rsplit(":", 1)
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((host, int(port)), timeout=HELLO_TIMEOUT)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise LinkError(f"nobody listens at {address}: {error}") from error
+            time.sleep(0.02)
+
+
+def free_port(address: str) -> int:
+    """A port of `address` that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,75 @@
+"""Finds steps that take the devices too long."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from workers.messages.plan import Plan
+
+#: Seconds that a step may take as long as too few of its kind have been seen.
+UNKNOWN_SECONDS = 30.0
+#: Steps of a kind that are enough to judge others by, and how many are remembered.
+ENOUGH, REMEMBERED = 8, 256
+CHECK_SECONDS = 0.05
+
+
+class Watchdog:
+    """Calls `bark`, once, when the devices have kept the leader waiting for 3 times the 99th percentile of such steps and a
+    second more. What the leader's own Python takes between two calls to the devices does not count.
+
+    Steps of a kind compute as many prompt positions, within a factor of two: others say nothing of them. What a rank that hangs
+    does to its mesh can't be told from a slow step in any other way, as nothing returns.
+    """
+
+    def __init__(self, bark: Callable[[str], None]) -> None:
+        self._bark = bark
+        self._seconds: dict[int, collections.deque[float]] = collections.defaultdict(
+            lambda: collections.deque(maxlen=REMEMBERED)
+        )
+        self._dispatched: dict[int, float] = {}
+        self._last_done = 0.0
+        self._waiting: tuple[Plan, float] | None = None
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+
+    @contextlib.contextmanager
+    def waiting(self, plan: Plan) -> Iterator[None]:
+        """The devices are asked to begin a plan's step, or to end it, while the block runs."""
+        self._waiting = plan, time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting = None
+
+    def dispatched(self, plan: Plan) -> None:
+        """Notes that the devices have a plan."""
+        self._dispatched[plan.number] = time.monotonic()
+
+    def done(self, plan: Plan) -> None:
+        """Notes that a plan's step is done, which began when it was dispatched and the one before was done."""
+        now = time.monotonic()
+        self._seconds[_kind(plan)].append(now - max(self._dispatched.pop(plan.number), self._last_done))
+        self._last_done = now
+
+    def limit(self, plan: Plan) -> float:
+        """Seconds that a plan's step may take."""
+        seen = sorted(self._seconds[_kind(plan)])
+        if len(seen) < ENOUGH:
+            return UNKNOWN_SECONDS
+        return 3 * seen[math.ceil(0.99 * len(seen)) - 1] + 1.0
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(CHECK_SECONDS)
+            waiting = self._waiting
+            if waiting is not None and (seconds := time.monotonic() - waiting[1]) > self.limit(waiting[0]):
+                self._bark(f"plan {waiting[0].number} has been running for {seconds:.1f} s; a rank must hang")
+                return
+
+
+def _kind(plan: Plan) -> int:
+    return plan.prompt_tokens.bit_length() * 1000 + plan.steps

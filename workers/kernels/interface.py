@@ -1,0 +1,80 @@
+"""The hot operations: one interface, one implementation a kind of platform."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from workers.kernels.kv_pages import Pages
+from workers.kernels.sampling import Sampled, SamplingRows, SamplingState, sample
+from workers.kernels.weights import Weight
+from workers.kernels.xla import portable
+
+Arrays = tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """What a device computes on its own part. M rows of which `valid` [M] are no padding; padding gives anything finite.
+
+    A row's results must not depend on the other rows.
+
+    Attributes:
+      name: the instruction set of native kernels, or `xla`.
+      norm: (x [M, D], valid, scale [D], residual [M, D] or none) -> [M, D] float32: root-mean-square norm, added to
+        `residual`.
+      route: (x [M, D], valid, weight [D, E], S) -> gates [M, S], experts [M, S] int32, probabilities [M, E].
+      project: (x [M, K], valid, weights [K, N_i]) -> [M, N_i] float32 each.
+      experts: (x [M, D], gates, experts, valid, first expert, gate, up, down, reduce) -> [M, D]: what the experts
+        [first, first + E) of this device add to the sum. `reduce` sums both products with D over devices, or is None.
+      lookup: (table [V, D], tokens) -> rows; tokens outside of the table give any row.
+      logits: (hidden [M, D], valid, table [V, D]) -> [M, V] float32.
+      attend: (query [B, T, H, C], key [B, T, K, C], value, key_pages, value_pages, page_table [B, N], positions [B, T],
+        scale) -> [B, T, H, C], key_pages, value_pages: see `portable.attend`.
+      sample: (logits [B, V], state, rows) -> Sampled: see `sampling.sample`. The choice of kernels decides rounding, not
+        distribution.
+      exact_rows: whether a row's bits are the same in programs of other shapes, so that prompts may be cut anywhere.
+      stacked: whether what layers have, parameters and pages, lies stacked, [L, ...], and one loop computes all layers: that
+        compiles many times faster. Weights then come as `LayerWeight`s.
+      heads_first: whether both kinds of pages are [K, P, page, C]; else keys are [P, K, C, page], values [P, K, page, C].
+      pack: makes `PackedWeight.values` of int8 [..., K, N] with so many groups of rows; weights then are `PackedWeight`s and
+        the table is a `PackedTable`. None where weights lie as they are.
+    """
+
+    name: str
+    norm: Callable[..., jax.Array]
+    route: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    project: Callable[[jax.Array, jax.Array, tuple[Weight, ...]], Arrays]
+    experts: Callable[..., jax.Array]
+    lookup: Callable[[Any, jax.Array], jax.Array]
+    logits: Callable[[jax.Array, jax.Array, Any], jax.Array]
+    attend: Callable[..., tuple[jax.Array, Pages, Pages]]
+    sample: Callable[[jax.Array, SamplingState, SamplingRows], Sampled]
+    exact_rows: bool
+    stacked: bool = False
+    heads_first: bool = False
+    pack: Callable[[Any, int], Any] | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether weights are packed."""
+        return self.pack is not None
+
+
+PORTABLE = Kernels(
+    name="xla",
+    norm=portable.norm,
+    route=portable.route,
+    project=portable.project,
+    experts=portable.experts,
+    lookup=portable.lookup,
+    logits=portable.logits,
+    attend=portable.attend,
+    sample=sample,
+    exact_rows=False,
+)
+#: For accelerators without kernels of their own.
+STACKED = dataclasses.replace(PORTABLE, name="xla-stacked", stacked=True)

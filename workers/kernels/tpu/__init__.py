@@ -1,0 +1,1 @@
+"""The operations for TPUs, in Pallas."""

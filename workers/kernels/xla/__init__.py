@@ -1,0 +1,1 @@
+"""The operations in plain JAX, compiled by XLA for any device."""

@@ -1,0 +1,1 @@
+"""The words that both planes speak: requests, plans, specifications, and their encoding. No JAX."""

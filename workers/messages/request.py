@@ -1,0 +1,118 @@
+"""What the engine is asked for, and what it answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Protocol
+
+from workers.messages.plan import Sampling, Token
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt to be continued.
+
+    Attributes:
+      id: unique among the engine's current requests.
+      prompt: token ids, at least one.
+      max_tokens: most tokens to draw, at least one; prompt and these must fit the context.
+      sampling: how to draw.
+      stop_tokens: a token of these ends the completion (and is reported as its last token).
+      priority: requests of a higher one are admitted first.
+      grammar: what its tokens must spell, as `workers.text.grammar` has it; empty for anything.
+      owner: whose it is: among those of a priority, requests of who has fewer places go first.
+      resumed: its first tokens, which an engine that is gone has drawn already; fewer than `max_tokens`.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+    stop_tokens: frozenset[int] = frozenset()
+    priority: int = 0
+    grammar: str = ""
+    resumed: tuple[int, ...] = ()
+    owner: str = ""
+
+
+class Constraint(Protocol):
+    """Which tokens may come next in a completion that must follow a grammar. Another process may work it out."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the mask is known, or that there will be none."""
+
+    @property
+    def problem(self) -> str:
+        """Why the completion can't go on; empty if it can."""
+
+    def mask(self) -> bytes:
+        """A bit for each token, as in `workers.messages.plan.Mask`; at least one is set. For when it is ready without a
+        problem."""
+
+    def accept(self, token: int) -> None:
+        """Takes the next token."""
+
+    def close(self) -> None:
+        """Ends it: no more is asked."""
+
+
+class Finish(enum.Enum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Where the seconds until a request's first token went.
+
+    Attributes:
+      queue: from its arrival at the leader to its slot.
+      prefill: from its slot to its first token.
+      computed: positions that were computed before that; the prefix cache had the others.
+    """
+
+    queue: float
+    prefill: float
+    computed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenEvent:
+    """A request's next token; with the last one comes the reason why it is, with the first what it waited for."""
+
+    request_id: str
+    token: Token
+    finish: Finish | None
+    timing: Timing | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A request that ended before its completion was whole, and why."""
+
+    request_id: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """How busy an engine is. `pages_cached` hold prefixes that may be shared, owned or not; all pages hold `positions`."""
+
+    running: int
+    waiting: int
+    pages_used: int
+    pages_total: int
+    pages_cached: int = 0
+    positions: int = 0
+
+
+class Refused(Exception):  # noqa: N818
+    """A request that the engine does not take. `full` tells whether it may be sent again later."""
+
+    def __init__(self, reason: str, *, full: bool = False) -> None:
+        super().__init__(reason)
+        self.full = full

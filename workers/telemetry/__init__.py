@@ -1,0 +1,1 @@
+"""What a worker process shows: metrics, logs, stalls of its loops."""
