@@ -5,5 +5,5 @@ set -eu
 cd "$(dirname "$0")/.."
 out=${1:-proto}
 PATH="$PWD/.venv/bin:$PATH"
-python -m grpc_tools.protoc -Iproto --python_out="$out" --mypy_out="quiet:$out" proto/grok/serving/v1/*.proto proto/grok/engine/v1/*.proto
+python -m grpc_tools.protoc -Iproto --python_out="$out" --mypy_out="quiet:$out" proto/grok/serving/v1/*.proto
 python -m grpc_tools.protoc -Iproto --grpc_python_out="$out" --mypy_grpc_out="quiet:$out" proto/grok/serving/v1/*.proto

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -15,7 +16,6 @@ from cluster.controller.fleet import Fleet
 from cluster.controller.replica import HostView, NotReadyError, Replica
 from cluster.gateway.errors import GatewayError, Violation, invalid, unavailable
 from cluster.gateway.routing.router import Router
-from grok.engine.v1 import engine_pb2
 from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc
 
 DEFAULT_PROFILE_STEPS = 20
@@ -94,7 +94,8 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
         return replica
 
     def _replica(self, replica: Replica) -> cluster_pb2.ReplicaStatus:
-        load, mesh = self._router.load(replica.index), self._config.mesh
+        load, status = self._router.load(replica.index), self._router.status(replica.index)
+        mesh = self._config.mesh
         return cluster_pb2.ReplicaStatus(
             index=replica.index,
             state=replica.state,
@@ -107,21 +108,15 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
             slots=load.slots,
             pages_used=load.pages_used,
             pages_total=load.pages_total,
-            compilations=load.compilations,
+            compilations=status.compilations,
             last_failure=replica.last_failure,
             failures=replica.failures,
-            layer_groups=[_layer_group(routing) for routing in load.routing],
+            layer_groups=[cluster_pb2.LayerGroup(**dataclasses.asdict(group)) for group in status.layer_groups],
         )
 
 
 def _not_ready(error: NotReadyError) -> GatewayError:
     return GatewayError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READY", str(error))
-
-
-def _layer_group(routing: engine_pb2.Routing) -> cluster_pb2.LayerGroup:
-    return cluster_pb2.LayerGroup(
-        first_layer=routing.first_layer, last_layer=routing.last_layer, expert_tokens=routing.expert_tokens
-    )
 
 
 def _host(rank: int, view: HostView) -> cluster_pb2.HostStatus:

@@ -64,7 +64,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         async with self._sessions(completion, context, whole=False) as sessions:
             if len(sessions) == 1:
                 while sessions[0].finish is None:
-                    part = _part(sessions[0], await sessions[0].next_deltas(), completion, 0)
+                    part = _part(sessions[0], await sessions[0].next_deltas(), 0)
                     with _must_be_read():
                         yield part
                 return
@@ -75,7 +75,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     for task in done:
                         i = waiting.pop(task)
                         with _must_be_read():
-                            yield _part(sessions[i], task.result(), completion, i)
+                            yield _part(sessions[i], task.result(), i)
                         if sessions[i].finish is None:
                             waiting[asyncio.ensure_future(sessions[i].next_deltas())] = i
             finally:
@@ -88,7 +88,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Returns whole completions."""
         completion = request.completion
         async with self._sessions(completion, context, whole=True) as sessions:
-            responses = await _all(_whole(session, completion) for session in sessions)
+            responses = await _all(_whole(session) for session in sessions)
             responses[0].others.extend(responses[1:])
             return responses[0]
 
@@ -245,14 +245,14 @@ def _charged(session: Session, code: str, *, whole: bool, first: bool) -> int:
     return session.drawn + (len(session.request.prompt) if given_up else 0)
 
 
-async def _whole(session: Session, completion: generation_pb2.Completion) -> generation_pb2.GenerateOnceResponse:
+async def _whole(session: Session) -> generation_pb2.GenerateOnceResponse:
     """The answer that a session comes to, made as its tokens come."""
     response = generation_pb2.GenerateOnceResponse(request_id=session.request.id, seed=session.request.sampling.seed)
     texts = []
     while session.finish is None:
         deltas = await session.next_deltas()
         texts += [delta.text for delta in deltas]
-        response.tokens.extend(_token(delta.token, completion.top_logprobs) for delta in deltas)
+        response.tokens.extend(_token(delta.token) for delta in deltas)
         await asyncio.sleep(0)  # others' turn, however much has arrived
     response.text = "".join(texts)
     response.finish_reason = session.finish
@@ -275,13 +275,11 @@ def _reason(session: Session) -> str:
     return name.removeprefix("FINISH_REASON_").lower()
 
 
-def _part(
-    session: Session, deltas: list[Delta], completion: generation_pb2.Completion, index: int
-) -> generation_pb2.GenerateResponse:
+def _part(session: Session, deltas: list[Delta], index: int) -> generation_pb2.GenerateResponse:
     return generation_pb2.GenerateResponse(
         request_id=session.request.id,
         text="".join(delta.text for delta in deltas),
-        tokens=[_token(delta.token, completion.top_logprobs) for delta in deltas],
+        tokens=[_token(delta.token) for delta in deltas],
         finish_reason=session.finish or generation_pb2.FINISH_REASON_UNSPECIFIED,
         usage=_usage(session) if session.finish is not None else None,
         seed=session.request.sampling.seed,
@@ -289,8 +287,8 @@ def _part(
     )
 
 
-def _token(token: Token, alternatives: int) -> generation_pb2.GeneratedToken:
-    top = [generation_pb2.TokenLogprob(id=id, logprob=logprob) for id, logprob in token.top[:alternatives]]
+def _token(token: Token) -> generation_pb2.GeneratedToken:
+    top = [generation_pb2.TokenLogprob(id=id, logprob=logprob) for id, logprob in token.top]
     return generation_pb2.GeneratedToken(id=token.id, logprob=token.logprob, top=top)
 
 

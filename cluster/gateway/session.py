@@ -120,7 +120,7 @@ class Session:
             self.first_token = time.monotonic()
             self.timing = event.timing
         self.tokens.append(event.token)
-        if event.finish is Finish.STOP:  # the end token itself has no text
+        if event.finish is Finish.EOS:  # the end token itself has no text
             text, stopped = self._stop.push(self._detokenizer.flush())
             finish = generation_pb2.FINISH_REASON_STOP if stopped else generation_pb2.FINISH_REASON_EOS
             return Delta(text if stopped else text + self._stop.flush(), event.token, finish)

@@ -104,7 +104,7 @@ async def to_request(
     if violations:
         raise invalid(violations)
     grammar = await _grammar(completion, texts, caller)
-    sampling = _sampling(completion.sampling, limits.model, masked=bool(grammar))
+    sampling = _sampling(completion, limits.model, masked=bool(grammar))
     stop_tokens = frozenset() if completion.ignore_eos else frozenset({limits.model.eos_token})
     resumed = tuple(completion.resume.ids)
     return Request(request_id, tuple(prompt), max_tokens, sampling, stop_tokens, completion.priority, grammar, resumed)
@@ -250,8 +250,9 @@ def _check_sampling(params: generation_pb2.SamplingParams, vocab_size: int, wron
         _check_ids("sampling.allowed_tokens", params.allowed_tokens, vocab_size, wrong)
 
 
-def _sampling(params: generation_pb2.SamplingParams, model: GrokConfig, *, masked: bool) -> Sampling:
+def _sampling(completion: generation_pb2.Completion, model: GrokConfig, *, masked: bool) -> Sampling:
     """How tokens are drawn; `masked` by a grammar, whose end is never forbidden."""
+    params = completion.sampling
     allowed = set(params.allowed_tokens)
     return Sampling(
         temperature=params.temperature if params.HasField("temperature") else 1.0,
@@ -262,6 +263,7 @@ def _sampling(params: generation_pb2.SamplingParams, model: GrokConfig, *, maske
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         masked=masked,
+        top_logprobs=completion.top_logprobs,
         seed=params.seed if params.HasField("seed") else secrets.randbits(64),
         logit_bias=tuple(sorted(params.logit_bias.items())),
         allowed_tokens=tuple(sorted(allowed | {model.eos_token} if allowed and masked else allowed)),

@@ -19,7 +19,6 @@ from cluster.gateway.errors import GatewayError
 from cluster.gateway.session import Session
 from cluster.gateway.stop import StopTexts
 from cluster.gateway.validation import Limits, to_request
-from grok.engine.v1 import engine_pb2
 from grok.serving.v1 import cluster_pb2, generation_pb2
 from tests.conftest import DEMO, GOLDEN
 from tests.support.constraints import LocalConstraint
@@ -28,12 +27,13 @@ from workers.checkpoint.errors import CheckpointError
 from workers.checkpoint.tensor_file import read_header
 from workers.engine.scheduler import Scheduler
 from workers.host.streams import Link, LinkError
-from workers.messages import codec
-from workers.messages.plan import EngineShape
+from workers.messages.codec import CodecError, decode, encode
+from workers.messages.frames import Done, Hello, LeaderInput, LeaderOutput, PlanFrame
+from workers.messages.plan import EngineShape, Plan
 from workers.messages.request import Refused, Request
 from workers.model.config import ConfigError as ModelConfigError
 from workers.model.config import GrokConfig
-from workers.text.grammar import Grammars
+from workers.text.grammar import GrammarError, Grammars
 
 CORPUS = pathlib.Path(__file__).parent / "corpus"
 _FOLDER = pathlib.Path(tempfile.mkdtemp(prefix="fuzz"))
@@ -73,7 +73,7 @@ def _complete(completion: generation_pb2.Completion) -> None:
     except GatewayError as error:
         error.status()
         return
-    received = codec.request_from_proto(codec.request_to_proto(session.rest()))
+    received = decode(Request, encode(session.rest()))
     scheduler = Scheduler(_SHAPE, MODEL.vocab_size, 1)
     try:
         scheduler.submit(received, _constraint(received))
@@ -85,7 +85,7 @@ def _complete(completion: generation_pb2.Completion) -> None:
         assert received.resumed
         assert scheduler.failures()
         return
-    assert codec.plan_from_proto(codec.plan_to_proto(plan, 1)) == plan
+    assert decode(Plan, encode(plan)) == plan
 
 
 def _request(completion: generation_pb2.Completion) -> Request:
@@ -146,28 +146,21 @@ class _Received:
 
 
 def _hear(frame: bytes) -> None:
-    for kind in (engine_pb2.Hello, engine_pb2.Done, engine_pb2.LeaderInput, engine_pb2.LeaderOutput, engine_pb2.Plan):
+    for kind in (Hello, Done, LeaderInput, LeaderOutput, PlanFrame):
         try:
-            message = kind.FromString(frame)
-        except DecodeError:
+            message = decode(kind, frame)
+        except CodecError:
             continue
-        if isinstance(message, engine_pb2.LeaderInput) and message.HasField("submit"):
+        if isinstance(message, LeaderInput) and message.submit is not None:
             _submit(message.submit)
-        elif isinstance(message, engine_pb2.LeaderOutput):
-            for event in message.tokens:
-                try:
-                    codec.event_from_proto(event)
-                except ValueError:
-                    continue
 
 
-def _submit(submit: engine_pb2.Submit) -> None:
+def _submit(request: Request) -> None:
     """As the leader does it."""
     scheduler = Scheduler(_SHAPE, MODEL.vocab_size, 1)
     try:
-        request = codec.request_from_proto(submit)
         scheduler.submit(request, _constraint(request))
-    except (Refused, ValueError):
+    except (Refused, GrammarError):
         return
     scheduler.plan()
 
@@ -197,12 +190,12 @@ def seeds(target: str) -> Iterator[bytes]:
     else:
         for completion in (completion_request("In the beginning", max_tokens=5), completion_request([5, 6], regex="a")):
             request = _request(completion)
-            yield _framed(engine_pb2.LeaderInput(submit=codec.request_to_proto(request)))
-        yield _framed(engine_pb2.Hello(epoch=3, secret=b"s" * 32, rank=1)) + _framed(engine_pb2.Done(number=4))
+            yield _framed(LeaderInput(submit=request))
+        yield _framed(Hello(3, b"s" * 32, 1)) + _framed(Done(4))
 
 
-def _framed(message: Message) -> bytes:
-    frame = message.SerializeToString()
+def _framed(message: object) -> bytes:
+    frame = encode(message)
     return len(frame).to_bytes(4, "big") + frame
 
 

@@ -20,7 +20,7 @@ from tools.bench.limits import matmul_peak, read_bandwidth
 from workers.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from workers.checkpoint.loader import load_parameters
 from workers.host.kernel_selection import choose_kernels
-from workers.messages.plan import Admission, Chunk, EngineShape, Plan, Sampling
+from workers.messages.plan import Chunk, DecodeRow, EngineShape, Plan, Sampling, SlotStart
 from workers.messages.specs import MeshSpec, ModelSpec
 from workers.model.partition import Partition
 from workers.runtime.mesh import make_mesh
@@ -74,8 +74,8 @@ class Engine:
         began = time.perf_counter()
         for start in range(known, length, CHUNK):
             chunk = Chunk(slot, start, tokens[start : start + CHUNK], last=start + CHUNK >= length)
-            admissions = (Admission(slot, pages, Sampling()),) if start == known else ()
-            self.runtime.read(self._run(Plan(0, admissions, ((chunk,),), ())))
+            starts = (SlotStart(slot, pages, Sampling()),) if start == known else ()
+            self.runtime.read(self._run(Plan(0, starts, ((chunk,),), ())))
         return time.perf_counter() - began
 
     def decode(self, batch: int, positions: int, steps: int) -> tuple[float, int]:
@@ -90,9 +90,10 @@ class Engine:
         times: list[float] = []
         counts: list[jax.Array] = []
         pending: Pending | None = None
-        for _ in range(steps):
+        for step in range(steps):
             began = time.perf_counter()
-            dispatched = self._run(Plan(0, (), (), tuple(range(batch))))
+            rows = tuple(DecodeRow(slot, positions + step) for slot in range(batch))
+            dispatched = self._run(Plan(0, (), (), rows))
             if pending is not None:
                 self.runtime.read(pending)
                 times.append(time.perf_counter() - began)

@@ -21,7 +21,7 @@ from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.loader import load_parameters
 from workers.host.standby import DTYPES
 from workers.kernels.interface import STACKED
-from workers.messages.plan import Admission, Chunk, EngineShape, Plan, Sampling
+from workers.messages.plan import Chunk, EngineShape, Plan, Sampling, SlotStart
 from workers.model.partition import Partition
 from workers.runtime.mesh import make_mesh
 from workers.runtime.program_set import Blueprint
@@ -73,8 +73,8 @@ def _loss(directory: pathlib.Path, weights: str, kv_cache: str, sequences: list[
     for ids in sequences:
         for start in range(0, len(ids), CHUNK):
             chunk = Chunk(0, start, tuple(ids[start : start + CHUNK]), last=False)
-            admissions = (Admission(0, pages, Sampling()),) if start == 0 else ()
-            logits, _ = runtime.score(Plan(0, admissions, ((chunk,),), ()))
+            starts = (SlotStart(0, pages, Sampling()),) if start == 0 else ()
+            logits, _ = runtime.score(Plan(0, starts, ((chunk,),), ()))
             following = np.array(ids[start + 1 : start + 1 + CHUNK])
             rows = logits[: len(following)].astype(np.float64)
             top = rows.max(axis=1)

@@ -12,11 +12,10 @@ import time
 import types
 from typing import Any
 
-from grok.engine.v1 import engine_pb2
 from workers.host.leader import follow
 from workers.host.streams import LeaderServer, connect, free_port
-from workers.messages import codec
-from workers.messages.plan import Plan
+from workers.messages.frames import Hello
+from workers.messages.plan import DecodeRow, Plan
 from workers.runtime.profiler import Profiler
 
 PLANS = 2000
@@ -43,7 +42,7 @@ class _Instant:
 
 def _follow(address: str, rank: int, seconds: float) -> None:
     runtime: Any = _Instant(seconds)
-    follow(runtime, connect(address, engine_pb2.Hello(epoch=1, secret=b"s", rank=rank), 30), 1, Profiler())
+    follow(runtime, connect(address, Hello(1, b"s", rank), 30), 1, Profiler())
 
 
 def _lead(followers: int, seconds: float, plans: int, ahead: int) -> list[float]:
@@ -60,7 +59,7 @@ def _lead(followers: int, seconds: float, plans: int, ahead: int) -> list[float]
     times, last = [], 0.0
     for number in range(1, plans + 1):
         began = time.perf_counter()
-        server.broadcast(codec.plan_to_proto(Plan(number, (), (), tuple(range(16))), 1))
+        server.broadcast(Plan(number, (), (), tuple(DecodeRow(slot, number) for slot in range(16))))
         while min(server.done.values()) < number - ahead:
             time.sleep(0)
         now = time.perf_counter()

@@ -33,7 +33,7 @@ from workers.engine.scheduler import Scheduler
 from workers.host.streams import free_port
 from workers.host.worker import Worker
 from workers.kernels.interface import PORTABLE
-from workers.messages.plan import Admission, Chunk, Plan, Sampling
+from workers.messages.plan import Chunk, Plan, Sampling, SlotStart
 from workers.messages.request import Refused, Request
 from workers.messages.specs import Assignment, EngineSpec, MeshSpec, ModelSpec
 from workers.model.config import ConfigError
@@ -117,9 +117,9 @@ def _score(runtime: Runtime, prompt: list[int]) -> tuple[Array, Array]:
     pages = tuple(range(1, 1 + runtime.shape.pages_for(len(prompt))))
     results = []
     for start in range(0, len(prompt), _CHUNK):
-        admissions = (Admission(0, pages, Sampling()),) if start == 0 else ()
+        starts = (SlotStart(0, pages, Sampling()),) if start == 0 else ()
         chunk = Chunk(0, start, tuple(prompt[start : start + _CHUNK]), last=False)
-        results.append(runtime.score(Plan(0, admissions, ((chunk,),), ())))
+        results.append(runtime.score(Plan(0, starts, ((chunk,),), ())))
     logits, probabilities = zip(*results, strict=True)
     return np.concatenate(logits), np.concatenate(probabilities)
 

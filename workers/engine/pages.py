@@ -5,6 +5,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import heapq
+from collections.abc import Collection, Mapping
+
+from workers.engine.policy import Policy
+from workers.messages.plan import EngineShape
 
 Tokens = tuple[int, ...]
 
@@ -28,7 +32,7 @@ class PagePool:
     """
 
     def __init__(self, pages: int, page_size: int) -> None:
-        self._size = page_size
+        self._size, self._pages = page_size, pages
         self._free = list(range(1, pages))
         self._owned: dict[str, tuple[int, ...]] = {}
         self._owners: collections.Counter[int] = collections.Counter()
@@ -37,6 +41,8 @@ class PagePool:
         # Cached pages without owner, the longest unused first. A page is given back before the one that it follows, and
         # whoever owns it owns that one too: so the first is never followed by another.
         self._idle: collections.OrderedDict[int, None] = collections.OrderedDict()
+        # Of each owner, how many of its pages others may share, and the last of them.
+        self._published: dict[str, tuple[int, _Cached]] = {}
         # Owned pages that nobody may share any more, nor what follows them.
         self._unsound: set[int] = set()
 
@@ -100,27 +106,30 @@ class PagePool:
         """Number of pages that `owner` has."""
         return len(self._owned[owner])
 
-    def publish(self, owner: str, tokens: Tokens) -> None:
-        """Lets others share the pages of `owner` that are full of `tokens`, its sequence from the start."""
-        node: _Cached | None = None
-        for i, page in enumerate(self._owned[owner][: len(tokens) // self._size]):
+    def publish(self, owner: str, tokens: Tokens, count: int) -> None:
+        """Lets others share the pages of `owner` that are full of the first `count` of `tokens`, its whole sequence."""
+        first, node = self._published.get(owner, (0, None))
+        for i in range(first, count // self._size):
+            page, key = self._owned[owner][i], (node, tokens[i * self._size : (i + 1) * self._size])
             if page in self._unsound:
                 return
-            key = (node, tokens[i * self._size : (i + 1) * self._size])
             node = self._tree.get(key)
             if node is None:
                 if page in self._by_page:  # below a page that was forgotten, where nobody finds it
                     del self._tree[self._by_page[page].key]
                 node = self._tree[key] = self._by_page[page] = _Cached(key, page)
-            elif (
-                node.page != page
-            ):  # another computed the same; what follows would hang on a page that is not the owner's
-                return
+            elif node.page != page:
+                return  # another computed the same; what follows would hang on a page that is not the owner's
+            self._published[owner] = i + 1, node
 
     def forget(self, owner: str) -> None:
         """Lets nobody share the pages of `owner` any more, nor what follows them."""
-        self._unsound.update(self._owned[owner])
-        for page in self._owned[owner]:
+        forgotten = self._owned[owner]
+        self._unsound.update(forgotten)
+        for other, pages in self._owned.items():
+            if not self._unsound.isdisjoint(pages):
+                self._published.pop(other, None)
+        for page in forgotten:
             if (cached := self._by_page.pop(page, None)) is not None:
                 del self._tree[cached.key]
 
@@ -130,6 +139,7 @@ class PagePool:
         Raises:
           KeyError: the owner has none.
         """
+        self._published.pop(owner, None)
         for page in reversed(self._owned.pop(owner)):
             self._owners[page] -= 1
             if self._owners[page]:
@@ -141,9 +151,97 @@ class PagePool:
             else:
                 heapq.heappush(self._free, page)
 
+    def check_integrity(self, owners: Collection[str]) -> None:
+        """Raises AssertionError unless each page is free, or idle, or belongs to those of `owners` that may share it."""
+        assert set(self._owned) == set(owners), f"{set(self._owned) ^ set(owners)} have pages or should have"
+        owned = collections.Counter(page for pages in self._owned.values() for page in pages)
+        assert owned == self._owners
+        assert 0 not in owned
+        held = [*owned, *self._free, *self._idle]
+        assert len(held) == len(set(held)), "a page is owned, free or idle, and no two of them"
+        assert set(held) == set(range(1, self._pages))
+        assert self._by_page.keys() <= owned.keys() | self._idle.keys()
+        for page, count in owned.items():
+            assert count == 1 or page in self._by_page or page in self._unsound, "a page of two that is no known prefix"
+
     def _take_one(self) -> int:
         if self._free:
             return heapq.heappop(self._free)
         page, _ = self._idle.popitem(last=False)
         del self._tree[self._by_page.pop(page).key]
         return page
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A slot for a sequence, and the cached pages of its prefix that it shares, which hold `cached` positions."""
+
+    slot: int
+    shared: tuple[int, ...]
+    cached: int
+
+
+class PageGroups:
+    """The slots of an engine and the pools of their groups."""
+
+    def __init__(self, shape: EngineShape) -> None:
+        self._shape = shape
+        self._pools = [PagePool(shape.pages, shape.page_size) for _ in range(shape.groups)]
+        self._free_slots = set(range(shape.slots))
+
+    @property
+    def free_slots(self) -> int:
+        """Number of slots that no sequence has."""
+        return len(self._free_slots)
+
+    @property
+    def total(self) -> int:
+        """Number of all pages that sequences may have."""
+        return (self._shape.pages - 1) * self._shape.groups
+
+    @property
+    def used(self) -> int:
+        """Number of pages that are owned."""
+        return sum(pool.used for pool in self._pools)
+
+    @property
+    def cached(self) -> int:
+        """Number of pages that hold a known prefix, owned or not."""
+        return sum(pool.cached for pool in self._pools)
+
+    def pool(self, slot: int) -> PagePool:
+        """The pool that a slot's pages come from."""
+        return self._pools[self._shape.group_of(slot)]
+
+    def place(self, policy: Policy, prefix: Tokens, pages: int) -> Place | None:
+        """The lowest free slot of the group with the longest cached prefix, then the most free pages, if one has `pages`."""
+        groups = {self._shape.group_of(slot) for slot in self._free_slots}
+        # At least one position is left to compute.
+        shared = {group: policy.shared_pages(self._pools[group].match(prefix[:-1])) for group in groups}
+        # A page for each that runs, lest the next of them to grow preempts the newcomer at once.
+        taken = set(range(self._shape.slots)) - self._free_slots
+        growing = collections.Counter(map(self._shape.group_of, taken))
+        roomy = [g for g in groups if self._pools[g].can_take(shared[g], pages - len(shared[g]) + growing[g])]
+        if not roomy:
+            return None
+        best = max(roomy, key=lambda group: (len(shared[group]), self._pools[group].free, -group))
+        slot = min(slot for slot in self._free_slots if self._shape.group_of(slot) == best)
+        return Place(slot, shared[best], len(shared[best]) * self._shape.page_size)
+
+    def take(self, owner: str, place: Place, pages: int) -> tuple[int, ...]:
+        """Gives a place and `pages` pages in all to an owner, which must have none."""
+        self._free_slots.remove(place.slot)
+        return self.pool(place.slot).take(owner, place.shared, pages - len(place.shared))
+
+    def give_back(self, owner: str, slot: int) -> None:
+        """Ends the ownership of a slot and of all pages of an owner."""
+        self._free_slots.add(slot)
+        self.pool(slot).give_back(owner)
+
+    def check_integrity(self, slots: Mapping[str, int]) -> None:
+        """Raises AssertionError unless all slots and pages are free or belong to these owners, whose `slots` are given."""
+        assert len(set(slots.values())) == len(slots), "a slot of two"
+        assert set(slots.values()) | self._free_slots == set(range(self._shape.slots))
+        assert not set(slots.values()) & self._free_slots
+        for group, pool in enumerate(self._pools):
+            pool.check_integrity([owner for owner, slot in slots.items() if self._shape.group_of(slot) == group])

@@ -8,20 +8,18 @@ import hashlib
 import importlib.metadata
 import pathlib
 
-from grok.engine.v1 import engine_pb2
-
 #: Packages that decide what is computed.
 _LIBRARIES = ("jax", "jaxlib", "dm-haiku", "numpy", "ml-dtypes")
 
 
 @functools.cache
 def code_digest() -> str:
-    """A short digest of the sources of `workers` and of its messages, and of the versions of the libraries that decide what is
+    """A short digest of the sources of `workers`, and of the versions of the libraries that decide what is
     computed. Native kernels are compiled on each host, and agreed upon by their own names."""
     digest = hashlib.sha256()
-    for root in (pathlib.Path(__file__).parents[1], pathlib.Path(engine_pb2.__file__).parent):
-        for path in sorted([*root.rglob("*.py"), *root.rglob("*.cc"), *root.rglob("*.h")]):
-            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    root = pathlib.Path(__file__).parents[1]
+    for path in sorted([*root.rglob("*.py"), *root.rglob("*.cc"), *root.rglob("*.h")]):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     for name in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             digest.update(f"{name} {importlib.metadata.version(name)}\0".encode())

@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from grok.engine.v1 import engine_pb2
 from workers.engine.prefill_budget import PromptBudget
 from workers.engine.scheduler import Counts, Scheduler
 from workers.host.streams import PULSE_SECONDS, GatewayLink, Incoming, LeaderServer, Link, LinkError
 from workers.host.watchdog import Watchdog
-from workers.messages import codec
-from workers.messages.plan import Plan, Sampling, StepTokens
+from workers.messages.codec import decode, encode
+from workers.messages.frames import Done, LayerGroup, LeaderOutput, PlanFrame, Refusal, RefusalKind, Status
+from workers.messages.plan import ALTERNATIVES, Plan, Sampling, StepTokens
 from workers.messages.request import Failure, Refused, Request, Timing, TokenEvent
 from workers.model.config import GrokConfig
 from workers.runtime.profiler import Profiler
@@ -31,11 +31,13 @@ _LOG = logging.getLogger(__name__)
 PROBE_EVERY = 64
 #: So often an idle mesh computes a token.
 CANARY_SECONDS = 5.0
-CANARY = Request("canary", (0,), 1, Sampling())
+CANARY = Request("canary", (0,), 1, Sampling(top_logprobs=ALTERNATIVES))
 #: Requests whose grammars may be under way to be followed.
 MAX_OPENING = 512
 #: Seconds that a turn of the loop listens to gateways while there is something to compute.
 HEAR_SECONDS = 0.005
+#: Gateways get a status so often.
+STATUS_SECONDS = 1.0
 #: Seconds that the loop waits for what tokens may come next, while the devices are busy anyway.
 SETTLE_SECONDS = 0.002
 
@@ -75,8 +77,9 @@ class Leader:
         self._gateways: set[GatewayLink] = set()
         self._greeted: set[GatewayLink] = set()
         #: Of the first canary.
-        self._canary: list[float] = []
-        self._refusals: dict[GatewayLink, list[engine_pb2.Refusal]] = {}
+        self._canary: tuple[float, ...] = ()
+        self._refusals: dict[GatewayLink, list[Refusal]] = {}
+        self._status_due = 0.0
         self._watchdog = Watchdog(server.give_up)
 
     def run(self) -> None:
@@ -84,6 +87,7 @@ class Leader:
         self._prove()
         pending: Pending | None = None
         clock = _Clock()
+        prefill_budget = self._runtime.shape.chunk
         idle = True
         while True:
             self._stalls.turn()
@@ -91,11 +95,11 @@ class Leader:
             if idle:
                 clock.restart()
             self._submit_opened()
-            plan = self._scheduler.plan()
+            plan = self._scheduler.plan(prefill_budget)
             clock.lap("plan")
             dispatched = None
             if plan is not None:
-                self._server.broadcast(codec.plan_to_proto(plan, self._epoch))
+                self._server.broadcast(plan)
                 clock.lap("broadcast")
                 self._profiler.step()
                 self._count(plan)
@@ -117,20 +121,20 @@ class Leader:
             self._fail(self._scheduler.failures())
             self._tell(events)
             clock.lap("deliver")
-            self._scheduler.prompt_budget = self._budget.after(finished, clock.step())
-            metrics.PROMPT_BUDGET.set(self._scheduler.prompt_budget)
+            prefill_budget = self._budget.after(finished, clock.step())
+            metrics.PROMPT_BUDGET.set(prefill_budget)
 
     def _prove(self) -> None:
         self._scheduler.submit(CANARY)
         while (plan := self._scheduler.plan()) is not None:
-            self._server.broadcast(codec.plan_to_proto(plan, self._epoch))
+            self._server.broadcast(plan)
             self._count(plan)
             pending = self._execute(plan)
             with self._waiting(plan):
                 tokens = self._runtime.read(pending)
-            self._canary += [
+            self._canary += tuple(
                 logprob for token in tokens.prefilled for logprob in (token.logprob, *dict(token.top).values())
-            ]
+            )
             self._complete(plan, tokens)
         self._fail(self._scheduler.failures())
 
@@ -178,10 +182,10 @@ class Leader:
                 self._drop(gateway)
                 continue
             self._gateways.add(gateway)
-            if message.HasField("submit"):
+            if message.submit is not None:
                 self._submit(gateway, message.submit)
-            elif message.HasField("cancel"):
-                self._cancel(message.cancel.request_id)
+            elif message.cancel:
+                self._cancel(message.cancel)
 
     def _next(self, block: bool) -> Incoming | None:
         if not block:
@@ -189,9 +193,8 @@ class Leader:
         with self._stalls.resting():
             return self._server.inbox.get(timeout=CANARY_SECONDS)
 
-    def _submit(self, gateway: GatewayLink, message: engine_pb2.Submit) -> None:
+    def _submit(self, gateway: GatewayLink, request: Request) -> None:
         try:
-            request = codec.request_from_proto(message)
             if request.id in self._owners:
                 raise Refused(f"request id {request.id} is in use")
             if request.grammar:
@@ -203,8 +206,8 @@ class Leader:
             self._owners[request.id] = gateway
             forced = 0 if self._runtime.shape.exact_rows else len(request.resumed)
             self._waits[request.id] = _Wait(time.monotonic(), forced)
-        except (Refused, ValueError) as error:  # a ValueError is a message that makes no request
-            self._refuse(gateway, message.request_id, error)
+        except Refused as error:
+            self._refuse(gateway, request.id, error)
 
     def _submit_opened(self) -> None:
         """Queues the requests whose grammars can be followed now."""
@@ -224,20 +227,16 @@ class Leader:
                 self._refuse(self._owners[request_id], request_id, error)
                 self._forget(request_id)
 
-    def _refuse(self, gateway: GatewayLink, request_id: str, error: Exception) -> None:
-        full = isinstance(error, Refused) and error.full
-        refused = engine_pb2.REFUSED_FULL if full else engine_pb2.REFUSED_UNSPECIFIED
-        refusal = engine_pb2.Refusal(request_id=request_id, reason=str(error), refused=refused)
-        self._refusals.setdefault(gateway, []).append(refusal)
+    def _refuse(self, gateway: GatewayLink, request_id: str, error: Refused) -> None:
+        kind = RefusalKind.FULL if error.full else RefusalKind.INVALID
+        self._refusals.setdefault(gateway, []).append(Refusal(request_id, str(error), kind))
 
     def _fail(self, failures: list[Failure]) -> None:
         """Ends requests that can't go on. Raises LinkError if nothing that the mesh computes is of use."""
         for failure in failures:
             if failure.request_id == CANARY.id:
                 raise LinkError(f"the mesh computes nothing of use: {failure.reason}")
-            refusal = engine_pb2.Refusal(
-                request_id=failure.request_id, reason=failure.reason, refused=engine_pb2.REFUSED_FAILED
-            )
+            refusal = Refusal(failure.request_id, failure.reason, RefusalKind.FAILED)
             self._refusals.setdefault(self._owners[failure.request_id], []).append(refusal)
             self._forget(failure.request_id)
 
@@ -276,34 +275,30 @@ class Leader:
         metrics.PAGES_TOTAL.set(load.pages_total)
         metrics.PAGES_CACHED.set(load.pages_cached)
         metrics.GENERATED_TOKENS.inc(len(events))
-        waiting = load.waiting + len(self._opening)
-        shared = codec.load_to_proto(
-            dataclasses.replace(load, waiting=waiting),
-            self._runtime.shape.slots,
-            self._compilations(),
-            self._routing.messages if self._gateways else None,
-        )
-        by_gateway: dict[GatewayLink, list[engine_pb2.TokenEvent]] = {}
+        load = dataclasses.replace(load, waiting=load.waiting + len(self._opening))
+        by_gateway: dict[GatewayLink, list[TokenEvent]] = {}
         for event in events:
             owner = self._owners.get(event.request_id)
             if owner is not None:
-                by_gateway.setdefault(owner, []).append(codec.event_to_proto(self._timed(event)))
+                by_gateway.setdefault(owner, []).append(self._timed(event))
                 if event.finish is not None:
                     self._forget(event.request_id)
+        now, status = time.monotonic(), None
+        if now >= self._status_due or self._gateways - self._greeted:
+            self._status_due = now + STATUS_SECONDS
+            status = Status(self._compilations(), self._routing.layer_groups)
         for gateway in self._gateways:
-            if gateway not in self._greeted:
-                self._greeted.add(gateway)
-                first = engine_pb2.Load(canary=self._canary)
-                first.MergeFrom(shared)
-                gateway.send(engine_pb2.LeaderOutput(epoch=self._epoch, load=first))
             gateway.send(
-                engine_pb2.LeaderOutput(
-                    epoch=self._epoch,
-                    tokens=by_gateway.get(gateway, []),
-                    refusals=self._refusals.pop(gateway, []),
-                    load=shared,
+                LeaderOutput(
+                    self._epoch,
+                    tokens=tuple(by_gateway.get(gateway, ())),
+                    refusals=tuple(self._refusals.pop(gateway, ())),
+                    load=load,
+                    status=status,
+                    canary=() if gateway in self._greeted else self._canary,
                 )
             )
+        self._greeted |= self._gateways
 
     def _count(self, plan: Plan) -> None:
         metrics.PLANS.inc()
@@ -319,9 +314,9 @@ class Leader:
         if plan.decode or plan.drafts:
             metrics.BATCH.observe(len(plan.decode) + len(plan.drafts))
         now = time.monotonic()
-        for admission in plan.admissions:
-            wait = self._waits.get(admission.request_id)
-            self._slots[admission.slot] = admission.request_id
+        for start in plan.starts:
+            wait = self._waits.get(start.request_id)
+            self._slots[start.slot] = start.request_id
             if wait is not None:
                 wait.admitted, wait.computed = now, wait.forced
                 metrics.QUEUE_SECONDS.observe(now - wait.arrived)
@@ -335,10 +330,8 @@ class Routing:
 
     def __init__(self, config: GrokConfig) -> None:
         self.assignments_per_token = config.num_layers * config.num_selected_experts
-        self.messages = [
-            engine_pb2.Routing(first_layer=g.start, last_layer=g.stop - 1, expert_tokens=[0] * config.num_experts)
-            for g in config.layer_groups()
-        ]
+        self._groups = config.layer_groups()
+        self._counts = [[0] * config.num_experts for _ in self._groups]
         self._counters = [
             [metrics.EXPERT_TOKENS.labels(_span(g), str(expert)) for expert in range(config.num_experts)]
             for g in config.layer_groups()
@@ -346,10 +339,18 @@ class Routing:
 
     def add(self, expert_tokens: tuple[tuple[int, ...], ...]) -> None:
         """Adds a step's counts, [groups, E]."""
-        for message, counters, counts in zip(self.messages, self._counters, expert_tokens, strict=True):
+        for sums, counters, counts in zip(self._counts, self._counters, expert_tokens, strict=True):
             for expert, count in enumerate(counts):
-                message.expert_tokens[expert] += count
+                sums[expert] += count
                 counters[expert].inc(count)
+
+    @property
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """All counts so far."""
+        return tuple(
+            LayerGroup(group.start, group.stop - 1, tuple(sums))
+            for group, sums in zip(self._groups, self._counts, strict=True)
+        )
 
 
 def _span(layers: range) -> str:
@@ -386,12 +387,12 @@ def follow(runtime: Runtime, link: Link, epoch: int, profiler: Profiler) -> None
     threading.Thread(target=_pulse, args=(link,), daemon=True, name="follower-pulse").start()
     expected = 1
     while (frame := link.receive()) is not None:
-        message = engine_pb2.Plan.FromString(frame)
-        if (message.epoch, message.number) != (epoch, expected):
-            raise LinkError(f"plan {message.number} of epoch {message.epoch} came; {expected} of {epoch} is due")
+        message = decode(PlanFrame, frame)
+        if (message.epoch, message.plan.number) != (epoch, expected):
+            raise LinkError(f"plan {message.plan.number} of epoch {message.epoch} came; {expected} of {epoch} is due")
         expected += 1
         profiler.step()
-        pending = runtime.execute(codec.plan_from_proto(message))
+        pending = runtime.execute(message.plan)
         metrics.PLANS.inc()
         finished.put(pending)
         _probe(runtime, pending)
@@ -401,7 +402,7 @@ def _pulse(link: Link) -> None:
     """Tells the leader that this process lives, while it does."""
     with contextlib.suppress(LinkError):
         while True:
-            link.send(engine_pb2.Done().SerializeToString())
+            link.send(encode(Done()))
             time.sleep(PULSE_SECONDS)
 
 
@@ -410,7 +411,7 @@ def _tell_done(runtime: Runtime, link: Link, finished: queue.Queue[Pending]) -> 
         while True:
             pending = finished.get()
             runtime.wait(pending)
-            link.send(engine_pb2.Done(number=pending.plan.number).SerializeToString())
+            link.send(encode(Done(pending.plan.number)))
     except Exception as error:  # of the devices or the stream: the loop must end, and not be stuck behind a full queue
         _LOG.error("a plan could not be finished: %s", error)
         link.close()

@@ -1,7 +1,7 @@
 """The ordered streams of a replica: frames over TCP, from the leader to followers and between the leader and gateways.
 
-A frame is four bytes of length, big-endian, and a protobuf message of `grok.engine.v1`. Every connection begins with a
-Hello that knows the epoch and its secret.
+A frame is four bytes of length, big-endian, and a message of `workers.messages.frames`. Every connection begins with a Hello
+that knows the epoch and its secret.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import struct
 import threading
 import time
 
-from google.protobuf.message import DecodeError
-
-from grok.engine.v1 import engine_pb2
+from workers.messages.codec import CodecError, decode, encode
+from workers.messages.frames import PROTOCOL, Done, Hello, LeaderInput, LeaderOutput, PlanFrame
+from workers.messages.plan import Plan
 from workers.telemetry import metrics
 
 _LOG = logging.getLogger(__name__)
@@ -116,10 +116,10 @@ class GatewayLink:
         self.open = True
         threading.Thread(target=self._write, daemon=True, name="gateway-writer").start()
 
-    def send(self, output: engine_pb2.LeaderOutput) -> None:
+    def send(self, output: LeaderOutput) -> None:
         """Queues a frame. A gateway that does not read is closed."""
         try:
-            self._outgoing.put_nowait(output.SerializeToString())
+            self._outgoing.put_nowait(encode(output))
         except queue.Full:
             _LOG.error("a gateway reads too slowly; closing its stream")
             self.close()
@@ -141,7 +141,7 @@ class GatewayLink:
 
 #: What the leader's loop hears: a gateway's input (an empty one when it has joined), or None when it is gone. Without a gateway
 #: it is only woken.
-Incoming = tuple[GatewayLink | None, engine_pb2.LeaderInput | None]
+Incoming = tuple[GatewayLink | None, LeaderInput | None]
 
 
 class LeaderServer:
@@ -177,11 +177,11 @@ class LeaderServer:
             if not self._joined.wait_for(lambda: len(self._followers) == count, seconds):
                 raise LinkError(f"{len(self._followers)} of {count} followers joined within {seconds} s")
 
-    def broadcast(self, plan: engine_pb2.Plan) -> None:
+    def broadcast(self, plan: Plan) -> None:
         """Sends a plan to all followers. Raises LinkError when one is gone."""
         if self._closed:
             raise self.broken
-        frame = plan.SerializeToString()
+        frame = encode(PlanFrame(self._epoch, plan))
         self._last_sent = plan.number
         if self._followers:
             self._sent[plan.number] = time.perf_counter()
@@ -238,18 +238,20 @@ class LeaderServer:
             patience = threading.Timer(HELLO_TIMEOUT, link.close)
             patience.start()
             try:
-                hello = engine_pb2.Hello.FromString(link.receive(MAX_HELLO) or b"")
+                hello = decode(Hello, link.receive(MAX_HELLO) or b"")
             finally:
                 patience.cancel()
             if hello.epoch != self._epoch or not hmac.compare_digest(hello.secret, self._secret):
                 raise LinkError("wrong epoch or secret")
-        except (OSError, RuntimeError, DecodeError) as error:  # a LinkError too
+            if hello.protocol != PROTOCOL:
+                raise LinkError(f"a peer speaks version {hello.protocol} of the protocol; {PROTOCOL} is spoken here")
+        except (OSError, RuntimeError, CodecError) as error:  # a LinkError too
             _LOG.warning("refused a connection: %s", error)
             connection.close()
             return
         finally:
             self._greetings.release()
-        if hello.HasField("rank"):
+        if hello.rank is not None:
             with self._joined:
                 if hello.rank in self._followers:
                     _LOG.warning("refused a second follower of rank %d", hello.rank)
@@ -270,25 +272,25 @@ class LeaderServer:
         seconds = metrics.PLAN_SECONDS.labels(str(rank))
         try:
             while (frame := link.receive(MAX_HELLO)) is not None:
-                number = engine_pb2.Done.FromString(frame).number
+                number = decode(Done, frame).number
                 sent = self._sent.get(number)
                 if sent is not None and number > self.done[rank]:
                     seconds.observe(time.perf_counter() - sent)
                 self.done[rank] = max(number, self.done[rank])
             self.give_up(f"follower {rank} has ended", rank)
-        except (LinkError, DecodeError) as error:
+        except (LinkError, CodecError) as error:
             self.give_up(f"follower {rank} is lost: {error}", rank)
 
     def _read_gateway(self, link: Link) -> None:
         gateway = GatewayLink(link)
         self._gateways.add(gateway)
         threading.Thread(target=self._pulse, args=(gateway,), daemon=True, name="gateway-pulse").start()
-        self.inbox.put((gateway, engine_pb2.LeaderInput()))
+        self.inbox.put((gateway, LeaderInput()))
         link.settimeout(GATEWAY_SILENCE_SECONDS)
         try:
             while (frame := link.receive()) is not None:
-                self.inbox.put((gateway, engine_pb2.LeaderInput.FromString(frame)))
-        except (LinkError, DecodeError) as error:
+                self.inbox.put((gateway, decode(LeaderInput, frame)))
+        except (LinkError, CodecError) as error:
             _LOG.warning("a gateway's stream broke: %s", error)
         gateway.close()
         self._gateways.discard(gateway)
@@ -297,14 +299,14 @@ class LeaderServer:
     def _pulse(self, gateway: GatewayLink) -> None:
         """Tells a gateway that this process lives, while it does."""
         while gateway.open:
-            gateway.send(engine_pb2.LeaderOutput(epoch=self._epoch))
+            gateway.send(LeaderOutput(self._epoch))
             time.sleep(PULSE_SECONDS)
 
 
-def connect(address: str, hello: engine_pb2.Hello, seconds: float) -> Link:
+def connect(address: str, hello: Hello, seconds: float) -> Link:
     """A follower's stream to the leader, tried for `seconds` until the leader listens. Raises LinkError."""
     link = Link(_connection(address, seconds))
-    link.send(hello.SerializeToString())
+    link.send(encode(hello))
     link.settimeout(None)
     return link
 

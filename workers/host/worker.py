@@ -10,10 +10,10 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from grok.engine.v1 import engine_pb2
 from workers.engine.scheduler import Scheduler
 from workers.host.environment import bypass_proxies
 from workers.host.streams import LeaderServer, connect, wait_for_listener
+from workers.messages.frames import Hello
 from workers.messages.specs import COMPILING, JOINING, LOADING, PREPARING, WARMING_UP, Assignment, Progress
 from workers.telemetry import garbage, metrics
 from workers.telemetry.stalls import StallWatch
@@ -153,7 +153,7 @@ class Worker:
         from workers.host.leader import Leader, follow
 
         if a.rank:
-            hello = engine_pb2.Hello(epoch=a.epoch, secret=a.secret, rank=a.rank)
+            hello = Hello(a.epoch, a.secret, a.rank)
             follow(self.runtime, connect(a.leader, hello, JOIN_SECONDS), a.epoch, self.profiler)
             return
         runtime = self.runtime

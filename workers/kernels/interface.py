@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from workers.kernels.kv_pages import Pages
-from workers.kernels.sampling import Sampled, SamplingRows, SamplingState, sample
+from workers.kernels.sampling import SamplingRows, SamplingState, sample
 from workers.kernels.weights import Weight
 from workers.kernels.xla import portable
 
@@ -34,8 +34,8 @@ class Kernels:
       logits: (hidden [M, D], valid, table [V, D]) -> [M, V] float32.
       attend: (query [B, T, H, C], key [B, T, K, C], value, key_pages, value_pages, page_table [B, N], positions [B, T],
         scale) -> [B, T, H, C], key_pages, value_pages: see `portable.attend`.
-      sample: (logits [B, V], state, rows) -> Sampled: see `sampling.sample`. The choice of kernels decides rounding, not
-        distribution.
+      sample: (logits [B, V], state, rows) -> packed samples [B, PACKED_WIDTH]: see `sampling.sample`. The choice of kernels
+        decides rounding, not distribution.
       exact_rows: whether a row's bits are the same in programs of other shapes, so that prompts may be cut anywhere.
       stacked: whether what layers have, parameters and pages, lies stacked, [L, ...], and one loop computes all layers: that
         compiles many times faster. Weights then come as `LayerWeight`s.
@@ -52,7 +52,7 @@ class Kernels:
     lookup: Callable[[Any, jax.Array], jax.Array]
     logits: Callable[[jax.Array, jax.Array, Any], jax.Array]
     attend: Callable[..., tuple[jax.Array, Pages, Pages]]
-    sample: Callable[[jax.Array, SamplingState, SamplingRows], Sampled]
+    sample: Callable[[jax.Array, SamplingState, SamplingRows], jax.Array]
     exact_rows: bool
     stacked: bool = False
     heads_first: bool = False

@@ -70,23 +70,11 @@ class SamplingState:
     mask: jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sampled:
-    """What was drawn.
-
-    Attributes:
-      token: [B] int32.
-      logprob: [B] float32, the token's logarithmic probability under the model itself: before temperature, bias, mask,
-        penalties and filters.
-      top_ids: [B, 8] int32, the most likely tokens under the model itself.
-      top_logprobs: [B, 8] float32, of `top_ids`.
-    """
-
-    token: jax.Array
-    logprob: jax.Array
-    top_ids: jax.Array
-    top_logprobs: jax.Array
+#: Numbers of a packed sample, all int32: the token; the bits of its logarithmic probability (float32) under the model itself,
+#: before temperature, bias, mask, penalties and filters; the most likely tokens under the model itself; the bits of theirs.
+PACKED_WIDTH = 2 + 2 * ALTERNATIVES
+#: Where the alternatives and their probabilities lie in it.
+TOP_IDS, TOP_LOGPROBS = 2, 2 + ALTERNATIVES
 
 
 def uniforms(rows: SamplingRows) -> jax.Array:
@@ -97,7 +85,7 @@ def uniforms(rows: SamplingRows) -> jax.Array:
     return jax.vmap(jax.random.uniform)(keys)
 
 
-def sample(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> Sampled:
+def sample(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
     """Draws one token a row from softmax(adjusted logits / temperature), filtered by top_k, then top_p, then min_p.
 
     The draw inverts the distribution function at one uniform number: over the tokens in their order where nothing is
@@ -108,6 +96,9 @@ def sample(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> Sampl
       logits: [B, V] float32.
       state: of all slots.
       rows: the rows' parameters.
+
+    Returns:
+      packed samples, [B, PACKED_WIDTH] int32.
     """
     logprobs = jax.nn.log_softmax(logits)
     top_logprobs, top_ids = lax.top_k(logprobs, ALTERNATIVES)
@@ -132,7 +123,8 @@ def sample(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> Sampl
     token = jnp.where(rows.temperature > 0, drawn, greedy)
     # A sum of one: TPUs look things up in a layout that is many times larger.
     logprob = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == token[:, None], logprobs, 0.0), axis=-1)
-    return Sampled(token, logprob, top_ids.astype(jnp.int32), top_logprobs)
+    bits = [lax.bitcast_convert_type(values, jnp.int32) for values in (logprob[:, None], top_logprobs)]
+    return jnp.concatenate([token[:, None], bits[0], top_ids.astype(jnp.int32), bits[1]], axis=1)
 
 
 def _rows_of(table: jax.Array, slots: jax.Array) -> jax.Array:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
-#: Number of most likely alternatives that are reported with each token.
+#: Most alternatives that may be reported with a token.
 ALTERNATIVES = 8
 
 #: Tokens that a draft may guess beyond the one that is known.
@@ -70,6 +71,7 @@ class Sampling:
       repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or completion; 1 for none.
       presence_penalty, frequency_penalty: taken from the logits of drawn tokens, once and for each time.
       masked: whether plans bring masks of the tokens that may be drawn next.
+      top_logprobs: most likely alternatives that are reported with each token, up to ALTERNATIVES.
     """
 
     temperature: float = 0.0
@@ -83,6 +85,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     masked: bool = False
+    top_logprobs: int = 0
 
     @property
     def biased(self) -> bool:
@@ -96,20 +99,20 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Admission:
-    """A sequence takes a slot and its pages. `prompt` is set where penalties need to know it, `drawn` too if they do and it
-    comes with tokens that were drawn before."""
+class SlotStart:
+    """A sequence takes a slot and its pages. `prompt` is set where penalties need to know it, and so is `generated`, the
+    completion so far, if the sequence is resumed."""
 
     slot: int
     pages: tuple[int, ...]
     sampling: Sampling
     request_id: str = ""
     prompt: tuple[int, ...] = ()
-    drawn: tuple[int, ...] = ()
+    generated: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Growth:
+class PageGrant:
     """A slot gets more pages, of which the first is its page number `first`."""
 
     slot: int
@@ -143,12 +146,16 @@ class Chunk:
     last: bool
 
 
+class DecodeRow(NamedTuple):
+    """A slot that samples the token after its last one, which stands at `position`."""
+
+    slot: int
+    position: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """A slot's last token, at `position`, and guesses of those that follow. Right guesses become tokens in one step.
-
-    After one with guesses, only a draft may follow for the slot; after one without, anything.
-    """
+    """A slot's last token, at `position`, and guesses of those that follow. Right guesses become tokens in one step."""
 
     slot: int
     position: int
@@ -157,20 +164,20 @@ class Draft:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One step: growths, admissions, masks and forced tokens, then prefill calls (each at most one chunk a group), then `steps`
-    tokens for each slot of `decode` and what is right of each of `drafts`, whose slots are others.
+    """One step: page grants, starts, masks and forced tokens, then prefill calls (each at most one chunk a group), then `steps`
+    tokens for each row of `decode` and what is right of each of `drafts`, whose slots are others.
 
     Plans are carried out by all hosts in the order of their numbers.
     """
 
     number: int
-    admissions: tuple[Admission, ...]
+    starts: tuple[SlotStart, ...]
     prefills: tuple[tuple[Chunk, ...], ...]
-    decode: tuple[int, ...]
+    decode: tuple[DecodeRow, ...]
     masks: tuple[Mask, ...] = ()
     drafts: tuple[Draft, ...] = ()
     steps: int = 1
-    growths: tuple[Growth, ...] = ()
+    grants: tuple[PageGrant, ...] = ()
     forced: tuple[Forced, ...] = ()
 
     @property
@@ -186,11 +193,11 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """A sampled token with its logarithmic probability and the most likely alternatives."""
+    """A sampled token with its logarithmic probability, and as many of the most likely alternatives as its request asks for."""
 
     id: int
     logprob: float
-    top: tuple[tuple[int, float], ...]
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +207,7 @@ class StepTokens:
     Attributes:
       number: of the plan.
       prefilled: one token for each last chunk, in the order of the plan.
-      decoded: `steps` tokens for each slot of `decode`.
+      decoded: `steps` tokens for each row of `decode`.
       drafted: for each draft, the right guesses and the token after them.
       expert_tokens: for each group of layers, how many tokens each expert computed, summed over the layers.
     """

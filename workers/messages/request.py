@@ -59,9 +59,9 @@ class Constraint(Protocol):
 
 
 class Finish(enum.Enum):
-    """Why a completion ended."""
+    """Why a completion ended: by its end token, or as it is as long as it may be."""
 
-    STOP = "stop"
+    EOS = "eos"
     LENGTH = "length"
 
 
@@ -102,10 +102,11 @@ class Failure:
 class Load:
     """How busy an engine is. `pages_cached` hold prefixes that may be shared, owned or not; all pages hold `positions`."""
 
-    running: int
-    waiting: int
-    pages_used: int
-    pages_total: int
+    slots: int = 0
+    running: int = 0
+    waiting: int = 0
+    pages_used: int = 0
+    pages_total: int = 0
     pages_cached: int = 0
     positions: int = 0
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from workers.checkpoint.loader import Params
-from workers.kernels.sampling import PENALIZED, Sampled, SamplingRows, SamplingState
+from workers.kernels.sampling import PENALIZED, SamplingRows, SamplingState
 from workers.messages.plan import MAX_DRAFT, EngineShape
 from workers.model.config import GrokConfig
 from workers.model.grok import Output, forward
@@ -69,8 +69,8 @@ class Programs:
           packed: [slots, PAGES + N], see `SlotTable.decode`.
 
         Returns:
-          the state, the packed samples [slots, 2 + 2 * ALTERNATIVES] int32, and how many tokens each expert computed,
-          [L, E] int32.
+          the state, the packed samples [slots, PACKED_WIDTH] int32 (see `kernels.sampling`), and how many tokens each expert
+          computed, [L, E] int32.
         """
         packed = self._replicate(packed)
         output, pages = self._forward(params, state.pages, state.tokens[:, None], packed, lambda hidden: hidden[:, 0])
@@ -169,7 +169,7 @@ class Programs:
         def local(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
             if exchanged:
                 logits = lax.all_to_all(logits, mesh.axis_names, split_axis=0, concat_axis=1, tiled=True)
-            return _pack(partition.kernels.sample(logits, state, rows))
+            return partition.kernels.sample(logits, state, rows)
 
         lying = PartitionSpec(None, mesh.axis_names) if exchanged else split
         sampled = partition.on_parts(local, (lying, PartitionSpec(), split), split)(logits, state, rows)
@@ -218,16 +218,3 @@ def _count_one_by_one(counts: jax.Array, counted: jax.Array, slots: jax.Array, t
     rows = jnp.where(jnp.any(counted), slots.shape[0], 0)
     updated: jax.Array = lax.fori_loop(0, rows, add, counts)
     return updated
-
-
-def _pack(sampled: Sampled) -> jax.Array:
-    """One int32 row a sample: token, logprob bits, alternatives, their logprob bits."""
-    return jnp.concatenate(
-        [
-            sampled.token[:, None],
-            lax.bitcast_convert_type(sampled.logprob, jnp.int32)[:, None],
-            sampled.top_ids,
-            lax.bitcast_convert_type(sampled.top_logprobs, jnp.int32),
-        ],
-        axis=1,
-    )

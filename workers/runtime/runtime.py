@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from workers.checkpoint.loader import Params
-from workers.kernels.sampling import IN_PROMPT
-from workers.messages.plan import ALTERNATIVES, Admission, Draft, Plan, Sampling, StepTokens, Token
+from workers.kernels.sampling import IN_PROMPT, TOP_IDS, TOP_LOGPROBS
+from workers.messages.plan import Draft, Plan, Sampling, SlotStart, StepTokens, Token
 from workers.model.partition import Partition
 from workers.runtime.compilation import compile_all
 from workers.runtime.program_set import Blueprint
@@ -34,12 +34,14 @@ class Pending:
       prefills: packed samples of each prefill call.
       decodes: packed samples of each decode call, [slots, ...] or, with drafts, [slots, 1 + MAX_DRAFT, ...].
       expert_counts: [L, E] of each call.
+      top_logprobs: of each slot, how many alternatives its request wants to know.
     """
 
     plan: Plan
     prefills: tuple[jax.Array, ...]
     decodes: tuple[jax.Array, ...]
     expert_counts: tuple[jax.Array, ...]
+    top_logprobs: tuple[int, ...]
 
 
 class Runtime:
@@ -65,6 +67,7 @@ class Runtime:
         self._params: Params = {}
         self._state = _zeros(blueprint.state, mesh)
         self._slots = SlotTable(shape)
+        self._top_logprobs = [0] * shape.slots
         compiled = compile_all(
             {name: functools.partial(_compile, blueprint, name, mesh) for name in blueprint.names}, report
         )
@@ -108,14 +111,15 @@ class Runtime:
 
     def execute(self, plan: Plan) -> Pending:
         """Dispatches a plan. Returns before the devices are done, unless the platform computes synchronously."""
-        for growth in plan.growths:
-            self._slots.grow(growth)
-        for admission in plan.admissions:
-            self._slots.admit(admission)
-            if admission.sampling.biased:
-                self._set("bias", admission.slot, self._bias_row(admission.sampling))
-            if admission.sampling.penalized:
-                self._set("counts", admission.slot, self._counts_row(admission))
+        for grant in plan.grants:
+            self._slots.grant(grant)
+        for start in plan.starts:
+            self._slots.start(start)
+            self._top_logprobs[start.slot] = start.sampling.top_logprobs
+            if start.sampling.biased:
+                self._set("bias", start.slot, self._bias_row(start.sampling))
+            if start.sampling.penalized:
+                self._set("counts", start.slot, self._counts_row(start))
         self._slots.force(plan.forced)
         for mask in plan.masks:
             self._set("mask", mask.slot, np.frombuffer(mask.words, np.int32))
@@ -130,26 +134,28 @@ class Runtime:
             self._state, packed, count = self._verify(self._params, self._state, rows)
             decodes.append(packed)
             counts.append(count)
-        for _ in range(plan.steps if plan.decode and not plan.drafts else 0):
-            self._state, packed, count = self._decode(self._params, self._state, self._slots.decode(plan.decode))
+        for step in range(plan.steps if plan.decode and not plan.drafts else 0):
+            self._state, packed, count = self._decode(self._params, self._state, self._slots.decode(plan.decode, step))
             decodes.append(packed)
             counts.append(count)
-        return Pending(plan, tuple(prefills), tuple(decodes), tuple(counts))
+        return Pending(plan, tuple(prefills), tuple(decodes), tuple(counts), tuple(self._top_logprobs))
 
     def read(self, pending: Pending) -> StepTokens:
         """Waits for a plan's samples and copies them to the host."""
-        plan = pending.plan
+        plan, top = pending.plan, pending.top_logprobs
         prefilled = []
         for chunks, packed in zip(plan.prefills, pending.prefills, strict=True):
             rows = _first(packed)
-            prefilled += [_token(rows[self.shape.group_of(c.slot)]) for c in chunks if c.last]
+            prefilled += [_token(rows[self.shape.group_of(c.slot)], top[c.slot]) for c in chunks if c.last]
         steps = [_first(packed) for packed in pending.decodes]  # [slots, ...] each
         if plan.drafts:
             (drawn,) = steps
-            decoded: tuple[tuple[Token, ...], ...] = tuple((_token(drawn[slot, 0]),) for slot in plan.decode)
-            drafted = tuple(_right(draft, drawn[draft.slot]) for draft in plan.drafts)
+            decoded: tuple[tuple[Token, ...], ...] = tuple(
+                (_token(drawn[row.slot, 0], top[row.slot]),) for row in plan.decode
+            )
+            drafted = tuple(_right(draft, drawn[draft.slot], top[draft.slot]) for draft in plan.drafts)
         else:
-            decoded = tuple(tuple(_token(rows[slot]) for rows in steps) for slot in plan.decode)
+            decoded = tuple(tuple(_token(rows[row.slot], top[row.slot]) for rows in steps) for row in plan.decode)
             drafted = ()
         return StepTokens(plan.number, tuple(prefilled), decoded, drafted, self._expert_tokens(pending))
 
@@ -167,8 +173,8 @@ class Runtime:
 
         See `Programs._score`. It is compiled on first use: serving never calls it.
         """
-        for admission in plan.admissions:
-            self._slots.admit(admission)
+        for start in plan.starts:
+            self._slots.start(start)
         ((chunk,),) = plan.prefills
         self._state, logits, probabilities = self._score(self._params, self._state, self._slots.prefill((chunk,)))
         group, length = self.shape.group_of(chunk.slot), len(chunk.tokens)
@@ -189,10 +195,10 @@ class Runtime:
             row[token] += value
         return row
 
-    def _counts_row(self, admission: Admission) -> Array:
+    def _counts_row(self, start: SlotStart) -> Array:
         row = np.zeros(self.config.vocab_size, np.int32)
-        row[list(admission.prompt)] = IN_PROMPT
-        np.add.at(row, list(admission.drawn), 1)
+        row[list(start.prompt)] = IN_PROMPT
+        np.add.at(row, list(start.generated), 1)
         return row
 
 
@@ -228,16 +234,16 @@ def _local_bytes(arrays: Any) -> int:
     return sum(shard.data.nbytes for array in jax.tree.leaves(arrays) for shard in array.addressable_shards)
 
 
-def _right(draft: Draft, rows: Array) -> tuple[Token, ...]:
+def _right(draft: Draft, rows: Array, top: int) -> tuple[Token, ...]:
     """The tokens [1 + MAX_DRAFT, ...] that were drawn as long as the draft guessed right, and the one after them."""
     taken = 0
     while taken + 1 < len(draft.tokens) and rows[taken, 0] == draft.tokens[taken + 1]:
         taken += 1
-    return tuple(_token(row) for row in rows[: taken + 1])
+    return tuple(_token(row, top) for row in rows[: taken + 1])
 
 
-def _token(row: Array) -> Token:
-    """Unpacks a row of `programs._pack`."""
+def _token(row: Array, top: int) -> Token:
+    """A packed sample, with the `top` most likely alternatives."""
     floats = row.view(np.float32)
-    ids = row[2 : 2 + ALTERNATIVES].tolist()
-    return Token(int(row[0]), float(floats[1]), tuple(zip(ids, floats[2 + ALTERNATIVES :].tolist(), strict=True)))
+    ids, logprobs = row[TOP_IDS : TOP_IDS + top].tolist(), floats[TOP_LOGPROBS : TOP_LOGPROBS + top].tolist()
+    return Token(int(row[0]), float(floats[1]), tuple(zip(ids, logprobs, strict=True)))

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from workers.kernels.sampling import BIASED, MASKED, PENALIZED, SamplingRows
-from workers.messages.plan import MAX_DRAFT, Admission, Chunk, Draft, EngineShape, Forced, Growth
+from workers.messages.plan import MAX_DRAFT, Chunk, DecodeRow, Draft, EngineShape, Forced, PageGrant, SlotStart
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -30,21 +30,21 @@ class SlotTable:
         self._rows: IntArray = np.zeros((shape.slots, PAGES + shape.table_width), np.int32)
         self._rows[:, SLOT] = np.arange(shape.slots)
 
-    def admit(self, admission: Admission) -> None:
+    def start(self, start: SlotStart) -> None:
         """Fills a slot's row: sampling parameters and pages."""
-        row, s = self._rows[admission.slot], admission.sampling
+        row, s = self._rows[start.slot], start.sampling
         row[POSITION:] = 0
         row[FLAGS] = BIASED * s.biased | PENALIZED * s.penalized | MASKED * s.masked
         row[TOP_K] = s.top_k
         row[SEED_LOW : SEED_HIGH + 1].view(np.uint32)[:] = (s.seed & 0xFFFFFFFF, s.seed >> 32)
         floats = (s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
         row[TEMPERATURE:FORCED].view(np.float32)[:] = floats
-        row[PAGES : PAGES + len(admission.pages)] = admission.pages
+        row[PAGES : PAGES + len(start.pages)] = start.pages
 
-    def grow(self, growth: Growth) -> None:
+    def grant(self, grant: PageGrant) -> None:
         """Adds pages to a slot's row."""
-        start = PAGES + growth.first
-        self._rows[growth.slot, start : start + len(growth.pages)] = growth.pages
+        first = PAGES + grant.first
+        self._rows[grant.slot, first : first + len(grant.pages)] = grant.pages
 
     def force(self, forced: tuple[Forced, ...]) -> None:
         """Notes the tokens that slots draw next, for the calls of one plan: one more than the token, 0 for a free choice."""
@@ -53,46 +53,39 @@ class SlotTable:
             self._rows[one.slot, FORCED] = one.token + 1
 
     def prefill(self, chunks: tuple[Chunk, ...]) -> IntArray:
-        """The packed rows [groups, PAGES + N + chunk] of one prefill call; moves the slots' positions on."""
+        """The packed rows [groups, PAGES + N + chunk] of one prefill call."""
         shape = self._shape
         width = self._rows.shape[1]
         packed = np.zeros((shape.groups, width + shape.chunk), np.int32)
         for chunk in chunks:
-            row = self._rows[chunk.slot]
-            row[POSITION] = chunk.start + len(chunk.tokens)
             target = packed[shape.group_of(chunk.slot)]
-            target[:width] = row
+            target[:width] = self._rows[chunk.slot]
             target[POSITION] = chunk.start
             target[LENGTH] = len(chunk.tokens)
             target[DRAWS] = chunk.last
             target[width : width + len(chunk.tokens)] = chunk.tokens
         return packed
 
-    def decode(self, slots: tuple[int, ...]) -> IntArray:
-        """The packed rows [slots, PAGES + N] of one decode call; moves the positions of `slots` on by one."""
+    def decode(self, rows: tuple[DecodeRow, ...], step: int = 0) -> IntArray:
+        """The packed rows [slots, PAGES + N] of a decode call, `step` steps after the one that `rows` say the positions of."""
         packed = self._rows.copy()
-        active = np.array(slots, np.int32)
-        packed[active, LENGTH] = 1
-        packed[active, DRAWS] = 1
-        self._rows[active, POSITION] += 1
+        slots, positions = np.array(rows, np.int32).reshape(-1, 2).T
+        packed[slots, POSITION] = positions + step
+        packed[slots, LENGTH] = 1
+        packed[slots, DRAWS] = 1
         return packed
 
-    def verify(self, slots: tuple[int, ...], drafts: tuple[Draft, ...]) -> IntArray:
-        """The packed rows [slots, PAGES + N + 1 + MAX_DRAFT] of a call that decodes `slots` and verifies `drafts`.
-
-        How far guesses take a slot is not known here: its next plan says its position. A token of -1 stands for the
-        slot's last one, which the device knows.
-        """
+    def verify(self, rows: tuple[DecodeRow, ...], drafts: tuple[Draft, ...]) -> IntArray:
+        """The packed rows [slots, PAGES + N + 1 + MAX_DRAFT] of a call that decodes `rows` and verifies `drafts`. A token of -1
+        stands for the slot's last one, which the device knows."""
         width = self._rows.shape[1]
         packed = np.zeros((self._shape.slots, width + 1 + MAX_DRAFT), np.int32)
-        packed[:, :width] = self.decode(slots)
+        packed[:, :width] = self.decode(rows)
         packed[:, width] = -1
         for draft in drafts:
             row = packed[draft.slot]
             row[POSITION], row[LENGTH], row[DRAWS] = draft.position, len(draft.tokens), 1
             row[width : width + len(draft.tokens)] = draft.tokens
-            if len(draft.tokens) == 1:
-                self._rows[draft.slot, POSITION] = draft.position + 1
         return packed
 
 

@@ -14,9 +14,10 @@ from cluster.gateway.admission.forecast import Ahead, Capacity, Forecast
 from cluster.gateway.errors import Violation, breaking, exhausted, failed, invalid, unavailable
 from cluster.gateway.session import Session
 from cluster.telemetry import metrics
-from grok.engine.v1 import engine_pb2
 from workers.host.streams import MAX_FRAME, PULSE_SECONDS
-from workers.messages import codec
+from workers.messages.codec import CodecError, decode, encode
+from workers.messages.frames import Hello, LeaderInput, LeaderOutput, Refusal, RefusalKind, Status
+from workers.messages.request import Load
 
 _LOG = logging.getLogger(__name__)
 _LENGTH = struct.Struct(">I")
@@ -51,7 +52,7 @@ class ReplicaLink:
         leader: LeaderAddress,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        on_refused: Callable[[Session, engine_pb2.Refusal], None],
+        on_refused: Callable[[Session, Refusal], None],
         on_token: Callable[[Session], None],
         silence: float,
     ) -> None:
@@ -59,7 +60,9 @@ class ReplicaLink:
         self._most_silent = silence
         self._on_refused = on_refused
         self._on_token = on_token
-        self.load = engine_pb2.Load()
+        self.load, self.status = Load(), Status()
+        #: Logarithmic probabilities of the epoch's first token.
+        self.canary: tuple[float, ...] = ()
         self.sessions: dict[str, Session] = {}
         self.draining = False
         self._proven = False
@@ -72,7 +75,7 @@ class ReplicaLink:
     async def connect(
         cls,
         leader: LeaderAddress,
-        on_refused: Callable[[Session, engine_pb2.Refusal], None],
+        on_refused: Callable[[Session, Refusal], None],
         on_token: Callable[[Session], None],
         silence: float,
     ) -> ReplicaLink:
@@ -89,19 +92,19 @@ class ReplicaLink:
                     raise
                 await asyncio.sleep(0.05)
         link = cls(leader, reader, writer, on_refused, on_token, silence)
-        link._send(engine_pb2.Hello(epoch=leader.epoch, secret=leader.secret))
+        link._send(Hello(leader.epoch, leader.secret))
         return link
 
     def submit(self, session: Session) -> None:
         """Sends a session's request; the tokens that it lacks will be delivered to it."""
         self.sessions[session.request.id] = session
         session.replica, session.epoch = self.leader.replica, self.leader.epoch
-        self._send(engine_pb2.LeaderInput(submit=codec.request_to_proto(session.rest())))
+        self._send(LeaderInput(submit=session.rest()))
 
     def cancel(self, session: Session) -> None:
         """Forgets a session, here and on the leader, unless it has ended already."""
         if self.sessions.pop(session.request.id, None) is not None:
-            self._send(engine_pb2.LeaderInput(cancel=engine_pb2.Cancel(request_id=session.request.id)))
+            self._send(LeaderInput(cancel=session.request.id))
 
     async def run(self, on_proven: Callable[[], None]) -> None:
         """Delivers what the leader sends until the stream ends, or nothing comes for too long. `on_proven` is called when the
@@ -125,17 +128,17 @@ class ReplicaLink:
     async def _tell_alive(self) -> None:
         while True:
             await asyncio.sleep(ALIVE_SECONDS)
-            self._send(engine_pb2.LeaderInput())
+            self._send(LeaderInput())
 
     async def _listen(self) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, CodecError):
             while True:
                 (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
                 self._silent = 0
                 if length > MAX_FRAME:
                     _LOG.error("replica %d sent a frame of %d bytes", self.leader.replica, length)
                     return
-                self._hear(engine_pb2.LeaderOutput.FromString(await self._reader.readexactly(length)))
+                self._hear(decode(LeaderOutput, await self._reader.readexactly(length)))
 
     def abort(self) -> None:
         """Ends the stream; `run` returns."""
@@ -148,17 +151,18 @@ class ReplicaLink:
         self.sessions.clear()
         return left
 
-    def _hear(self, output: engine_pb2.LeaderOutput) -> None:
+    def _hear(self, output: LeaderOutput) -> None:
         if output.epoch != self.leader.epoch:
             _LOG.warning("ignored a frame of epoch %d in epoch %d", output.epoch, self.leader.epoch)
             return
-        if output.HasField("load"):
+        if output.status is not None:
+            self.status = output.status
+        if output.load is not None:
             self.load = output.load
             if not self._proven:
-                self._proven = True
+                self._proven, self.canary = True, output.canary
                 self._on_proven()
-        for message in output.tokens:
-            event = codec.event_from_proto(message)
+        for event in output.tokens:
             session = self.sessions.get(event.request_id)
             if session is not None:
                 if event.finish is not None:
@@ -170,8 +174,8 @@ class ReplicaLink:
             if session is not None:
                 self._on_refused(session, refusal)
 
-    def _send(self, message: engine_pb2.Hello | engine_pb2.LeaderInput) -> None:
-        frame = message.SerializeToString()
+    def _send(self, message: Hello | LeaderInput) -> None:
+        frame = encode(message)
         self._writer.write(_LENGTH.pack(len(frame)) + frame)
 
 
@@ -208,10 +212,15 @@ class Router:
         """Number of sessions that have no token yet. May be asked by any thread."""
         return sum(not session.tokens for session in self._everywhere())
 
-    def load(self, replica: int) -> engine_pb2.Load:
+    def load(self, replica: int) -> Load:
         """A replica's load as it last told it."""
         link = self._links.get(replica)
-        return link.load if link else engine_pb2.Load()
+        return link.load if link else Load()
+
+    def status(self, replica: int) -> Status:
+        """A replica's status as it last told it."""
+        link = self._links.get(replica)
+        return link.status if link else Status()
 
     async def serve(
         self,
@@ -224,7 +233,7 @@ class Router:
         link = await ReplicaLink.connect(leader, self._refused, self._proceeded, self._silence)
 
         def proven() -> None:
-            if not accept(link.load.canary):
+            if not accept(link.canary):
                 link.abort()
                 return
             self._links[leader.replica] = link
@@ -391,15 +400,15 @@ class Router:
         self._leave_trial(session)
         session.deliver(unavailable(f"no replica came back within {self._patience:g} s"))
 
-    def _refused(self, session: Session, refusal: engine_pb2.Refusal) -> None:
+    def _refused(self, session: Session, refusal: Refusal) -> None:
         """A replica did not take a session, or can't go on with it. One that was admitted before is not turned away because
         others were faster."""
-        full = refusal.refused == engine_pb2.REFUSED_FULL
+        full = refusal.kind is RefusalKind.FULL
         if full and session.losses:
             self._wait(session, REFUSED_SECONDS, self._send)
             return
         self._leave_trial(session)
-        if refusal.refused == engine_pb2.REFUSED_FAILED:
+        if refusal.kind is RefusalKind.FAILED:
             session.deliver(failed(refusal.reason))
         elif full:
             metrics.REJECTIONS.labels("engine_full").inc()

@@ -213,8 +213,8 @@ def _play(text: str, stops: tuple[str, ...], finish: Finish) -> tuple[str, list[
     ids = TOKENIZER.encode("And" + text)[len(prompt) :]
     session = Session(Request("r", tuple(prompt), 50, Sampling()), StopTexts.of(stops), TOKENIZER)
     events = [TokenEvent("r", _token(id), None) for id in ids]
-    if finish is Finish.STOP:
-        events.append(TokenEvent("r", _token(2), Finish.STOP))
+    if finish is Finish.EOS:
+        events.append(TokenEvent("r", _token(2), Finish.EOS))
     else:
         events[-1] = TokenEvent("r", _token(ids[-1]), Finish.LENGTH)
     for event in events:
@@ -224,7 +224,7 @@ def _play(text: str, stops: tuple[str, ...], finish: Finish) -> tuple[str, list[
 
 
 def test_a_session_ends_with_the_end_token() -> None:
-    text, deltas = _play(" he said unto them", (), Finish.STOP)
+    text, deltas = _play(" he said unto them", (), Finish.EOS)
     assert text == " he said unto them"
     assert deltas[-1].finish == generation_pb2.FINISH_REASON_EOS
     assert deltas[-1].token.id == 2

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from workers.engine.prefill_budget import PromptBudget
-from workers.messages.plan import Chunk, Plan
+from workers.messages.plan import Chunk, DecodeRow, Plan
 
 
 def _plan(prompt: int, decode: int = 4, steps: int = 1) -> Plan:
     prefills = ((Chunk(0, 0, tuple(range(prompt)), True),),) if prompt else ()
-    return Plan(1, (), prefills, tuple(range(decode)), steps=steps)
+    return Plan(1, (), prefills, tuple(DecodeRow(slot, 0) for slot in range(decode)), steps=steps)
 
 
 def test_nothing_is_held_back_before_anything_is_known() -> None:

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from workers.engine.pages import PagePool
 from workers.engine.scheduler import MAX_PASSED_OVER, Scheduler
-from workers.messages.plan import Draft, EngineShape, Plan, Sampling, StepTokens, Token
+from workers.messages.plan import DecodeRow, Draft, EngineShape, Plan, Sampling, StepTokens, Token
 from workers.messages.request import Finish, Refused, Request, TokenEvent
 
 EOS = 2
@@ -57,15 +57,17 @@ class _Mesh:
         self.pages: dict[int, tuple[int, ...]] = {}
         self.position: dict[int, int] = {}
         self.prompt_done: dict[int, bool] = {}
+        self.guessed: dict[int, int] = {}
 
     def execute(self, plan: Plan) -> None:
-        for growth in plan.growths:
-            assert growth.first == len(self.pages[growth.slot])
-            self.pages[growth.slot] += growth.pages
-        for admission in plan.admissions:
-            self.pages[admission.slot] = admission.pages
-            self.position[admission.slot] = -1  # where its first chunk starts
-            self.prompt_done[admission.slot] = False
+        for grant in plan.grants:
+            assert grant.first == len(self.pages[grant.slot])
+            self.pages[grant.slot] += grant.pages
+        for start in plan.starts:
+            self.pages[start.slot] = start.pages
+            self.position[start.slot] = -1  # where its first chunk starts
+            self.prompt_done[start.slot] = False
+            self.guessed.pop(start.slot, None)
         for chunks in plan.prefills:
             groups = [SHAPE.group_of(chunk.slot) for chunk in chunks]
             assert len(set(groups)) == len(groups), "two chunks of a group in one call"
@@ -80,13 +82,23 @@ class _Mesh:
                 assert 0 < len(chunk.tokens) <= SHAPE.chunk
                 self._advance(chunk.slot, len(chunk.tokens))
                 self.prompt_done[chunk.slot] = chunk.last
-        assert len(set(plan.decode)) == len(plan.decode)
-        for slot in plan.decode:
-            assert self.prompt_done[slot]
-            self._advance(slot, plan.steps)
+        written = [*(row.slot for row in plan.decode), *(draft.slot for draft in plan.drafts)]
+        assert len(set(written)) == len(written)
+        for row in plan.decode:
+            assert self.prompt_done[row.slot]
+            assert self.position[row.slot] <= row.position <= self.position[row.slot] + self.guessed.pop(row.slot, 0)
+            self.position[row.slot] = row.position
+            self._advance(row.slot, plan.steps)
         for draft in plan.drafts:
             assert self.prompt_done[draft.slot]
-            assert draft.slot not in plan.decode
+            assert (
+                self.position[draft.slot]
+                <= draft.position
+                <= self.position[draft.slot] + self.guessed.get(draft.slot, 0)
+            )
+            # The known token is written for certain, guesses if they are right.
+            self.position[draft.slot] = draft.position + 1
+            self.guessed[draft.slot] = len(draft.tokens) - 1
             assert draft.position + len(draft.tokens) <= len(self.pages[draft.slot]) * SHAPE.page_size
 
     def _advance(self, slot: int, count: int) -> None:
@@ -108,6 +120,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.received: collections.Counter[str] = collections.Counter()
         self.started: list[str] = []
         self.count = 0
+        self.prefill_budget: int | None = None
 
     @rule(prompt=st.integers(0, 30), max_tokens=st.integers(0, 20))
     def submit(self, prompt: int, max_tokens: int) -> None:
@@ -134,7 +147,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.in_flight) < 2)
     @rule()
     def plan(self) -> None:
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self.prefill_budget)
         if plan is not None:
             self.mesh.execute(plan)
             self.in_flight.append(plan)
@@ -152,7 +165,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.received[request.id] += 1
             count = self.received[request.id]
             if event.token.id == EOS:
-                assert event.finish is Finish.STOP
+                assert event.finish is Finish.EOS
             else:
                 assert (event.finish is Finish.LENGTH) == (count == request.max_tokens)
             if event.finish is not None:
@@ -162,18 +175,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def every_page_belongs_to_one_or_is_a_shared_prefix(self) -> None:
         load = self.scheduler.load
         assert load.running + load.waiting == len(self.requests)
-        assert load.waiting <= MAX_WAITING + SHAPE.slots, "who is preempted waits besides"
-        running = self.scheduler._running.values()
-        owned: collections.Counter[tuple[int, int]] = collections.Counter()
-        for sequence in running:
-            group = SHAPE.group_of(sequence.slot)
-            owned.update((group, page) for page in self.scheduler._pools[group]._owned[sequence.request.id])
-        assert all(page != 0 for _, page in owned)
-        assert len(owned) == load.pages_used
-        assert load.pages_used + sum(pool.free for pool in self.scheduler._pools) == load.pages_total
-        assert len({sequence.slot for sequence in running}) == load.running
-        for (group, page), count in owned.items():
-            assert count == 1 or page in self.scheduler._pools[group]._by_page, "a page of two that is no known prefix"
+        assert load.waiting <= MAX_WAITING + SHAPE.slots, "a preempted one waits besides"
+        self.scheduler.check_integrity()
 
     def teardown(self) -> None:
         """Everything that was taken ends within a bounded number of steps, and leaves nothing behind."""
@@ -187,8 +190,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             elif not self.in_flight:
                 break
         assert not self.requests, "a request starved"
-        assert self.scheduler.load.pages_used == 0
-        assert len(self.scheduler._free_slots) == SHAPE.slots
+        assert self.scheduler.load.running == self.scheduler.load.pages_used == 0
+        self.scheduler.check_integrity()
 
 
 class ExactSchedulerMachine(SchedulerMachine):
@@ -198,7 +201,7 @@ class ExactSchedulerMachine(SchedulerMachine):
 
     @rule(budget=st.integers(1, SHAPE.chunk))
     def set_budget(self, budget: int) -> None:
-        self.scheduler.prompt_budget = budget
+        self.prefill_budget = budget
 
 
 class FarSchedulerMachine(ExactSchedulerMachine):
@@ -279,7 +282,7 @@ def test_a_higher_priority_goes_first_among_those_that_wait() -> None:
         scheduler.submit(dataclasses.replace(_request(f"r{i}", 2, 3), priority=int(i == 4)))
     plan = scheduler.plan()
     assert plan is not None
-    assert [admission.request_id for admission in plan.admissions] == ["r4", "r0", "r1", "r2"]
+    assert [start.request_id for start in plan.starts] == ["r4", "r0", "r1", "r2"]
 
 
 def test_who_has_fewer_slots_goes_first() -> None:
@@ -288,7 +291,7 @@ def test_who_has_fewer_slots_goes_first() -> None:
         scheduler.submit(dataclasses.replace(_request(f"{owner}{i}", 2, 3), owner=owner))
     plan = scheduler.plan()
     assert plan is not None
-    assert [admission.request_id for admission in plan.admissions] == ["a0", "b5", "a1", "a2"]
+    assert [start.request_id for start in plan.starts] == ["a0", "b5", "a1", "a2"]
 
 
 def test_a_sequence_that_repeats_itself_is_guessed_and_gets_several_tokens_a_step() -> None:
@@ -370,7 +373,7 @@ def test_a_grammar_gives_each_token_its_own_mask_and_holds_up_nobody_else() -> N
         if pending is not None:  # one plan ahead, as the leader is
             allowed = {m.slot: int.from_bytes(m.words, "little").bit_length() - 1 for m in pending.masks}
             tokens = [allowed.get(c.slot, 5) for call in pending.prefills for c in call if c.last]
-            scheduler.complete(_answer(pending, tokens + [allowed.get(slot, 5) for slot in pending.decode]))
+            scheduler.complete(_answer(pending, tokens + [allowed.get(row.slot, 5) for row in pending.decode]))
         pending = plan
     assert masked == [11, 12, EOS]
     assert slots == {}
@@ -401,7 +404,7 @@ def test_who_comes_first_is_served_first() -> None:
     scheduler.submit(_request("late", 1, 1))  # would fit, but must not overtake
     plan = scheduler.plan()
     assert plan is not None
-    assert not plan.admissions
+    assert not plan.starts
     assert scheduler.load.waiting == 2
 
 
@@ -410,13 +413,13 @@ def test_a_long_prompt_delays_decoding_by_one_chunk_a_step() -> None:
     scheduler.submit(_request("short", 3, 20))
     first = scheduler.plan()
     assert first is not None
-    assert first.decode == (0,)
+    assert first.decode == (DecodeRow(0, 3),)
     scheduler.submit(_request("long", 18, 4))
     for _ in range(3):
         plan = scheduler.plan()
         assert plan is not None
         assert len(plan.prefills) == 1
-        assert 0 in plan.decode
+        assert 0 in [row.slot for row in plan.decode]
 
 
 @pytest.mark.parametrize(
@@ -482,17 +485,17 @@ def test_a_request_whose_mask_is_not_known_yet_waits_and_nobody_else_does() -> N
     scheduler.submit(_request("free", 2, 30))
     first = scheduler.plan()
     assert first is not None
-    (slot,) = (admission.slot for admission in first.admissions if admission.request_id == "slow")
+    (slot,) = (start.slot for start in first.starts if start.request_id == "slow")
     scheduler.complete(_answer(first, [7] * 4))
     for _ in range(3):
         plan = scheduler.plan()
         assert plan is not None
-        assert slot not in plan.decode
+        assert slot not in [row.slot for row in plan.decode]
         scheduler.complete(_answer(plan, [7] * 4))
     slow.ready = True
     plan = scheduler.plan()
     assert plan is not None
-    assert slot in plan.decode
+    assert slot in [row.slot for row in plan.decode]
     scheduler.complete(_answer(plan, [7] * 4))
     slow.ready, slow.problem = True, "it leads nowhere"
     scheduler.plan()
@@ -508,9 +511,9 @@ def test_a_flood_of_requests_that_will_share_a_prompt_is_not_looked_through_with
     looked = []
     will_be_shared = Scheduler._will_be_shared
 
-    def counted(self: Scheduler, request: Request, cached: int) -> bool:
-        looked.append(request.id)
-        return will_be_shared(self, request, cached)
+    def counted(self: Scheduler, prefix: tuple[int, ...], cached: int) -> bool:
+        looked.append(prefix)
+        return will_be_shared(self, prefix, cached)
 
     monkeypatch.setattr(Scheduler, "_will_be_shared", counted)
     scheduler = Scheduler(dataclasses.replace(EXACT, slots=8, pages=99), VOCAB, 5000)
@@ -530,7 +533,7 @@ def test_of_equal_claims_the_oldest_goes_first_whoever_owns_it() -> None:
         scheduler.submit(dataclasses.replace(_request(f"r{i}", 2 + i, 3), owner=owner))
     plan = scheduler.plan()
     assert plan is not None
-    assert [admission.request_id for admission in plan.admissions] == ["r0", "r1"]
+    assert [start.request_id for start in plan.starts] == ["r0", "r1"]
 
 
 class _Flickering(_Slow):
@@ -562,13 +565,12 @@ def test_a_mask_that_comes_while_a_plan_is_made_lets_nobody_decode_without_a_pag
         plan = scheduler.plan()
         if plan is None:
             continue
-        for admission in plan.admissions:
-            pages[admission.slot], position = len(admission.pages), 3
-        for growth in plan.growths:
-            pages[growth.slot] += len(growth.pages)
-        for slot in plan.decode:
+        for start in plan.starts:
+            pages[start.slot] = len(start.pages)
+        for grant in plan.grants:
+            pages[grant.slot] += len(grant.pages)
+        for slot, position in plan.decode:
             assert position < pages[slot] * SHAPE.page_size, "there is a page for what it writes"
-            position += 1
         scheduler.complete(_answer(plan, [7] * 8))
     assert position > 20
 
@@ -577,14 +579,14 @@ def test_pages_of_a_request_without_numbers_stay_unshared_while_another_has_them
     pool = PagePool(9, 4)
     tokens = tuple(range(12))
     pool.take("a", (), 3)
-    pool.publish("a", tokens)
+    pool.publish("a", tokens, 12)
     shared = pool.match(tokens)
     pool.take("b", shared, 1)
     pool.forget("a")
-    pool.publish("b", (*tokens, 1, 2, 3, 4))
+    pool.publish("b", (*tokens, 1, 2, 3, 4), 16)
     assert pool.match(tokens) == ()
     pool.give_back("a")
-    pool.publish("b", (*tokens, 1, 2, 3, 4))
+    pool.publish("b", (*tokens, 1, 2, 3, 4), 16)
     assert pool.match(tokens) == ()
     pool.give_back("b")
     assert (pool.used, pool.cached, pool.free) == (0, 0, 8)
@@ -594,15 +596,15 @@ def test_what_follows_a_forgotten_page_is_published_anew_without_a_trace_of_the_
     pool = PagePool(9, 4)
     tokens = tuple(range(12))
     pool.take("a", (), 1)
-    pool.publish("a", tokens[:4])
+    pool.publish("a", tokens, 4)
     pool.take("b", pool.match(tokens[:4]), 2)
-    pool.publish("b", tokens)
+    pool.publish("b", tokens, 12)
     pool.forget("a")
     pool.give_back("a")
     pool.give_back("b")
     for name in ("c", "d"):
         pool.take(name, pool.match(tokens), 3 - len(pool.match(tokens)))
-        pool.publish(name, tokens)
+        pool.publish(name, tokens, 12)
         pool.give_back(name)
     assert len(pool.match(tokens)) == 3
     pool.take("all", (), 8)

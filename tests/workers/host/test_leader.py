@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
-from grok.engine.v1 import engine_pb2
 from tests.support.fake_mesh import FakeRuntime, leading
 from tests.support.fake_service import ARGUMENTS, MODEL
 from tests.support.waiting import wait_until
 from workers.host.streams import Link, LinkError, connect
-from workers.messages.plan import EngineShape, StepTokens
+from workers.messages.codec import decode, encode
+from workers.messages.frames import Hello, LeaderInput, LeaderOutput, Refusal, RefusalKind
+from workers.messages.plan import EngineShape, Sampling, StepTokens
+from workers.messages.request import Request
 from workers.text.grammar import json_schema, regex
 from workers.text.sandbox import Sandbox
 
@@ -27,7 +29,7 @@ SHAPE = EngineShape(slots=1, groups=1, pages=9, page_size=4, chunk=8, context=32
 def _leading(slots: int, vocab_size: int = 100, sandbox: Sandbox | None = None) -> Iterator[Link]:
     """A gateway's stream to a leader with `slots` slots."""
     with leading(dataclasses.replace(SHAPE, slots=slots), vocab_size, 10, sandbox=sandbox) as address:
-        link = connect(address, engine_pb2.Hello(epoch=1, secret=b"s"), 5)
+        link = connect(address, Hello(1, b"s"), 5)
         link.settimeout(5)
         try:
             yield link
@@ -36,9 +38,7 @@ def _leading(slots: int, vocab_size: int = 100, sandbox: Sandbox | None = None) 
 
 
 def _submit(link: Link, id: str, max_tokens: int = 1, **sampling: Any) -> None:
-    submit = engine_pb2.Submit(request_id=id, prompt=[3, 4], max_tokens=max_tokens)
-    submit.sampling.CopyFrom(engine_pb2.Sampling(top_p=1.0, **sampling))
-    link.send(engine_pb2.LeaderInput(submit=submit).SerializeToString())
+    link.send(encode(LeaderInput(Request(id, (3, 4), max_tokens, Sampling(**sampling)))))
 
 
 def _until(link: Link, count: int) -> tuple[dict[str, int], dict[str, str]]:
@@ -47,10 +47,10 @@ def _until(link: Link, count: int) -> tuple[dict[str, int], dict[str, str]]:
     refused: dict[str, str] = {}
     ended = 0
     while ended < count:
-        output = engine_pb2.LeaderOutput.FromString(link.receive() or b"")
+        output = decode(LeaderOutput, link.receive() or b"")
         for event in output.tokens:
             tokens[event.request_id] = tokens.get(event.request_id, 0) + 1
-            ended += event.finish != engine_pb2.FINISH_UNSPECIFIED
+            ended += event.finish is not None
         for refusal in output.refusals:
             refused[refusal.request_id] = refusal.reason
             ended += 1
@@ -68,11 +68,11 @@ def test_nobody_hears_of_a_mesh_that_has_computed_nothing(monkeypatch: pytest.Mo
     monkeypatch.setattr(FakeRuntime, "read", slow)
     with _leading(slots=1) as link:
         for _ in range(3):
-            output = engine_pb2.LeaderOutput.FromString(link.receive() or b"")
-            assert not output.HasField("load"), "it lives, and that is all"
+            output = decode(LeaderOutput, link.receive() or b"")
+            assert output.load is None, "it lives, and that is all"
         computed.set()
-        while not output.HasField("load"):
-            output = engine_pb2.LeaderOutput.FromString(link.receive() or b"")
+        while output.load is None:
+            output = decode(LeaderOutput, link.receive() or b"")
 
 
 def test_who_waits_for_a_slot_gets_it_without_anybody_else_asking() -> None:
@@ -92,11 +92,11 @@ def test_who_waits_for_pages_gets_them() -> None:
 def test_requests_that_make_no_sense_are_refused_and_others_go_on() -> None:
     with _leading(slots=2) as link:
         _submit(link, "too large", top_k=2**31)
-        _submit(link, "uneven", bias_tokens=[1, 2], bias_values=[0.5])
+        _submit(link, "curious", top_logprobs=9)
         _submit(link, "sound", max_tokens=3)
         tokens, refused = _until(link, 3)
         assert tokens == {"sound": 3}
-        assert refused.keys() == {"too large", "uneven"}
+        assert refused.keys() == {"too large", "curious"}
 
 
 @pytest.fixture(scope="module")
@@ -108,16 +108,14 @@ def sandbox() -> Iterator[Sandbox]:
 
 
 def _formatted(link: Link, id: str, grammar: str) -> None:
-    submit = engine_pb2.Submit(request_id=id, prompt=[3, 4], max_tokens=8, grammar=grammar)
-    submit.sampling.CopyFrom(engine_pb2.Sampling(top_p=1.0, masked=True))
-    link.send(engine_pb2.LeaderInput(submit=submit).SerializeToString())
+    link.send(encode(LeaderInput(Request(id, (3, 4), 8, Sampling(masked=True), grammar=grammar))))
 
 
-def _outcomes(link: Link, names: set[str]) -> dict[str, engine_pb2.Refusal | None]:
+def _outcomes(link: Link, names: set[str]) -> dict[str, Refusal | None]:
     """How requests end: None for one that is whole."""
-    ended: dict[str, engine_pb2.Refusal | None] = {}
+    ended: dict[str, Refusal | None] = {}
     while ended.keys() != names:
-        output = engine_pb2.LeaderOutput.FromString(link.receive() or b"")
+        output = decode(LeaderOutput, link.receive() or b"")
         ended |= {refusal.request_id: refusal for refusal in output.refusals}
         ended |= {event.request_id: None for event in output.tokens if event.finish}
     return ended
@@ -134,15 +132,15 @@ def test_a_format_that_is_costly_or_that_the_tokens_leave_ends_that_request_and_
     costly, left = ended.pop("costly"), ended.pop("left")
     assert not any(ended.values())
     assert costly is not None
-    assert (costly.refused, "it takes more than" in costly.reason) == (engine_pb2.REFUSED_FAILED, True)
+    assert (costly.kind, "it takes more than" in costly.reason) == (RefusalKind.FAILED, True)
     assert left is not None
-    assert left.refused == engine_pb2.REFUSED_FAILED
+    assert left.kind is RefusalKind.FAILED
 
 
 def test_a_request_that_is_cancelled_while_its_format_is_read_is_forgotten(sandbox: Sandbox) -> None:
     with _leading(slots=4, vocab_size=MODEL.vocab_size, sandbox=sandbox) as link:
         _formatted(link, "r", json_schema('{"type": "integer", "multipleOf": 250007}'))
-        link.send(engine_pb2.LeaderInput(cancel=engine_pb2.Cancel(request_id="r")).SerializeToString())
+        link.send(encode(LeaderInput(cancel="r")))
         _submit(link, "r")
         assert _outcomes(link, {"r"}) == {"r": None}, "the name is free again"
 
@@ -163,10 +161,10 @@ def test_a_mesh_that_computes_no_numbers_serves_nobody(monkeypatch: pytest.Monke
 
 def test_the_first_load_to_a_gateway_brings_what_the_mesh_computed_of_its_first_token() -> None:
     with _leading(slots=1) as link:
-        loads: list[list[float]] = []
+        loads: list[tuple[float, ...]] = []
         while len(loads) < 2:
-            output = engine_pb2.LeaderOutput.FromString(link.receive() or b"")
-            if output.HasField("load"):
-                loads.append(list(output.load.canary))
+            output = decode(LeaderOutput, link.receive() or b"")
+            if output.load is not None:
+                loads.append(output.canary)
             _submit(link, f"r{len(loads)}")
-        assert loads == [[-1.0], []]
+        assert loads == [(-1.0,), ()]

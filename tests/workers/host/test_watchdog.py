@@ -8,11 +8,11 @@ import time
 import pytest
 
 from workers.host.watchdog import ENOUGH, UNKNOWN_SECONDS, Watchdog
-from workers.messages.plan import Chunk, Plan
+from workers.messages.plan import Chunk, DecodeRow, Plan
 
 
 def _plan(prompt: int) -> Plan:
-    return Plan(1, (), ((Chunk(0, 0, (3,) * prompt, True),),) if prompt else (), (0,))
+    return Plan(1, (), ((Chunk(0, 0, (3,) * prompt, True),),) if prompt else (), (DecodeRow(0, 1),))
 
 
 def _seen(watchdog: Watchdog, plan: Plan, seconds: float) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +20,36 @@ from workers.kernels.sampling import (
     IN_PROMPT,
     MASKED,
     PENALIZED,
-    Sampled,
+    TOP_IDS,
+    TOP_LOGPROBS,
     SamplingRows,
     SamplingState,
     sample,
 )
 
 VOCAB = 100
-SAMPLERS = {"portable": jax.jit(sample), "native": jax.jit(native_kernels().sample)}
+
+
+class Sampled(NamedTuple):
+    """Unpacked samples of B rows."""
+
+    token: jax.Array
+    logprob: jax.Array
+    top_ids: jax.Array
+    top_logprobs: jax.Array
+
+
+def _unpacked(sampler: Any) -> Callable[..., Sampled]:
+    @jax.jit
+    def sampled(*arguments: Any) -> Sampled:
+        packed = sampler(*arguments)
+        floats = jax.lax.bitcast_convert_type(packed, jnp.float32)
+        return Sampled(packed[:, 0], floats[:, 1], packed[:, TOP_IDS:TOP_LOGPROBS], floats[:, TOP_LOGPROBS:])
+
+    return sampled
+
+
+SAMPLERS = {"portable": _unpacked(sample), "native": _unpacked(native_kernels().sample)}
 
 both = pytest.mark.parametrize("sampler", SAMPLERS)
 
@@ -169,7 +193,7 @@ def test_a_row_is_not_touched_by_the_others(sampler: str) -> None:
 
 
 def _token(sampler: str, **values: float) -> int:
-    drawn: Sampled = SAMPLERS[sampler](jnp.zeros((1, 4096)), _state(vocab=4096), _rows(1, **values))
+    drawn = SAMPLERS[sampler](jnp.zeros((1, 4096)), _state(vocab=4096), _rows(1, **values))
     return int(drawn.token[0])
 
 
@@ -230,7 +254,7 @@ def test_rounded_sums_never_draw_what_is_not_kept() -> None:
     allowed = rng.choice(vocab, 1000, replace=False)
     logits[allowed] = rng.standard_normal(1000).astype(np.float32)
     rows = dataclasses.replace(_rows(4096, seed_low=1), position=jnp.arange(4096, dtype=jnp.int32))
-    draw = jax.jit(lambda logits, rows: sample(jnp.broadcast_to(logits, (64, vocab)), _state(vocab=vocab), rows).token)
+    draw = jax.jit(lambda logits, rows: sample(jnp.broadcast_to(logits, (64, vocab)), _state(vocab=vocab), rows)[:, 0])
     for top_k in (0, 900):
         for start in range(0, 4096, 64):
             some = jax.tree.map(lambda values, start=start: values[start : start + 64], rows)

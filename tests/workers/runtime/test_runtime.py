@@ -20,7 +20,7 @@ from workers.checkpoint.loader import load_parameters
 from workers.engine.scheduler import Counts, Scheduler
 from workers.kernels.cpu.kernels import native_kernels
 from workers.kernels.interface import PORTABLE, STACKED, Kernels
-from workers.messages.plan import Admission, Chunk, EngineShape, Plan, Sampling, Token
+from workers.messages.plan import Chunk, EngineShape, Plan, Sampling, SlotStart, Token
 from workers.messages.request import Request
 from workers.model.config import GrokConfig
 from workers.model.parameters import parameter_table
@@ -84,6 +84,7 @@ def make_requests(count: int, seed: int) -> list[Request]:
             min_p=rng.choice([0.0, 0.1]),
             repetition_penalty=1.3 if i % 7 == 0 else 1.0,
             frequency_penalty=0.5 if i % 9 == 0 else 0.0,
+            top_logprobs=i % 9,
         )
         prompt = tuple(rng.randrange(3, VOCAB) for _ in range(rng.randint(1, 60)))
         if i % 3 == 1:
@@ -221,20 +222,20 @@ def test_shapes_that_divide_nothing_give_the_same_numbers_on_any_mesh(tmp_path: 
         runtime = Runtime(Blueprint(checkpoint.config, shape, partition, params), partition)
         runtime.set_parameters(params)
         runtime.warm_up()
-        admission = Admission(0, tuple(range(1, 1 + shape.table_width)), Sampling())
+        start_ = SlotStart(0, tuple(range(1, 1 + shape.table_width)), Sampling())
         chunk = Chunk(0, 0, prompt, last=False)
-        logits.append(runtime.score(Plan(1, (admission,), ((chunk,),), ()))[0])
+        logits.append(runtime.score(Plan(1, (start_,), ((chunk,),), ()))[0])
     for other in logits[1:]:
         np.testing.assert_allclose(other, logits[0], atol=1e-4 * logits[0].std())
 
 
 def _logits(runtime: Runtime, prompt: tuple[int, ...], cuts: list[int]) -> np.ndarray:
     """Logits of all positions of a prompt that is cut there."""
-    admission = Admission(0, tuple(range(1, 1 + runtime.shape.table_width)), Sampling())
+    start_ = SlotStart(0, tuple(range(1, 1 + runtime.shape.table_width)), Sampling())
     parts = []
     for start, end in itertools.pairwise([0, *cuts, len(prompt)]):
         chunk = Chunk(0, start, prompt[start:end], last=False)
-        parts.append(runtime.score(Plan(1, (admission,) if start == 0 else (), ((chunk,),), ()))[0])
+        parts.append(runtime.score(Plan(1, (start_,) if start == 0 else (), ((chunk,),), ()))[0])
     return np.concatenate(parts)
 
 

@@ -46,13 +46,13 @@ def _schedule(
             scheduler.submit(waiting.pop())
         if rng.random() < cancelling:
             scheduler.cancel(rng.choice(requests).id)
-        scheduler.prompt_budget = rng.randint(1, runtime.shape.chunk)
-        plan = scheduler.plan()
+        plan = scheduler.plan(rng.randint(1, runtime.shape.chunk))
         if plan is not None:
             in_flight.append(runtime.execute(plan))
         if in_flight and (plan is None or len(in_flight) >= depth):
             for event in scheduler.complete(runtime.read(in_flight.popleft())):
                 tokens[event.request_id].append(event.token)
+    scheduler.check_integrity()
     assert scheduler.load.pages_used == 0
     return tokens, scheduler
 

@@ -10,14 +10,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from workers.kernels.interface import Arrays, Kernels
 from workers.kernels.packed import Array, PackedTable, PackedWeight, empty, packed_shape, rows_of
-from workers.kernels.sampling import Sampled, SamplingRows, SamplingState, uniforms
+from workers.kernels.sampling import PACKED_WIDTH, SamplingRows, SamplingState, uniforms
 from workers.kernels.weights import Weight
 from workers.kernels.xla.paged_attention import LOGIT_CAP
-from workers.messages.plan import ALTERNATIVES
 
 #: From the one that any machine has to the fastest.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512-vnni")
@@ -175,12 +173,10 @@ def _attend(
     return mixed, key_pages, value_pages
 
 
-def _sample(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> Sampled:
+def _sample(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
     penalties = (rows.repetition, rows.presence, rows.frequency)
     floats = jnp.stack([rows.temperature, rows.top_p, rows.min_p, *penalties, uniforms(rows)], axis=-1)
     ints = jnp.stack([rows.slot, rows.active.astype(jnp.int32), rows.flags, rows.top_k], axis=-1)
-    packed = jax.ShapeDtypeStruct((logits.shape[0], 2 + 2 * ALTERNATIVES), jnp.int32)
-    drawn = jax.ffi.ffi_call("grokmesh_sample", packed)(logits, floats, ints, state.bias, state.counts, state.mask)
-    logprobs = lax.bitcast_convert_type(drawn, jnp.float32)
-    first = 2 + ALTERNATIVES
-    return Sampled(drawn[:, 0], logprobs[:, 1], drawn[:, 2:first], logprobs[:, first:])
+    call = jax.ffi.ffi_call("grokmesh_sample", jax.ShapeDtypeStruct((logits.shape[0], PACKED_WIDTH), jnp.int32))
+    packed: jax.Array = call(logits, floats, ints, state.bias, state.counts, state.mask)
+    return packed

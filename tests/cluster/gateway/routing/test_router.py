@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import struct
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import grpc
 import pytest
@@ -14,12 +15,12 @@ from cluster.gateway.errors import GatewayError
 from cluster.gateway.routing.router import MOST_TRIALS, LeaderAddress, Router
 from cluster.gateway.session import Session
 from cluster.gateway.stop import StopTexts
-from grok.engine.v1 import engine_pb2
 from tests.conftest import DEMO
 from workers.host.streams import PULSE_SECONDS
-from workers.messages import codec
+from workers.messages.codec import decode, encode
+from workers.messages.frames import Hello, LeaderInput, LeaderOutput, Refusal, RefusalKind
 from workers.messages.plan import Sampling, Token
-from workers.messages.request import Finish, Request, TokenEvent
+from workers.messages.request import Finish, Load, Request, TokenEvent
 from workers.text.tokenizer import Tokenizer
 
 SILENCE_SECONDS = 1.5
@@ -32,24 +33,29 @@ class _Leader:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, epoch: int) -> None:
         self._reader, self._writer, self._epoch = reader, writer, epoch
 
-    async def hear(self) -> engine_pb2.LeaderInput:
-        while not (frame := await self.frame()):
+    async def submitted(self) -> Request:
+        message = await self.hear()
+        assert message.submit is not None
+        return message.submit
+
+    async def hear(self) -> LeaderInput:
+        while (message := decode(LeaderInput, await self.frame())) == LeaderInput():
             pass  # it lives
-        return engine_pb2.LeaderInput.FromString(frame)
+        return message
 
     async def frame(self) -> bytes:
         (length,) = struct.unpack(">I", await self._reader.readexactly(4))
         return await self._reader.readexactly(length)
 
-    def say(self, **parts: object) -> None:
-        frame = engine_pb2.LeaderOutput(epoch=self._epoch, **parts).SerializeToString()  # type: ignore[arg-type]
+    def say(self, **parts: Any) -> None:
+        frame = encode(LeaderOutput(self._epoch, **parts))
         self._writer.write(struct.pack(">I", len(frame)) + frame)
 
     def draw(self, *ids: int, last: bool = False, name: str = "r") -> None:
         events = [TokenEvent(name, Token(id, -0.5, ()), None) for id in ids]
         if last:
             events[-1] = TokenEvent(name, events[-1].token, Finish.LENGTH)
-        self.say(tokens=[codec.event_to_proto(event) for event in events])
+        self.say(tokens=tuple(events))
 
     def die(self) -> None:
         self._writer.transport.abort()
@@ -64,11 +70,11 @@ async def _leading(router: Router, replica: int, epoch: int) -> AsyncIterator[_L
     ready = asyncio.Event()
     serving = asyncio.ensure_future(router.serve(LeaderAddress(replica, epoch, f"{host}:{port}", b"s"), ready.set))
     leader = await joined.get()
-    assert engine_pb2.Hello.FromString(await leader.frame()).epoch == epoch
+    assert decode(Hello, await leader.frame()).epoch == epoch
     leader.say()
     await asyncio.sleep(0.01)
     assert not ready.is_set(), "that it lives is not enough"
-    leader.say(load=engine_pb2.Load())
+    leader.say(load=Load())
     await ready.wait()
     try:
         yield leader
@@ -83,7 +89,8 @@ def _session() -> Session:
     return Session(Request("r", (5, 6), 6, Sampling(seed=1)), StopTexts.of(()), TOKENIZER)
 
 
-def _resumed(message: engine_pb2.LeaderInput) -> list[int]:
+def _resumed(message: LeaderInput) -> list[int]:
+    assert message.submit is not None
     assert list(message.submit.prompt) == [5, 6]
     return list(message.submit.resumed)
 
@@ -133,11 +140,11 @@ def test_sessions_wait_for_a_replica_that_is_built_again(end: Callable[[_Leader]
         router.cancel(cancelled)
         async with _leading(router, 0, 2) as again:
             assert _resumed(await again.hear()) == [10]
-            assert (await again.hear()).submit.request_id == "late"
+            assert (await again.submitted()).id == "late"
             again.draw(11, 12, 13, 14, 15, last=True)
             assert await _ids(session) == [10, 11, 12, 13, 14, 15]
             router.cancel(late)
-            assert (await again.hear()).cancel.request_id == "late"
+            assert (await again.hear()).cancel == "late"
         assert router.sessions == 0
 
     asyncio.run(play())
@@ -175,7 +182,7 @@ def test_who_was_admitted_is_not_turned_away_by_a_full_replica() -> None:
             first.draw(10)
             await session.next_deltas()
             first.die()
-            full = [engine_pb2.Refusal(request_id="r", reason="full", refused=engine_pb2.REFUSED_FULL)]
+            full = (Refusal("r", "full", RefusalKind.FULL),)
             assert _resumed(await second.hear()) == [10]
             second.say(refusals=full)
             assert _resumed(await second.hear()) == [10]  # again, a little later
@@ -206,11 +213,9 @@ def test_a_session_that_breaks_every_replica_breaks_no_more_and_takes_no_others_
         while not reading[guilty].done():
             epoch += 1
             async with _leading(router, 0, epoch) as leader:
-                while (message := await leader.hear()).submit.request_id != guilty:
-                    count = min(10, 20 - len(message.submit.resumed))
-                    leader.draw(
-                        *[9] * count, last=len(message.submit.resumed) + count == 20, name=message.submit.request_id
-                    )
+                while (request := await leader.submitted()).id != guilty:
+                    count = min(10, 20 - len(request.resumed))
+                    leader.draw(*[9] * count, last=len(request.resumed) + count == 20, name=request.id)
             await asyncio.sleep(0.01)
         with pytest.raises(GatewayError, match="it must be why") as raised:
             await reading.pop(guilty)
@@ -218,8 +223,8 @@ def test_a_session_that_breaks_every_replica_breaks_no_more_and_takes_no_others_
         async with _leading(router, 0, epoch + 1) as leader:
             while not all(task.done() for task in reading.values()):
                 with contextlib.suppress(TimeoutError):
-                    submit = (await asyncio.wait_for(leader.hear(), 0.1)).submit
-                    leader.draw(*[9] * (20 - len(submit.resumed)), last=True, name=submit.request_id)
+                    request = await asyncio.wait_for(leader.submitted(), 0.1)
+                    leader.draw(*[9] * (20 - len(request.resumed)), last=True, name=request.id)
         for task in reading.values():
             assert await task == [9] * 20
         assert router.sessions == 0

@@ -1,0 +1,124 @@
+"""A request that has a slot: how far plans have taken it, and what came of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from workers.engine.drafter import Drafter
+from workers.messages.plan import DecodeRow, Draft, Mask, Token
+from workers.messages.request import Constraint, Finish, Request, TokenEvent
+
+
+class NoNumbersError(ArithmeticError):
+    """The model gave a sequence no numbers."""
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """A request with a slot. Plans run ahead of their results, so there are two counts of its tokens.
+
+    Attributes:
+      request: what it is computed for.
+      slot: where.
+      constraint: which tokens may come next, if it follows a grammar.
+      accepted: tokens that the constraint knows.
+      prefix: what is computed before anything is sampled.
+      forced: tokens that are known before they are sampled, from the first on.
+      prefilled: positions of the prefix that plans have covered.
+      scheduled: tokens that plans sample for certain.
+      tokens: those that came back.
+      drafter: guesses its tokens, where that is allowed.
+      drafting: whether a draft is on its way, so that nobody knows how many tokens will come.
+      ready: whether it was known what may be sampled next when the plan in the making was begun. A sequence that got no pages
+        then must not decode, whatever comes meanwhile.
+      done: whether it has ended. What still comes for it counts for nothing.
+    """
+
+    request: Request
+    slot: int
+    constraint: Constraint | None
+    accepted: int
+    prefix: tuple[int, ...]
+    forced: tuple[int, ...]
+    prefilled: int
+    scheduled: int = 0
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    drafter: Drafter | None = None
+    drafting: bool = False
+    ready: bool = True
+    done: bool = False
+
+    @property
+    def prompt_done(self) -> bool:
+        """Whether plans have covered its prefix."""
+        return self.prefilled == len(self.prefix)
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be planned."""
+        return self.request.max_tokens - self.scheduled
+
+    @property
+    def position(self) -> int:
+        """Where its last scheduled token stands, which the next step reads."""
+        return len(self.request.prompt) + self.scheduled - 1
+
+    @property
+    def known(self) -> bool:
+        """Whether all scheduled tokens have come back."""
+        return self.scheduled == len(self.tokens)
+
+    @property
+    def guessing(self) -> bool:
+        """Whether its guesses are worth computing."""
+        return self.drafter is not None and self.drafter.worth
+
+    def decode(self, steps: int) -> DecodeRow:
+        """Schedules `steps` tokens."""
+        row = DecodeRow(self.slot, self.position)
+        self.scheduled += steps
+        return row
+
+    def draft(self) -> Draft | None:
+        """A draft, if there are guesses. All scheduled tokens must be known. The sequence then waits for what comes of it."""
+        assert self.known
+        guesses = self.drafter.guesses(self.left - 1) if self.drafter is not None else ()
+        if not guesses:
+            return None
+        self.drafting = True
+        return Draft(self.slot, self.position, (self.tokens[-1], *guesses))
+
+    def force_at(self, place: int) -> int | None:
+        """The token that must be sampled at a place of the completion, if it is known."""
+        return self.forced[place] if place < len(self.forced) else None
+
+    def mask_at(self, place: int) -> Mask | None:
+        """What may be sampled at a place of the completion, if not everything."""
+        if self.constraint is None or place < len(self.forced):
+            return None
+        return Mask(self.slot, self.constraint.mask())
+
+    def receive(self, tokens: tuple[Token, ...]) -> Iterator[TokenEvent]:
+        """Takes the next tokens until one of them is the last; what the request gets. Raises NoNumbersError."""
+        request = self.request
+        for token in tokens:
+            if math.isnan(token.logprob):
+                raise NoNumbersError
+            self.tokens.append(token.id)
+            if self.constraint is not None and len(self.tokens) > self.accepted:
+                self.constraint.accept(token.id)
+                self.accepted += 1
+            if self.drafter is not None:
+                self.drafter.add(token.id)
+            if len(self.tokens) <= len(self.forced):
+                continue
+            finish = None
+            if token.id in request.stop_tokens:
+                finish = Finish.EOS
+            elif len(self.tokens) == request.max_tokens:
+                finish = Finish.LENGTH
+            yield TokenEvent(request.id, token, finish)
+            if finish is not None:
+                return
