@@ -19,8 +19,12 @@ from typing import Any
 import grpc
 
 from cluster import capacity, daemon
-from cluster.client import (
-    API_KEY_VARIABLE,
+from cluster.config.reader import ACTIVATIONS, KV_CACHES, WEIGHTS, ConfigError, load_config
+from cluster.gateway.auth.api_keys import KeysError, new_key
+from cluster.gateway.auth.tls import TlsError
+from cluster.local_ray import LocalClusterError, prepare_environment
+from grok.serving.v1 import cluster_pb2
+from grokmesh import (
     DEFAULT_ADDRESS,
     Client,
     ClientError,
@@ -28,11 +32,6 @@ from cluster.client import (
     Tls,
     completion_request,
 )
-from cluster.config.reader import ACTIVATIONS, KV_CACHES, WEIGHTS, ConfigError, load_config
-from cluster.gateway.auth.api_keys import KeysError, new_key
-from cluster.gateway.auth.tls import TlsError
-from cluster.local_ray import LocalClusterError, prepare_environment
-from grok.serving.v1 import cluster_pb2
 from workers.capacity.hardware import HardwareError
 from workers.checkpoint.errors import CheckpointError
 from workers.checkpoint.storage import locate
@@ -43,6 +42,8 @@ from workers.telemetry import logs
 from workers.text.tokenizer import TokenizerError
 
 CONFIG = pathlib.Path("ray_config.yaml")
+#: Environment variable that holds an API key.
+API_KEY_VARIABLE = "GROKMESH_API_KEY"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import yaml
 
 from cluster import daemon
 from cluster.cli import format_status
-from cluster.client import Client
+from grokmesh import Client
 from workers.host.streams import free_port
 
 PROMPT = "In the beginning God created the heaven and the earth. And the"

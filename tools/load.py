@@ -12,8 +12,8 @@ import random
 import sys
 import time
 
-from cluster.client import AsyncClient, Options
 from grok.serving.v1 import cluster_pb2
+from grokmesh import AsyncClient, Options
 
 PROMPTS = (
     "In the beginning",

@@ -12,6 +12,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 DOMAIN = "grokmesh"
+#: By which clients that let gRPC try again know when.
+_PUSHBACK = "grpc-retry-pushback-ms"
 #: A status travels in metadata, of which clients take 8 KiB: so many violations are told, and so many bytes of each and of the
 #: message.
 MOST_VIOLATIONS, PROBLEM_BYTES, MESSAGE_BYTES = 8, 256, 512
@@ -23,6 +25,13 @@ class Violation:
 
     field: str
     problem: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Status(grpc.Status):
+    code: grpc.StatusCode
+    details: str
+    trailing_metadata: tuple[tuple[str, str | bytes], ...]
 
 
 class GatewayError(Exception):
@@ -61,9 +70,11 @@ class GatewayError(Exception):
             packed.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
         code: int = self.code.value[0]
         assert code in code_pb2.Code.values()
-        return rpc_status.to_status(
-            status_pb2.Status(code=code, message=_cut(str(self), MESSAGE_BYTES), details=packed)
-        )
+        status = status_pb2.Status(code=code, message=_cut(str(self), MESSAGE_BYTES), details=packed)
+        metadata = rpc_status.to_status(status).trailing_metadata or ()
+        if self.retry_seconds is not None:  # gRPC's core never goes on after a pushback of 0
+            metadata = (*metadata, (_PUSHBACK, str(max(1, round(self.retry_seconds * 1000)))))
+        return _Status(self.code, status.message, metadata)
 
 
 def code_name(error: BaseException | None, seconds_left: float | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from cluster.client import Client, Token
+from grokmesh import Client, Token
 
 PROMPTS = ("In the beginning", "And the lion said", "The", "Once upon a time there was a fox who", "A wolf ")
 

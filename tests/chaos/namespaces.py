@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import grpc
 import yaml
 
-from cluster.client import Client
 from grok.serving.v1 import cluster_pb2
+from grokmesh import Client
 from tests.conftest import DEMO
 from tests.rayup.hosts import Hosts
 from tests.support.debian import require

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from cluster.client import Client
+from grokmesh import Client
 from tests.chaos import namespaces
 from tests.chaos.faults import PHASES, Strike, Target, host_faults, inject, process_faults, table
 from tests.chaos.history import Load, make_cases

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from cluster.client import Client
 from grok.serving.v1 import cluster_pb2
+from grokmesh import Client
 from tests.chaos import namespaces
 from tests.chaos.history import Load, make_cases
 from tests.support.waiting import wait_until

@@ -8,7 +8,7 @@ import os
 import pathlib
 
 from cluster import daemon
-from cluster.client import Client
+from grokmesh import Client
 from tests.chaos.history import Load, make_cases
 from tests.support.service import Service, running
 

@@ -11,8 +11,8 @@ import time
 import grpc
 import pytest
 
-from cluster.client import Client, Completion
 from grok.serving.v1 import cluster_pb2
+from grokmesh import Client, Completion
 from tests.chaos import namespaces
 from tests.chaos.poison.sitecustomize import POISON
 from tests.conftest import DEMO

@@ -18,12 +18,12 @@ import yaml
 
 from cluster import daemon
 from cluster.cli import main
-from cluster.client import Client, ClientError, Tls
 from cluster.config.reader import ConfigError, load_config
 from cluster.gateway.server import _check_free
 from cluster.local_ray import LocalClusterError, prepare_environment
 from cluster.telemetry.web import WebServer
 from grok.serving.v1 import cluster_pb2
+from grokmesh import Client, ClientError, Tls
 from tests.conftest import DEMO
 from tests.support.service import running
 from workers.host.environment import EnvironmentProblem, bypass_proxies, settle

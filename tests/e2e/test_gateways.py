@@ -6,7 +6,7 @@ import pathlib
 import signal
 from typing import Any
 
-from cluster.client import Client
+from grokmesh import Client
 from tests.support.service import running
 
 

@@ -17,9 +17,9 @@ import grpc
 import pytest
 import yaml
 
-from cluster.cli import main
-from cluster.client import API_KEY_VARIABLE, Client, completion_request
+from cluster.cli import API_KEY_VARIABLE, main
 from grok.serving.v1 import generation_pb2, generation_pb2_grpc
+from grokmesh import Client, completion_request
 from tests.support.chromium import chromium
 from tests.support.debian import require
 from tests.support.monitored import PROMETHEUS, Stage, filled, monitored

@@ -17,11 +17,11 @@ import pytest
 import yaml
 
 from cluster import daemon
-from cluster.client import Client, completion_request
 from cluster.config.reader import AutoscalingSection
 from cluster.controller.autoscaler import Autoscaler, Signals
 from cluster.gateway.auth.api_keys import new_key
 from grok.serving.v1 import cluster_pb2, generation_pb2, generation_pb2_grpc
+from grokmesh import Client, completion_request
 from tests.support.service import START_SECONDS, read_metrics, running
 from tests.support.waiting import wait_until
 

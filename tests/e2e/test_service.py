@@ -22,8 +22,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from cluster.cli import main
-from cluster.client import AsyncClient, Client, Completion, Options, completion_request
 from grok.serving.v1 import cluster_pb2, generation_pb2, generation_pb2_grpc
+from grokmesh import AsyncClient, Client, Completion, Options, completion_request
 from tests.conftest import DEMO
 from tests.support.service import Service, read_metrics, running
 from tools.load import cases, run

@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 from google.protobuf.message import DecodeError, Message
 
-from cluster.client import completion_request
 from cluster.config.reader import ConfigError, load_config
 from cluster.gateway.auth.api_keys import ANONYMOUS, Keys, KeysError
 from cluster.gateway.errors import GatewayError
@@ -20,6 +19,7 @@ from cluster.gateway.session import Session
 from cluster.gateway.stop import StopTexts
 from cluster.gateway.validation import Limits, to_request
 from grok.serving.v1 import cluster_pb2, generation_pb2
+from grokmesh import completion_request
 from tests.conftest import DEMO, GOLDEN
 from tests.support.constraints import LocalConstraint
 from tests.support.fake_service import MODEL, TOKENIZER, InlineTexts, now

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 from opentelemetry import trace
 
-from cluster.client import Client
 from cluster.config.reader import Config, GatewaySection, ModelSection
 from cluster.gateway.admission.latency import RecentLatency
 from cluster.gateway.auth.api_keys import Caller, Keys
@@ -21,6 +20,7 @@ from cluster.gateway.server import Gateway
 from cluster.gateway.text_job import TextJobs
 from cluster.gateway.texts import TEXT_BUDGET, Done, Texts
 from cluster.gateway.validation import Limits
+from grokmesh import Client
 from tests.conftest import DEMO
 from tests.support.fake_mesh import leading
 from tests.support.waiting import wait_until

@@ -21,8 +21,8 @@ import yaml
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1 import trace_pb2
 
-from cluster.client import Client
 from cluster.gateway.auth.api_keys import new_key
+from grokmesh import Client
 from tests.support.service import Service, running
 from workers.host.streams import free_port
 

@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from cluster import daemon
-from cluster.client import Client
 from grok.serving.v1 import cluster_pb2
+from grokmesh import Client
 from tests.conftest import DEMO
 from workers.host.streams import free_port
 

@@ -10,7 +10,7 @@ import asyncio
 import pathlib
 import tempfile
 
-from cluster.client import AsyncClient
+from grokmesh import AsyncClient
 from tests.conftest import DEMO
 from tests.support.service import Service, read_metrics, running
 

@@ -24,8 +24,8 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.client import AsyncClient, completion_request
 from grok.serving.v1 import generation_pb2
+from grokmesh import AsyncClient, completion_request
 from tools.bench.processes import resident
 
 STREAMS, ATTACKERS = 16, 32

@@ -20,8 +20,8 @@ from collections.abc import AsyncIterator
 import grpc
 import grpc.aio
 
-from cluster.client import completion_request
 from grok.serving.v1 import generation_pb2, generation_pb2_grpc
+from grokmesh import completion_request
 from tests.support.fake_service import serving
 from tests.support.service import running
 from tools.bench.processes import cpu_seconds, resident

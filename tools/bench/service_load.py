@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 import grpc
 
-from cluster.client import AsyncClient, Tls
+from grokmesh import AsyncClient, Tls
 
 #: Prompt, tokens to draw, seed.
 Work = tuple[list[int], int, int]

@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 
-from cluster.client import AsyncClient
+from grokmesh import AsyncClient
 from tests.support.fake_service import serving
 from tools.bench.processes import resident
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import grpc.aio
 
-from cluster.client import AsyncClient
 from grok.serving.v1 import generation_pb2
+from grokmesh import AsyncClient
 from tests.support.service import running
 from tools.bench.processes import cpu_seconds
 from workers.host.streams import free_port

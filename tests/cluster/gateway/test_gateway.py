@@ -15,7 +15,6 @@ from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.client import Options, completion_request
 from cluster.gateway.admission.admission import MARGIN, Admission
 from cluster.gateway.auth.api_keys import ANONYMOUS, Caller
 from cluster.gateway.errors import GatewayError, Violation, exhausted, invalid
@@ -23,6 +22,7 @@ from cluster.gateway.session import Delta, Session
 from cluster.gateway.stop import StopMatcher, StopTexts
 from cluster.gateway.validation import Limits, to_request
 from grok.serving.v1 import generation_pb2
+from grokmesh import Options, completion_request
 from tests.support.fake_service import MODEL, TOKENIZER, InlineTexts, now
 from workers.messages.plan import Sampling, Token
 from workers.messages.request import Finish, Request, TokenEvent
@@ -345,7 +345,8 @@ def test_who_would_wait_too_long_is_turned_away_and_told_until_when() -> None:
 
 def test_a_status_carries_its_details() -> None:
     status = exhausted("too much", 2.5).status()
-    ((key, value),) = status.trailing_metadata or ()
+    (key, value), pushback = status.trailing_metadata or ()
+    assert pushback == ("grpc-retry-pushback-ms", "2500")
     assert key == "grpc-status-details-bin"
     details = status_pb2.Status.FromString(value if isinstance(value, bytes) else value.encode()).details
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()

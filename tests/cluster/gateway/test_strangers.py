@@ -17,10 +17,10 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.client import Client, Options, completion_request
 from cluster.gateway.auth.api_keys import new_key
 from cluster.gateway.interceptor import MOST_OPEN
 from grok.serving.v1 import generation_pb2, generation_pb2_grpc
+from grokmesh import Client, Options, completion_request
 from tests.support.fake_service import TOKENIZER, serving
 from tools.bench.processes import resident
 

@@ -11,9 +11,9 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.client import Client
 from cluster.gateway.errors import GatewayError, Violation, exhausted, invalid, unavailable
 from grok.serving.v1 import generation_pb2, generation_pb2_grpc
+from grokmesh import Client
 
 
 class _Server(generation_pb2_grpc.GenerationServiceServicer):
@@ -55,7 +55,7 @@ def _server(script: list[GatewayError | None], broken: int = 9) -> _Server:
 
 
 @contextlib.contextmanager
-def _serving(servicer: _Server) -> Iterator[Client]:
+def _serving(servicer: Any) -> Iterator[Client]:
     server = grpc.server(concurrent.futures.ThreadPoolExecutor(2))
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -136,8 +136,47 @@ def test_a_stream_that_brings_nothing_more_is_given_up() -> None:
     assert servicer.calls == 3
 
 
-def test_several_completions_at_once_are_not_begun_again() -> None:
-    servicer = _server([], broken=1)
-    with _serving(servicer) as client, pytest.raises(grpc.RpcError):
-        list(client.generate("x", n=2))
-    assert servicer.calls == 1
+class _Several(generation_pb2_grpc.GenerationServiceServicer):
+    """Completions of three tokens each, which are seed, index and place; the first call breaks after `broken` parts."""
+
+    def __init__(self, broken: int) -> None:
+        self.broken = broken
+        self.asked: list[tuple[int, int, int]] = []
+
+    def Generate(self, request: Any, context: Any) -> Iterator[generation_pb2.GenerateResponse]:  # noqa: N802
+        completion = request.completion
+        count, known = max(1, completion.n), list(completion.resume.ids)
+        seed = completion.sampling.seed if completion.sampling.HasField("seed") else 50
+        self.asked.append((count, seed, len(known)))
+        parts = 0
+        for place in range(len(known), 3):
+            for index in range(count):
+                if len(self.asked) == 1 and parts == self.broken:
+                    context.abort_with_status(unavailable("lost", retry_seconds=0.0).status())
+                parts += 1
+                last = generation_pb2.FINISH_REASON_EOS if place == 2 else generation_pb2.FINISH_REASON_UNSPECIFIED
+                token = generation_pb2.GeneratedToken(id=100 * (seed + index) + place)
+                yield generation_pb2.GenerateResponse(
+                    tokens=[token], finish_reason=last, seed=seed + index, index=index
+                )
+
+
+@pytest.mark.parametrize(
+    ("broken", "asked"),
+    [
+        (0, [(2, 50, 0), (2, 50, 0)]),
+        (1, [(2, 50, 0), (1, 50, 1), (1, 51, 0)]),
+        (3, [(2, 50, 0), (1, 50, 2), (1, 51, 1)]),
+        (5, [(2, 50, 0), (1, 51, 2)]),
+        (9, [(2, 50, 0)]),
+    ],
+)
+def test_several_completions_at_once_go_on_where_they_broke_off(broken: int, asked: list[tuple[int, int, int]]) -> None:
+    servicer = _Several(broken)  # type: ignore[abstract]  # the other methods are never called
+    with _serving(servicer) as client:
+        got: dict[int, list[int]] = {0: [], 1: []}
+        for part in client.generate("x", n=2):
+            got[part.index] += [token.id for token in part.tokens]
+            assert part.seed == 50 + part.index
+    assert got == {0: [5000, 5001, 5002], 1: [5100, 5101, 5102]}
+    assert servicer.asked == asked

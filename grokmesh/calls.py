@@ -1,0 +1,75 @@
+"""The calls that answer at once, a function each: what they send, and what their answers mean."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar, Unpack
+
+from google.protobuf.message import Message
+
+from grok.serving.v1 import cluster_pb2, generation_pb2
+from grokmesh.completions import Completion, Options, completion_of, completion_request
+
+Result = TypeVar("Result")
+_GENERATION, _CLUSTER = "/grok.serving.v1.GenerationService/", "/grok.serving.v1.ClusterService/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Call(Generic[Result]):
+    """A request to a method.
+
+    Attributes:
+      path: of the method.
+      request: that it gets.
+      response: kind of message that it answers.
+      result: what the caller gets of it.
+    """
+
+    path: str
+    request: Message
+    response: type[Message]
+    result: Callable[[Any], Result]
+
+
+def complete(prompt: str | Sequence[int], **options: Unpack[Options]) -> Call[Completion]:
+    """A whole completion."""
+    request = generation_pb2.GenerateOnceRequest(completion=completion_request(prompt, **options))
+    return Call(f"{_GENERATION}GenerateOnce", request, generation_pb2.GenerateOnceResponse, completion_of)
+
+
+def tokenize(text: str) -> Call[list[int]]:
+    """The tokens of a text."""
+    request = generation_pb2.TokenizeRequest(text=text)
+    return Call(f"{_GENERATION}Tokenize", request, generation_pb2.TokenizeResponse, lambda response: list(response.ids))
+
+
+def detokenize(ids: Sequence[int]) -> Call[str]:
+    """The text of tokens."""
+    request = generation_pb2.DetokenizeRequest(ids=ids)
+    return Call(f"{_GENERATION}Detokenize", request, generation_pb2.DetokenizeResponse, lambda response: response.text)
+
+
+def count_tokens(text: str) -> Call[int]:
+    """The number of tokens of a text."""
+    request = generation_pb2.CountTokensRequest(text=text)
+    response = generation_pb2.CountTokensResponse
+    return Call(f"{_GENERATION}CountTokens", request, response, lambda response: response.tokens)
+
+
+def model() -> Call[generation_pb2.GetModelResponse]:
+    """The served model."""
+    request = generation_pb2.GetModelRequest()
+    return Call(f"{_GENERATION}GetModel", request, generation_pb2.GetModelResponse, lambda response: response)
+
+
+def status() -> Call[cluster_pb2.GetStatusResponse]:
+    """Replicas, hosts and load."""
+    request = cluster_pb2.GetStatusRequest()
+    return Call(f"{_CLUSTER}GetStatus", request, cluster_pb2.GetStatusResponse, lambda response: response)
+
+
+def restart(replica: int) -> Call[int]:
+    """A replica gets new worker processes. Not tried again."""
+    request = cluster_pb2.RestartRequest(replica=replica)
+    return Call(f"{_CLUSTER}Restart", request, cluster_pb2.RestartResponse, lambda response: response.epoch)

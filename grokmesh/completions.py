@@ -1,0 +1,102 @@
+"""What is asked of a completion, and what it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TypedDict, Unpack
+
+from grok.serving.v1 import generation_pb2
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """A token, its logarithmic probability under the model, and the likeliest tokens at its place with theirs."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A completion, or a part of one.
+
+    Attributes:
+      request_id: names the request in the server's logs.
+      text: of the tokens; in a part, what is new.
+      tokens: in order; in a part, those that are new.
+      finish_reason: `eos`, `stop` or `length`; None in all parts but the last.
+      prompt_tokens: 0 in all parts but the last.
+      seed: with which the same request gives the same tokens.
+      index: of the completion, where several were asked for.
+      others: of a whole completion, the others that were asked for.
+    """
+
+    request_id: str
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: str | None
+    prompt_tokens: int
+    seed: int
+    index: int = 0
+    others: tuple[Completion, ...] = ()
+
+
+class Options(TypedDict, total=False):
+    """How to complete; see `grok/serving/v1/generation.proto` for what each means, and for what is assumed if it is absent."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    logit_bias: Mapping[int, float]
+    allowed_tokens: Sequence[int]
+    stop: Sequence[str]
+    ignore_eos: bool
+    top_logprobs: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    json_schema: str
+    regex: str
+    choice: Sequence[str]
+    n: int
+    priority: int
+
+
+def completion_request(prompt: str | Sequence[int], **options: Unpack[Options]) -> generation_pb2.Completion:
+    """The request for a completion of a text or of tokens."""
+    sampling = set(generation_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
+    given = {name: value for name, value in options.items() if name != "choice"}
+    parameters = {name: given.pop(name) for name in list(given) if name in sampling}
+    completion = generation_pb2.Completion(sampling=generation_pb2.SamplingParams(**parameters), **given)  # type: ignore[arg-type]
+    if "choice" in options:
+        completion.choice.texts.extend(options["choice"])
+    if isinstance(prompt, str):
+        completion.text = prompt
+    else:
+        completion.tokens.CopyFrom(generation_pb2.TokenIds(ids=prompt))
+    return completion
+
+
+def completion_of(response: generation_pb2.GenerateResponse | generation_pb2.GenerateOnceResponse) -> Completion:
+    """What a gateway has answered."""
+    reason = None
+    if response.finish_reason:
+        reason = generation_pb2.FinishReason.Name(response.finish_reason).removeprefix("FINISH_REASON_").lower()
+    return Completion(
+        request_id=response.request_id,
+        text=response.text,
+        tokens=tuple(
+            Token(token.id, token.logprob, tuple((top.id, top.logprob) for top in token.top))
+            for token in response.tokens
+        ),
+        finish_reason=reason,
+        prompt_tokens=response.usage.prompt_tokens,
+        seed=response.seed,
+        index=getattr(response, "index", 0),
+        others=tuple(completion_of(other) for other in getattr(response, "others", ())),
+    )
