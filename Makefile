@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo serve stop check lint types proto test test-rayup determinism operations chaos restarts fuzz audit aot bench-loader bench overload hostile bench-peers load golden docs dashboards pictures clean
+.PHONY: help install demo serve stop check format lint types proto test test-fast coverage test-rayup determinism operations chaos restarts fuzz audit aot bench-loader bench overload hostile bench-peers load golden docs dashboards pictures clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -26,6 +26,10 @@ stop: install ## end it
 
 check: lint types proto ## lint, types, import walls, proto
 
+format: install ## rewrite what ruff would complain of, as far as it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,6 +45,16 @@ proto: install ## buf's STANDARD rules and comments; the generated modules are t
 
 test: install ## all tests that CI runs
 	$(BIN)/python -m pytest
+
+test-fast: install ## the tests of a room each, without Ray and without what takes long: under three minutes
+	$(BIN)/python -m pytest -q -m "not slow" tests/grokmesh tests/cluster tests/workers tests/tools
+
+coverage: install build/coverage/.installed ## which lines make test-fast reaches
+	PYTHONPATH=build/coverage $(BIN)/python -m pytest -q -m "not slow" --cov=grokmesh --cov=cluster --cov=workers --cov-report=term:skip-covered tests/grokmesh tests/cluster tests/workers tests/tools
+
+build/coverage/.installed:
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target build/coverage pytest-cov
+	@touch $@
 
 test-rayup: install ## `ray up` onto three hosts in namespaces of this machine; part of make test (needs root)
 	$(BIN)/python -m pytest tests/rayup

@@ -123,6 +123,11 @@ class Placement:
             ],
         )
 
+    def dump_stacks(self) -> None:
+        """Has each worker that still can write to its log what its threads are doing."""
+        for host in self.hosts:
+            host.dump_stacks.remote()
+
     async def endpoints(self) -> list[Endpoint]:
         """Where the workers can be reached. Raises HostError for one that does not answer in START_SECONDS, or is not what the
         others are."""

@@ -194,6 +194,7 @@ class Replica:
         metrics.REBUILDS.labels(str(self.index)).inc()
         if self._placement is not None:
             try:
+                self._placement.dump_stacks()
                 await self._blame(self._placement, failure)
             except Exception:
                 _LOG.exception("replica %d: who is to be blamed is not known", self.index, extra=self.log_fields)

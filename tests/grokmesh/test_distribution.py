@@ -55,7 +55,7 @@ def test_the_client_alone_talks_to_a_service(wheels: pathlib.Path, tmp_path: pat
     venv.create(tmp_path / "venv", with_pip=True)
     python, requirements = tmp_path / "venv" / "bin" / "python", tmp_path / "requirements.txt"
     requirements.write_text(_requirements())
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    install: list[str | pathlib.Path] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*install, "--require-hashes", "-r", requirements], check=True)
     subprocess.run([*install, "--no-deps", "--no-index", *wheels.glob("grokmesh_client-*.whl")], check=True)
     subprocess.run([python, "-m", "pip", "check"], check=True)

@@ -27,6 +27,7 @@ class FakeRuntime:
         self.shape = shape
         self._seconds = seconds
         self.config = GrokConfig(num_layers=2)
+        self.host_computes = True
 
     def execute(self, plan: Plan) -> Any:
         """A plan is pending."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import faulthandler
 import os
 import pathlib
 import signal
@@ -45,6 +46,7 @@ class Host:
         self._preparing = threading.Lock()
         self._traces: dict[str, dict[str, bytes]] = {}
         self._address = ray.util.get_node_ip_address()
+        faulthandler.register(signal.SIGUSR1)
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name="orphan").start()
         # Any port is better than none.
         self._metrics_port = serve_metrics(self._address, (*METRICS_PORTS, 0), metrics.REGISTRY).server_port
@@ -126,6 +128,10 @@ class Host:
     def forget_trace(self, name: str) -> None:
         """Nobody wants a trace any more."""
         self._traces.pop(name, None)
+
+    def dump_stacks(self) -> None:
+        """Writes to this process' log what each of its threads is doing. So does the signal USR1."""
+        faulthandler.dump_traceback(all_threads=True)
 
     def progress(self) -> Progress:
         """What the worker is doing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import logging
 import queue
 import threading
@@ -80,7 +81,7 @@ class Leader:
         self._canary: tuple[float, ...] = ()
         self._refusals: dict[GatewayLink, list[Refusal]] = {}
         self._status_due = 0.0
-        self._watchdog = Watchdog(server.give_up)
+        self._watchdog = Watchdog(self._give_up, self._working)
 
     def run(self) -> None:
         """Serves until a follower is lost, which raises LinkError. Nobody is heard before all hosts have computed a token."""
@@ -114,6 +115,8 @@ class Leader:
                     self._constraints.settle(SETTLE_SECONDS)
             # Then only what gateways send, or a mask, can change anything.
             idle = pending is None and dispatched is None
+            if idle and self._stalls.watching:
+                self._scheduler.check_integrity()
             pending = dispatched
             if pending is not None:
                 with self._waiting(pending.plan):
@@ -137,6 +140,16 @@ class Leader:
             )
             self._complete(plan, tokens)
         self._fail(self._scheduler.failures())
+
+    def _give_up(self, reason: str) -> None:
+        faulthandler.dump_traceback(all_threads=True)  # what hangs, as far as this rank knows
+        self._server.give_up(reason)
+
+    def _working(self) -> bool:
+        """Whether a rank is at work, as far as that shows: accelerators may compute or hang while their hosts do anything."""
+        activity = self._server.activity
+        activity.note(0, time.process_time())
+        return self._runtime.host_computes and activity.working()
 
     def _execute(self, plan: Plan) -> Pending:
         self._watchdog.dispatched(plan)
@@ -402,7 +415,7 @@ def _pulse(link: Link) -> None:
     """Tells the leader that this process lives, while it does."""
     with contextlib.suppress(LinkError):
         while True:
-            link.send(encode(Done()))
+            link.send(encode(Done(0, time.process_time())))
             time.sleep(PULSE_SECONDS)
 
 
@@ -411,7 +424,7 @@ def _tell_done(runtime: Runtime, link: Link, finished: queue.Queue[Pending]) -> 
         while True:
             pending = finished.get()
             runtime.wait(pending)
-            link.send(encode(Done(pending.plan.number)))
+            link.send(encode(Done(pending.plan.number, time.process_time())))
     except Exception as error:  # of the devices or the stream: the loop must end, and not be stuck behind a full queue
         _LOG.error("a plan could not be finished: %s", error)
         link.close()

@@ -15,6 +15,7 @@ import struct
 import threading
 import time
 
+from workers.host.activity import Activity
 from workers.messages.codec import CodecError, decode, encode
 from workers.messages.frames import PROTOCOL, Done, Hello, LeaderInput, LeaderOutput, PlanFrame
 from workers.messages.plan import Plan
@@ -158,6 +159,8 @@ class LeaderServer:
         self._secret = secret
         self._followers: dict[int, Link] = {}
         self._sent: dict[int, float] = {}
+        #: What followers do with their processors.
+        self.activity = Activity()
         #: The last plan that each follower has carried out.
         self.done: dict[int, int] = {}
         self._last_sent = 0
@@ -272,7 +275,9 @@ class LeaderServer:
         seconds = metrics.PLAN_SECONDS.labels(str(rank))
         try:
             while (frame := link.receive(MAX_HELLO)) is not None:
-                number = decode(Done, frame).number
+                done = decode(Done, frame)
+                number = done.number
+                self.activity.note(rank, done.processor_seconds)
                 sent = self._sent.get(number)
                 if sent is not None and number > self.done[rank]:
                     seconds.observe(time.perf_counter() - sent)

@@ -20,14 +20,16 @@ CHECK_SECONDS = 0.05
 
 class Watchdog:
     """Calls `bark`, once, when the devices have kept the leader waiting for 3 times the 99th percentile of such steps and a
-    second more. What the leader's own Python takes between two calls to the devices does not count.
+    second more, and none of them is `working` still; or when they have for UNKNOWN_SECONDS. On a busy machine steps take
+    longer, but do not hang. What the leader's own Python takes between two calls to the devices does not count.
 
     Steps of a kind compute as many prompt positions, within a factor of two: others say nothing of them. What a rank that hangs
     does to its mesh can't be told from a slow step in any other way, as nothing returns.
     """
 
-    def __init__(self, bark: Callable[[str], None]) -> None:
+    def __init__(self, bark: Callable[[str], None], working: Callable[[], bool] = lambda: False) -> None:
         self._bark = bark
+        self._working = working
         self._seconds: dict[int, collections.deque[float]] = collections.defaultdict(
             lambda: collections.deque(maxlen=REMEMBERED)
         )
@@ -65,8 +67,11 @@ class Watchdog:
     def _watch(self) -> None:
         while True:
             time.sleep(CHECK_SECONDS)
-            waiting = self._waiting
-            if waiting is not None and (seconds := time.monotonic() - waiting[1]) > self.limit(waiting[0]):
+            waiting, working = self._waiting, self._working()
+            if waiting is None:
+                continue
+            seconds = time.monotonic() - waiting[1]
+            if seconds > UNKNOWN_SECONDS or (seconds > self.limit(waiting[0]) and not working):
                 self._bark(f"plan {waiting[0].number} has been running for {seconds:.1f} s; a rank must hang")
                 return
 

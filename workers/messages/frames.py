@@ -33,9 +33,11 @@ class PlanFrame:
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """From a follower to the leader: the last plan that it has carried out. 0 is only a sign of life."""
+    """From a follower to the leader: the last plan that it has carried out, 0 if this is only a sign of life, and the processor
+    time that its process has used so far."""
 
     number: int = 0
+    processor_seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

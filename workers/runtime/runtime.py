@@ -63,6 +63,8 @@ class Runtime:
         self.config = config
         self.shape = shape
         self.kernels = partition.kernels.name
+        #: Whether the host's own processors are the devices.
+        self.host_computes = mesh.devices.flat[0].platform == "cpu"
         self._partition = partition
         self._params: Params = {}
         self._state = _zeros(blueprint.state, mesh)

@@ -30,6 +30,11 @@ class StallWatch:
             thread = threading.get_ident()
             threading.Thread(target=self._watch, args=(thread, limit), daemon=True, name="stalls").start()
 
+    @property
+    def watching(self) -> bool:
+        """Whether there is a limit: somebody looks for defects."""
+        return self._limit is not None
+
     def turn(self) -> None:
         """A turn begins, and the one before has ended."""
         if self._limit is not None:

@@ -36,6 +36,7 @@ class _Host:
         self.form = self._method(self._form)
         self.warm_up = self._method(lambda: _done(None))
         self.serve = self._method(_never)
+        self.dump_stacks = self._method(lambda: _done(None))
 
     def _method(self, call: Callable[[], asyncio.Future[Any]]) -> Any:
         dead = self._node.startswith("dead")

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from tests.support.waiting import wait_until
 from workers.host.watchdog import ENOUGH, UNKNOWN_SECONDS, Watchdog
 from workers.messages.plan import Chunk, DecodeRow, Plan
 
@@ -53,3 +54,18 @@ def test_a_step_that_never_ends_is_told_once() -> None:
         time.sleep(0.2)
     assert len(told) == 1
     assert "plan 1 has been running for" in told[0]
+
+
+def test_a_step_that_is_slow_is_none_that_hangs() -> None:
+    told: list[str] = []
+    working = threading.Event()
+    working.set()
+    watchdog = Watchdog(told.append, working.is_set)
+    plan = _plan(0)
+    _seen(watchdog, plan, 0.001)
+    watchdog.dispatched(plan)
+    with watchdog.waiting(plan):
+        time.sleep(watchdog.limit(plan) + 0.5)
+        assert not told
+        working.clear()
+        wait_until(lambda: bool(told), 5)
