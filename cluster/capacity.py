@@ -10,7 +10,7 @@ import os
 import pathlib
 
 from cluster.config.reader import Config, ConfigError
-from tools.aot.report import Engine, NoCompilerError, Witness, summon
+from tools.aot.report import AotReport, Engine, NoCompilerError, compile_in_subprocess
 from workers.capacity import hardware as hw
 from workers.capacity.hardware import GIB
 from workers.capacity.memory import Precision, whole_bytes
@@ -185,7 +185,7 @@ def _asked_hardware(arguments: argparse.Namespace) -> hw.Hardware:
     return hw.cpu_hosts(memory, bandwidth, flops, arguments.hosts)
 
 
-def _witnesses(found: CapacityPlan) -> list[Witness]:
+def _witnesses(found: CapacityPlan) -> list[AotReport]:
     if found.hardware.device.platform == "cpu":
         raise hw.HardwareError("--compile: for TPU slices and H100s; CPU hosts compile when they start")
     best, context = found.best, found.workload.context
@@ -193,14 +193,14 @@ def _witnesses(found: CapacityPlan) -> list[Witness]:
     engine = Engine(best.slots, best.pages, PAGE_SIZE, CHUNK, context)
     try:
         return [
-            summon(found.config, found.hardware, mesh, found.precision, program, engine)
+            compile_in_subprocess(found.config, found.hardware, mesh, found.precision, program, engine)
             for program in ("decode", "prefill")
         ]
     except NoCompilerError as error:
         raise hw.HardwareError(f"--compile: {error}") from error
 
 
-def _witness_lines(found: CapacityPlan, witness: Witness) -> list[str]:
+def _witness_lines(found: CapacityPlan, witness: AotReport) -> list[str]:
     lines = [f"What does the compiler say of {witness.program}? ({witness.versions}, {witness.seconds:.0f} s)", ""]
     if not witness.peak:
         return [*lines, f"  -> no: {witness.problem}", ""]

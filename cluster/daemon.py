@@ -99,7 +99,7 @@ def _budgets(address: str) -> pathlib.Path:
     return _note(address).with_suffix(".budgets")
 
 
-#: With which this process' service knows its own user, who may administer it.
+#: The key of this process' service for the user that runs it.
 ADMIN_KEY = f"gm-local-{secrets.token_urlsafe(32)}"
 
 

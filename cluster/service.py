@@ -77,7 +77,7 @@ def serve(config: Config, path: pathlib.Path, *, replace: bool = False) -> None:
     keys = Keys(config.gateway.api_keys, daemon.ADMIN_KEY)
     if config.gateway.api_keys is None and not _loopback(config.gateway.address):
         _LOG.warning(
-            "anybody who reaches gateway.address=%s can use this service: set gateway.api_keys, or listen on 127.0.0.1",
+            "every client that reaches gateway.address=%s can use this service: set gateway.api_keys, or listen on 127.0.0.1",
             config.gateway.address,
         )
     model = checkpoint.config

@@ -10,7 +10,7 @@
 with growing pauses (at least as long as the server asks for). A stream that broke goes on after what it has brought, at
 whichever gateway answers. Any other error is raised as grpc.RpcError. An address may list several gateways, as gRPC has it:
 `ipv4:10.0.0.1:50051,10.0.0.2:50051`. Where the service wants API keys, give yours as `api_key`; where it has a certificate,
-say as `tls` who signed it.
+name its authority as `tls`.
 """
 
 from grokmesh.channel import DEFAULT_ADDRESS, ClientError, Tls

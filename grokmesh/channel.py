@@ -28,7 +28,7 @@ class Tls:
     """How to know the service, and to be known by it: PEM files.
 
     Attributes:
-      ca: of who signed the service's certificate; None for those that the system trusts.
+      ca: of the authority that signed the service's certificate; None for those that the system trusts.
       certificate, key: of this client, where the service wants to see one.
     """
 

@@ -83,7 +83,7 @@ class AutoscalingSection:
 
     Attributes:
       max_replicas: the most; none are ever added if absent.
-      queue_per_replica: requests without a first token, for each replica, that are too many.
+      queue_per_replica: queued requests per ready replica above which one is added.
       time_to_first_token: seconds; too long if the slowest tenth of the last minute's requests took more.
       up_seconds: how long it must be too much before a replica is added.
       down_seconds: how long half of the slots of one replica fewer must have sufficed before one is taken away.
@@ -126,7 +126,7 @@ class EngineSection:
       kv_pages: KV pages over all batch groups, one of each for padding; if absent, as many as all slots can fill, or as memory
         has room for.
       max_waiting: requests that may wait for a slot.
-      steps_per_plan: most tokens of a sequence that one dispatch draws while nobody waits for a slot. More is less work for
+      steps_per_plan: most tokens of a sequence that one dispatch samples while no request waits. More is less work for
         the leader, but tokens then come in bursts, and a cancelled request holds its slot for so long.
       prefill_slowdown: a step that computes prompts beside decoding may take so many times as long as one that does not. Less
         makes tokens come more evenly, more makes first tokens come sooner and the whole faster.
@@ -156,10 +156,10 @@ class GatewaySection:
         they were, and their clients see nothing but a pause. If absent, at least two minutes, and a minute more than twice what
         the planner thinks that loading takes.
       api_keys: file of `name: SHA-256 of the key` lines, as `grokmesh key` makes them, or of names with scopes and limits;
-        relative to this file. Without it anybody may call.
+        relative to this file. Without it every caller may complete prompts.
       tls_certificate, tls_key: PEM files of the gateway's certificate chain and its key; without them nothing is encrypted. All
         files of keys and certificates are read again when they change.
-      tls_client_ca: PEM file of who signs clients' certificates; with it, clients without one are refused.
+      tls_client_ca: PEM file of the authority that signs clients' certificates; with it, clients without one are refused.
     """
 
     address: str = "127.0.0.1:50051"

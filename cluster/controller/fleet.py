@@ -9,7 +9,7 @@ from collections.abc import Callable
 from cluster.config.reader import Config
 from cluster.controller.autoscaler import Autoscaler, Signals
 from cluster.controller.integrity import Canary, Digests
-from cluster.controller.quarantine import Suspects
+from cluster.controller.quarantine import Quarantine
 from cluster.controller.replica import Replica
 from cluster.gateway.admission.latency import RecentLatency
 from cluster.gateway.routing.router import Router
@@ -42,7 +42,7 @@ class Fleet:
         self._latency = latency
         self._report = report
         self._autoscaler = Autoscaler(config.autoscaling, config.replicas)
-        self._suspects = Suspects()
+        self._quarantine = Quarantine()
         self._digests, self._canary = digests, Canary()
         self._replicas: dict[int, Replica] = {}
         self._lives: dict[int, asyncio.Task[None]] = {}
@@ -90,7 +90,7 @@ class Fleet:
             index = next(i for i in range(len(self._replicas) + 1) if i not in self._replicas)
             epoch = self._epochs.get(index, 0)
             replica = Replica(
-                index, self._config, self._router, self._suspects, self._digests, self._canary, self._report, epoch
+                index, self._config, self._router, self._quarantine, self._digests, self._canary, self._report, epoch
             )
             self._replicas[index] = replica
             self._lives[index] = asyncio.ensure_future(replica.run())

@@ -189,9 +189,9 @@ class Placement:
         renewed = Placement(self.group, self._mesh, self.nodes, standbys)
         try:
             if len(standbys) < len(self.hosts):
-                raise TimeoutError("nobody stands by")
+                raise TimeoutError("there is no standby")
             await asyncio.gather(*(answer(h.progress.remote(), SILENT_SECONDS, "") for h in standbys))
-            # Who kills is on the same host, so that it also sees when the accelerators are free.
+            # The standby kills its predecessor: on the same host it can wait until that has released the accelerators.
             await asyncio.gather(
                 *(answer(h.replace.remote(pid), STANDBY_SECONDS, "") for h, pid in zip(standbys, pids, strict=True))
             )
@@ -221,15 +221,15 @@ class Placement:
             ray.kill(host)
 
 
-async def answer(result: Awaitable[Answer], seconds: float, who: str) -> Answer:
-    """What `who` answers. Raises TimeoutError after `seconds`, and whatever the call does."""
+async def answer(result: Awaitable[Answer], seconds: float, peer: str) -> Answer:
+    """Awaits a Ray call. Raises TimeoutError, which names the peer, after `seconds`, and whatever the call raises."""
     call = asyncio.ensure_future(result)
     try:
         await asyncio.wait([call], timeout=seconds)
         if not call.done():
             await asyncio.sleep(0)  # if this loop itself stood still, the answer is there by now
         if not call.done():
-            raise TimeoutError(f"{who} has not answered for {seconds:g} s")
+            raise TimeoutError(f"{peer} has not answered for {seconds:g} s")
         return call.result()
     finally:
         call.cancel()

@@ -7,20 +7,20 @@ import collections
 #: Seconds that a host is avoided after it lost a worker; twice as many after each further one that it loses meanwhile or within
 #: MEMORY_SECONDS, but never more than these.
 AVOIDED_SECONDS, MEMORY_SECONDS = 30.0, 600.0
-#: A host that loses so many workers within MEMORY_SECONDS is left, if there are others, even if somebody stands by there.
+#: Workers lost within MEMORY_SECONDS after which a host is abandoned, with or without a standby, if another can take its place.
 TOO_MANY = 3
 #: A worker that says itself what is wrong counts as so many that were lost.
 RAISED = 2
 
 
-class Suspects:
+class Quarantine:
     """Remembers the hosts, by the ids of their Ray nodes, whose workers were lost lately."""
 
     def __init__(self) -> None:
         self._losses: dict[str, collections.deque[float]] = {}
 
     def lost(self, node: str, now: float, count: int = 1) -> None:
-        """Notes that a host's worker was lost at `now`. Nodes without a name are nobody's."""
+        """Notes that a host's worker was lost at `now`. Nodes without a name are ignored."""
         if node:
             self._losses.setdefault(node, collections.deque(maxlen=16)).extend([now] * count)
 

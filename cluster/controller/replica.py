@@ -13,19 +13,19 @@ import ray.exceptions
 from cluster.config.reader import Config
 from cluster.controller.integrity import Canary, Digests
 from cluster.controller.placement import SILENT_SECONDS, HostError, Placement, spares_beside
-from cluster.controller.quarantine import RAISED, Suspects
+from cluster.controller.quarantine import RAISED, Quarantine
 from cluster.gateway.routing.router import LeaderAddress, Router
 from cluster.telemetry import metrics
 from grok.serving.v1 import cluster_pb2
 from workers.host.streams import LinkError
-from workers.messages.specs import COMPILING, JOINING, LOADING, PREPARING, WARMING_UP, Assignment, Endpoint, Progress
+from workers.messages.specs import COMPILING, JOINING, LOADING, PREPARING, WARMING_UP, Endpoint, Progress, RankSpec
 
 _LOG = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
 #: Seconds before a failed replica is built again: the first of a row of failures at once, later ones ever later.
 BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-#: After so many failures in a row nobody waits for the replica any more, and it is tried only so often.
+#: After so many consecutive failures sessions no longer wait for the replica, and it is tried only at this interval.
 GIVE_UP_FAILURES, GIVEN_UP_SECONDS = 10, 300.0
 #: For each so many seconds that an epoch serves, one of a row of failures is forgotten.
 HEALTHY_SECONDS = 5.0
@@ -60,7 +60,7 @@ class Replica:
         index: int,
         config: Config,
         router: Router,
-        suspects: Suspects,
+        quarantine: Quarantine,
         digests: Digests,
         canary: Canary,
         on_progress: Callable[[Replica], None],
@@ -73,7 +73,7 @@ class Replica:
         self.hosts: list[HostView] = []
         self.failures = 0
         self.last_failure = ""
-        self._suspects = suspects
+        self._quarantine = quarantine
         self._digests = digests
         self._canary = canary
         self._placement: Placement | None = None
@@ -171,7 +171,7 @@ class Replica:
         self.hosts = []
         self._enter(cluster_pb2.REPLICA_STATE_PLACING)
         now = asyncio.get_running_loop().time()
-        config, failing = self._config, self._suspects.failing(now)
+        config, failing = self._config, self._quarantine.failing(now)
         if self._placement is not None:
             worst = frozenset([node for node in self._placement.nodes if node in failing][:1])
             spare = await asyncio.to_thread(spares_beside, config.mesh_spec, config.cluster, worst) if worst else False
@@ -181,12 +181,12 @@ class Replica:
             else:
                 self._placement = await self._placement.renew()
         if self._placement is None:
-            self._placement = await Placement.create(config.mesh_spec, config.cluster, self._suspects.avoided(now))
+            self._placement = await Placement.create(config.mesh_spec, config.cluster, self._quarantine.avoided(now))
         return self._placement
 
     async def _fail(self, failure: Exception) -> None:
-        """Notes a failure and whose it was, and waits as long as its being one of a row demands. Raises nothing: whatever Ray
-        answers, the replica is built again."""
+        """Records a failure, blames hosts, and sleeps for the backoff of so many consecutive failures. Raises nothing:
+        whatever Ray answers, the replica is built again."""
         self._count_failures(self.failures + 1)
         given_up = self.failures >= GIVE_UP_FAILURES
         self._enter(cluster_pb2.REPLICA_STATE_GIVEN_UP if given_up else cluster_pb2.REPLICA_STATE_FAILED)
@@ -197,7 +197,7 @@ class Replica:
                 self._placement.dump_stacks()
                 await self._blame(self._placement, failure)
             except Exception:
-                _LOG.exception("replica %d: who is to be blamed is not known", self.index, extra=self.log_fields)
+                _LOG.exception("replica %d: no host can be blamed", self.index, extra=self.log_fields)
         if given_up:
             self._router.forget(self.index)
         await asyncio.sleep(
@@ -214,7 +214,7 @@ class Replica:
             blamed = [self.failures % len(placement.nodes)]
         now = asyncio.get_running_loop().time()
         for rank in blamed:
-            self._suspects.lost(placement.nodes[rank], now, count)
+            self._quarantine.lost(placement.nodes[rank], now, count)
             if rank < len(self.hosts):
                 metrics.HOST_LOSSES.labels(self.hosts[rank].endpoint.address).inc()
 
@@ -227,10 +227,10 @@ class Replica:
         self._enter(cluster_pb2.REPLICA_STATE_STARTING)
         if len(endpoints) > 1:
             await placement.check_reachable(endpoints)
-        assignments = self._assignments(endpoints)
-        await _first(self._watch_progress(placement), self._form(placement, assignments))
+        specs = self._rank_specs(endpoints)
+        await _first(self._watch_progress(placement), self._form(placement, specs))
         await self._poll(placement)
-        leader = LeaderAddress(self.index, self.epoch, assignments[0].leader, assignments[0].secret)
+        leader = LeaderAddress(self.index, self.epoch, specs[0].leader, specs[0].secret)
         serving = asyncio.ensure_future(placement.ask("serve"))
         try:
             # The first that ends decides: a mesh without one host is none.
@@ -253,8 +253,8 @@ class Replica:
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
 
-    async def _form(self, placement: Placement, assignments: list[Assignment]) -> None:
-        loaded = await placement.ask("form", assignments)
+    async def _form(self, placement: Placement, specs: list[RankSpec]) -> None:
+        loaded = await placement.ask("form", specs)
         difference = self._digests.check(placement.nodes, loaded)
         if difference is not None:
             problem = f"it has loaded other bytes of {difference.part} than {difference.others}"
@@ -268,14 +268,14 @@ class Replica:
         try:
             await placement.stand_by(self._config.model_spec, self._config.engine_spec)
         except ray.exceptions.RayError as error:
-            _LOG.warning("nobody stands by: %s", _summary(error), extra=self.log_fields)
+            _LOG.warning("there is no standby: %s", _summary(error), extra=self.log_fields)
         await asyncio.Event().wait()
 
-    def _assignments(self, endpoints: list[Endpoint]) -> list[Assignment]:
+    def _rank_specs(self, endpoints: list[Endpoint]) -> list[RankSpec]:
         config, first = self._config, endpoints[0]
         secret = secrets.token_bytes(32)
         return [
-            Assignment(
+            RankSpec(
                 replica=self.index,
                 epoch=self.epoch,
                 secret=secret,
@@ -367,7 +367,7 @@ async def _first(*parts: Awaitable[object]) -> None:
 
 
 def _accused(failure: Exception) -> HostError | None:
-    """The host that a failure speaks of, None if of none. A worker whose stream broke speaks of who was at its other end."""
+    """The host that a failure speaks of, None if of none. A worker whose stream broke accuses the peer of that stream."""
     if not isinstance(failure, HostError):
         return None
     cause = getattr(failure.error, "cause", failure.error)

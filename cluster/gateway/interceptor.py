@@ -1,4 +1,4 @@
-"""Around every call: who calls is known before a message is read; messages are read a few at a time, within limits of bytes and
+"""Around every call: the caller is known before a message is read; messages are read a few at a time, in limits of bytes and
 time; malformed ones become INVALID_ARGUMENT, GatewayErrors a status with details, anything else INTERNAL without its text; each
 call is counted, traced and logged in one line."""
 
@@ -192,7 +192,7 @@ def _malformed(problem: str) -> GatewayError:
 
 
 class _Outcome:
-    """Knows who calls, turns what the call raises into its status, and tells of it."""
+    """Finds the caller, turns an exception of the call into a status, and logs and counts it."""
 
     def __init__(self, name: str, method: str, context: Any, keys: Keys, tracer: trace.Tracer) -> None:
         self._context = context

@@ -172,7 +172,7 @@ async def _measure_lag(stall_seconds: float | None) -> None:
 
 
 def _check_free(address: str) -> None:
-    """Raises OSError if anybody listens at an address, however it is spelled: gRPC would share it with another service."""
+    """Raises OSError if a process listens at an address, however it is spelled: gRPC would share it with another service."""
     host, port = address.rsplit(":", 1)
     for family, kind, protocol, _, place in socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM):
         with socket.socket(family, kind, protocol) as probe:

@@ -228,7 +228,7 @@ def _must_be_read() -> Iterator[None]:
 
 def _charged(session: Session, code: str, *, whole: bool, first: bool) -> int:
     """Tokens that a session costs its key: positions that were computed for it before its first token, once, however often it
-    moved, and the tokens that were drawn. Nothing if the service is why nobody has got anything.
+    moved, and the tokens that were drawn. Nothing if the client got nothing because the service failed.
 
     Args:
       session: that has ended.

@@ -67,7 +67,7 @@ async def to_request(
       completion: the completion.
       limits: that it must keep.
       texts: work on its texts.
-      caller: who asks.
+      caller: whose key it is.
       request_id: names it.
       whole: whether it is answered at once, so that the answer must not be too large.
 

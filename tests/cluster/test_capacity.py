@@ -14,7 +14,7 @@ from cluster.capacity import with_pages
 from cluster.cli import main
 from cluster.config.reader import Config, ConfigError, load_config
 from tests.conftest import DEMO
-from tools.aot.report import Engine, summon
+from tools.aot.report import Engine, compile_in_subprocess
 from workers.capacity.hardware import tpu_slice
 from workers.capacity.memory import Precision
 from workers.model.config import GrokConfig
@@ -119,6 +119,6 @@ def test_without_a_compiler_it_is_said_what_brings_one(capsys: pytest.CaptureFix
 def test_a_compiler_that_dies_says_that_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     engine = Engine(8, 9, 64, 64, 64)
-    found = summon(GrokConfig(), tpu_slice("v6e:1x1"), (1, 1, "tensor"), Precision(), "decode", engine)
+    found = compile_in_subprocess(GrokConfig(), tpu_slice("v6e:1x1"), (1, 1, "tensor"), Precision(), "decode", engine)
     assert not found.fits
     assert "ended with code 1" in found.problem

@@ -41,7 +41,7 @@ _FOLDER = pathlib.Path(tempfile.mkdtemp(prefix="fuzz"))
 _LIMITS = Limits(MODEL, 512, TOKENIZER.longest_piece)
 _TEXTS = InlineTexts()
 _GRAMMARS = Grammars(TOKENIZER, MODEL.vocab_size, MODEL.eos_token)
-_SHAPE = EngineShape(slots=2, groups=1, pages=64, page_size=16, chunk=64, context=512, exact_rows=True)
+_SHAPE = EngineShape(slots=2, groups=1, pages=64, page_size=16, chunk=64, context=512, batch_invariant=True)
 _REQUESTS: tuple[type[Message], ...] = (
     generation_pb2.GenerateRequest, generation_pb2.GenerateOnceRequest, generation_pb2.TokenizeRequest,
     generation_pb2.DetokenizeRequest, generation_pb2.CountTokensRequest, cluster_pb2.ProfileRequest,

@@ -30,7 +30,7 @@ from workers.model.config import GrokConfig
 from workers.text.sandbox import Budget, Sandbox
 from workers.text.tokenizer import Tokenizer
 
-SHAPE = EngineShape(slots=16, groups=1, pages=513, page_size=16, chunk=64, context=512, exact_rows=True)
+SHAPE = EngineShape(slots=16, groups=1, pages=513, page_size=16, chunk=64, context=512, batch_invariant=True)
 MODEL = GrokConfig.load(DEMO / "config.json")
 TOKENIZER = Tokenizer(DEMO / "tokenizer.model")
 ARGUMENTS = [str(DEMO), str(MODEL.vocab_size), str(MODEL.eos_token)]
@@ -76,7 +76,7 @@ async def _serve(address: str, seconds: float, keys: pathlib.Path | None, contex
     )
     await gateway.start()
     pages = SHAPE.slots * -(-context // SHAPE.page_size) + 1
-    shape = EngineShape(SHAPE.slots, 1, pages, SHAPE.page_size, SHAPE.chunk, context, exact_rows=True)
+    shape = EngineShape(SHAPE.slots, 1, pages, SHAPE.page_size, SHAPE.chunk, context, batch_invariant=True)
     ready = asyncio.Event()
     telling = asyncio.ensure_future(_tell(gateway, ready))
     with leading(shape, MODEL.vocab_size, 512, seconds, Sandbox("workers.text.grammar_job", ARGUMENTS)) as leader:

@@ -9,7 +9,7 @@ import dataclasses
 
 import pytest
 
-from tools.aot.report import Engine, NoCompilerError, summon
+from tools.aot.report import Engine, NoCompilerError, compile_in_subprocess
 from workers.capacity.hardware import Hardware, gpu_hosts, tpu_slice
 from workers.capacity.memory import Precision
 from workers.model.config import GrokConfig
@@ -32,7 +32,7 @@ def test_a_decode_step_needs_little_beside_its_arguments(
 ) -> None:
     pages = 8 // (mesh[0] if mesh[2] == "batch" else 1) * 128 + 1
     try:
-        told = summon(CONFIG, hardware, mesh, Precision(), "decode", Engine(8, pages, 64, 512, 8192))
+        told = compile_in_subprocess(CONFIG, hardware, mesh, Precision(), "decode", Engine(8, pages, 64, 512, 8192))
     except NoCompilerError as error:
         pytest.skip(str(error))
     assert told.fits, told.problem

@@ -117,14 +117,14 @@ import dataclasses, sys
 import jax, jax.numpy as jnp
 import workers.host.standby
 from tools.verify.verify import main
-choose = workers.host.standby.choose_kernels
+choose = workers.host.standby.select_kernels
 def route(x, valid, weight, selected):
     logits = jnp.matmul(x.astype(jnp.float32), weight)
     {wrong}
     probabilities = jax.nn.softmax(logits)
     gates, experts = jax.lax.top_k(probabilities, selected)
     return {gates}, experts, probabilities
-workers.host.standby.choose_kernels = lambda *a: dataclasses.replace(choose(*a), route=route)
+workers.host.standby.select_kernels = lambda *a: dataclasses.replace(choose(*a), route=route)
 sys.exit(main())
 """
 

@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from tools.aot import hlo
-from tools.aot.report import NO_COMPILER, Engine, NoCompilerError, Witness
+from tools.aot.report import NO_COMPILER, AotReport, Engine, NoCompilerError
 from workers.capacity.hardware import Hardware, gpu_hosts, tpu_slice
 from workers.capacity.memory import Precision
 from workers.model.config import GrokConfig
@@ -42,7 +42,7 @@ def compile_program(
     precision: Precision,
     program: str,
     engine: Engine,
-) -> Witness:
+) -> AotReport:
     """Compiles `decode` or `prefill` for a TPU slice or for NVIDIA GPUs. The process must not have imported JAX.
 
     Raises:
@@ -53,15 +53,15 @@ def compile_program(
     from tools.aot.release import release_headers
     from workers.checkpoint.loader import parameter_shapes
     from workers.host.standby import DTYPES
-    from workers.kernels.interface import STACKED
+    from workers.kernels.interface import SCANNED
     from workers.kernels.tpu.kernels import TPU
     from workers.messages.plan import EngineShape
     from workers.model.partition import Partition
     from workers.runtime.kv_cache import page_axes, page_shapes
-    from workers.runtime.program_set import Blueprint
+    from workers.runtime.program_set import ProgramSet
 
     data, model, rules = mesh
-    kernels = TPU if hardware.device.platform == "tpu" else STACKED
+    kernels = TPU if hardware.device.platform == "tpu" else SCANNED
     partition = Partition.create(config, _mesh(hardware, data, model), rules, kernels)
     shape = EngineShape(
         engine.slots,
@@ -70,12 +70,12 @@ def compile_program(
         engine.page_size,
         engine.chunk,
         engine.context,
-        kernels.exact_rows,
+        kernels.batch_invariant,
     )
     dtype, kv_dtype = DTYPES[precision.activations], DTYPES[precision.kv_cache]
     params = parameter_shapes(release_headers(config), partition, weights=precision.weights, dtype=dtype)
-    blueprint = Blueprint(config, shape, partition, params, dtype, kv_dtype)
-    lowered = blueprint.trace(program).lower()
+    program_set = ProgramSet(config, shape, partition, params, dtype, kv_dtype)
+    lowered = program_set.trace(program).lower()
     began = time.monotonic()
     try:
         compiled = lowered.compile()
@@ -83,7 +83,7 @@ def compile_program(
         problem = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" not in problem:
             raise
-        return Witness(program, False, problem)
+        return AotReport(program, False, problem)
     seconds = time.monotonic() - began
     analysis: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
@@ -100,7 +100,7 @@ def compile_program(
     peak = getattr(analysis, "peak_memory_in_bytes", 0) or (
         analysis.argument_size_in_bytes + temporaries + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     )
-    return Witness(
+    return AotReport(
         program,
         peak <= hardware.device.memory,
         "" if peak <= hardware.device.memory else "more than a device has",
@@ -167,7 +167,7 @@ def main() -> int:
     return 0
 
 
-def _compile(asked: dict[str, Any], hardware: Hardware) -> Witness:
+def _compile(asked: dict[str, Any], hardware: Hardware) -> AotReport:
     return compile_program(
         GrokConfig(**asked["model"]),
         hardware,

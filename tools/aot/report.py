@@ -35,7 +35,7 @@ class Engine:
 
 
 @dataclasses.dataclass(frozen=True)
-class Witness:
+class AotReport:
     """What the compiler says of one program on one device; bytes.
 
     Attributes:
@@ -63,14 +63,14 @@ class Witness:
     versions: str = ""
 
 
-def summon(
+def compile_in_subprocess(
     config: GrokConfig,
     hardware: Hardware,
     mesh: tuple[int, int, str],
     precision: Precision,
     program: str,
     engine: Engine,
-) -> Witness:
+) -> AotReport:
     """Compiles a program on a mesh (data, model, rules). A compiler that dies says by it that the program does not fit.
 
     Raises NoCompilerError.
@@ -92,12 +92,12 @@ def summon(
             input=json.dumps(asked), env=environment, capture_output=True, text=True, timeout=SECONDS, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return Witness(program, False, f"the compiler has not ended after {SECONDS} s")
+        return AotReport(program, False, f"the compiler has not ended after {SECONDS} s")
     if done.returncode == 0:
         told = json.loads(done.stdout.splitlines()[-1])
         told["collectives"] = {name: Traffic(**traffic) for name, traffic in told["collectives"].items()}
-        return Witness(**told)
+        return AotReport(**told)
     last = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
     if done.returncode == NO_COMPILER:
         raise NoCompilerError(last)
-    return Witness(program, False, f"the compiler ended with code {done.returncode}: {last[:200]}")
+    return AotReport(program, False, f"the compiler ended with code {done.returncode}: {last[:200]}")

@@ -12,7 +12,7 @@ import json
 import pathlib
 import sys
 
-from tools.aot.report import Engine, Witness, summon
+from tools.aot.report import AotReport, Engine, compile_in_subprocess
 from workers.capacity.hardware import GIB, Hardware, gpu_hosts, tpu_slice
 from workers.capacity.memory import Memory, Precision, memory
 from workers.capacity.planner import CHUNK, PAGE_SIZE, layout_of, meshes
@@ -72,8 +72,8 @@ def main() -> int:
     """Writes the table; fails if the planner and a compiler are further apart than three in a hundred."""
     asked = rows()
 
-    def ask(row: Row) -> Witness:
-        witness = summon(CONFIG, row.hardware, row.mesh, row.precision, row.program, row.engine)
+    def ask(row: Row) -> AotReport:
+        witness = compile_in_subprocess(CONFIG, row.hardware, row.mesh, row.precision, row.program, row.engine)
         print(_cells(row, witness), flush=True)
         return witness
 
@@ -92,11 +92,11 @@ def main() -> int:
     return 0 if worst <= 0.03 and not surprises else 1
 
 
-def _error(row: Row, witness: Witness) -> float:
+def _error(row: Row, witness: AotReport) -> float:
     return row.planned.total / witness.peak - 1
 
 
-def _cells(row: Row, witness: Witness) -> str:
+def _cells(row: Row, witness: AotReport) -> str:
     weights, cache = row.precision.weights, row.precision.kv_cache
     data, model, rules = row.mesh
     known = [str(row.hardware), f"{data} x {model} {rules}", f"{weights}, {cache}", row.program, str(row.engine.slots)]
@@ -113,7 +113,7 @@ def _cells(row: Row, witness: Witness) -> str:
     return " | ".join(cells).strip()
 
 
-def _page(found: list[tuple[Row, Witness]]) -> str:
+def _page(found: list[tuple[Row, AotReport]]) -> str:
     versions = "; ".join(sorted({witness.versions for _, witness in found if witness.versions}))
     head = ["hardware", "mesh", "weights, KV cache", "program", "sequences", "fits", "peak GiB", "temporaries MiB"]
     head += ["planned GiB", "planner's error", "largest collective MB", "weight-sized buffers", "seconds"]

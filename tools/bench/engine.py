@@ -19,12 +19,12 @@ from tools.bench.checkpoint import make_checkpoint
 from tools.bench.limits import matmul_peak, read_bandwidth
 from workers.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from workers.checkpoint.loader import load_parameters
-from workers.host.kernel_selection import choose_kernels
+from workers.host.kernel_selection import select_kernels
 from workers.messages.plan import Chunk, DecodeRow, EngineShape, Plan, Sampling, SlotStart
 from workers.messages.specs import MeshSpec, ModelSpec
 from workers.model.partition import Partition
 from workers.runtime.mesh import make_mesh
-from workers.runtime.program_set import Blueprint
+from workers.runtime.program_set import ProgramSet
 from workers.runtime.runtime import Pending, Runtime
 
 CHUNK, PAGE, SLOTS = 512, 64, 16
@@ -53,7 +53,7 @@ class Engine:
     def __init__(self, checkpoint: Checkpoint, weights: str, kv_cache: str, devices: int, context: int) -> None:
         self.config = checkpoint.config
         mesh = MeshSpec("cpu", 1, devices, 1, devices, "tensor")
-        kernels = choose_kernels(ModelSpec(str(checkpoint.directory), weights, "float32", kv_cache), mesh, checkpoint)
+        kernels = select_kernels(ModelSpec(str(checkpoint.directory), weights, "float32", kv_cache), mesh, checkpoint)
         partition = Partition.create(self.config, make_mesh(1, devices), "tensor", kernels)
         params, _ = load_parameters(checkpoint, partition, weights=weights)
         self.kernels = kernels.name
@@ -61,8 +61,8 @@ class Engine:
         self._kv_bytes = jnp.dtype(kv_dtype).itemsize
         self._table_bytes = 2 if kernels.packed else 4
         pages = 1 + 2 * -(-context // PAGE)
-        shape = EngineShape(SLOTS, 1, pages, PAGE, CHUNK, context, kernels.exact_rows)
-        self.runtime = Runtime(Blueprint(self.config, shape, partition, params, kv_dtype=kv_dtype), partition)
+        shape = EngineShape(SLOTS, 1, pages, PAGE, CHUNK, context, kernels.batch_invariant)
+        self.runtime = Runtime(ProgramSet(self.config, shape, partition, params, kv_dtype=kv_dtype), partition)
         self.runtime.set_parameters(params)
         self.runtime.warm_up()
         self._plans = 0

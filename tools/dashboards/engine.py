@@ -122,7 +122,7 @@ ENGINE = Dashboard(
                     "Prompt positions a step may compute",
                     "What engine.prefill_slowdown comes to on these hosts: the most prompt positions beside decoding, from measured "
                     "times. At 1 prompts crawl while others decode: allow a higher slowdown.",
-                    "short", (Query(total("grokmesh_engine_prompt_budget", "replica"), "replica {{replica}}"),),
+                    "short", (Query(total("grokmesh_engine_prefill_budget", "replica"), "replica {{replica}}"),),
                 ),
                 Panel(
                     "Programs compiled",

@@ -35,7 +35,7 @@ from workers.host.worker import Worker
 from workers.kernels.interface import PORTABLE
 from workers.messages.plan import Chunk, Plan, Sampling, SlotStart
 from workers.messages.request import Refused, Request
-from workers.messages.specs import Assignment, EngineSpec, MeshSpec, ModelSpec
+from workers.messages.specs import EngineSpec, MeshSpec, ModelSpec, RankSpec
 from workers.model.config import ConfigError
 from workers.runtime.runtime import Runtime
 
@@ -157,7 +157,7 @@ def _result(verdict: Verdict) -> str:
 
 def _worker(arguments: argparse.Namespace, data: int, model: int) -> Worker:
     return Worker(
-        Assignment(
+        RankSpec(
             replica=0,
             epoch=1,
             secret=b"",

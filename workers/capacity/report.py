@@ -98,7 +98,7 @@ def describe(plan: CapacityPlan) -> str:
 
 
 def precision_table(plan: CapacityPlan) -> str:
-    """Bytes of all parameters at each precision; Grok-1's are counted as 314 billion by everybody."""
+    """Bytes of all parameters at each precision; Grok-1's are usually counted as 314 billion."""
     names = {"float32": "FP32", "bfloat16": "FP16", "int8": "8-bit", "int4": "4-bit"}
     counted = [("", {key: whole_bytes(plan.config, key) for key in names})]
     if plan.config == GrokConfig():

@@ -132,7 +132,7 @@ def _put(params: Params, info: ParameterInfo, value: Any, config: GrokConfig, pa
     """Notes a parameter, or its shape, under its name; where layers lie stacked, in its place among those of all layers."""
     layer = _LAYER.search(info.path)
     path = info.path
-    if partition.kernels.stacked and layer:
+    if partition.kernels.scan_layers and layer:
         path = _LAYER.sub(f"{STACKED_LAYERS}/", path)
     module, name = path.rsplit("/", 1)
     known = params.setdefault(module, {})

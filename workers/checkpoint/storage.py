@@ -25,7 +25,7 @@ class ObjectPath:
     """
 
     def __init__(self, url: str, store: ObjectStore | None = None, key: str = "") -> None:
-        """The root of `url`, such as `s3://bucket/grok-1`. Raises OSError if nobody knows such a store."""
+        """The root of `url`, such as `s3://bucket/grok-1`. Raises OSError if there is no such kind of store."""
         import obstore.store
 
         self._url = url.rstrip("/")

@@ -16,7 +16,7 @@ WORTH, WORTHLESS = 0.7, 0.5
 AGING = 0.125
 
 
-class Drafter:
+class NgramDrafter:
     """Watches one sequence. It guesses all the time, which costs nothing, and says when its guesses are worth computing."""
 
     def __init__(self, prompt: Sequence[int]) -> None:
@@ -24,20 +24,20 @@ class Drafter:
         self._followers: dict[tuple[int, ...], int] = {}
         self._guess: int | None = None
         self._share = 0.0
-        self.worth = False
+        self.enabled = False
         for token in prompt:
             self._append(token)
-        self._guess = next(iter(self.guesses(1)), None)
+        self._guess = next(iter(self.propose(1)), None)
 
     def add(self, token: int) -> None:
         """Takes the sequence's next token."""
         right = self._guess == token
         self._share += AGING * (right - self._share)
-        self.worth = self._share > (WORTHLESS if self.worth else WORTH)
+        self.enabled = self._share > (WORTHLESS if self.enabled else WORTH)
         self._append(token)
-        self._guess = next(iter(self.guesses(1)), None)
+        self._guess = next(iter(self.propose(1)), None)
 
-    def guesses(self, most: int) -> tuple[int, ...]:
+    def propose(self, most: int) -> tuple[int, ...]:
         """Up to `most` tokens (and at most MAX_DRAFT) that may follow; none if nothing alike stood before."""
         place = self._followers.get(tuple(self._tokens[-NGRAM:]))
         return () if place is None else tuple(self._tokens[place : place + min(most, MAX_DRAFT)])

@@ -1,4 +1,4 @@
-"""Who owns which page of the KV cache, and which pages hold prefixes that others may share."""
+"""The owners of the KV cache's pages, and the pages that hold prefixes which others may share."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class _Cached:
 class PagePool:
     """Pages 1 to `pages - 1` of one group; page 0 belongs to padding and is never handed out.
 
-    Full pages whose tokens are known form a tree of prefixes. They may be owned by several sequences, and stay behind when
-    nobody owns them, until their space is needed: the longest unused go first. Nobody writes to a shared page, as a
+    Full pages whose tokens are known form a tree of prefixes. They may be owned by several sequences, and stay behind without
+    an owner until their space is needed: the longest unused go first. No sequence writes to a shared page, as a
     sequence computes only positions after the prefix that it shares.
 
     Pages are handed out lowest first, so that the same history always places sequences alike.
@@ -43,12 +43,12 @@ class PagePool:
         self._idle: collections.OrderedDict[int, None] = collections.OrderedDict()
         # Of each owner, how many of its pages others may share, and the last of them.
         self._published: dict[str, tuple[int, _Cached]] = {}
-        # Owned pages that nobody may share any more, nor what follows them.
+        # Owned pages that may not be shared any more, nor what follows them.
         self._unsound: set[int] = set()
 
     @property
     def free(self) -> int:
-        """Number of pages that nobody owns, cached ones included."""
+        """Number of pages without an owner, cached ones included."""
         return len(self._free) + len(self._idle)
 
     @property
@@ -77,7 +77,7 @@ class PagePool:
         return count <= self.free - sum(page in self._idle for page in shared)
 
     def take(self, owner: str, shared: tuple[int, ...], count: int) -> tuple[int, ...]:
-        """Hands the cached pages `shared` and `count` others to `owner`, who must have none.
+        """Hands the cached pages `shared` and `count` others to `owner`, which must have none.
 
         Raises:
           ValueError: the owner has pages, or too few are free.
@@ -115,7 +115,7 @@ class PagePool:
                 return
             node = self._tree.get(key)
             if node is None:
-                if page in self._by_page:  # below a page that was forgotten, where nobody finds it
+                if page in self._by_page:  # below a page that was forgotten, where `match` does not find it
                     del self._tree[self._by_page[page].key]
                 node = self._tree[key] = self._by_page[page] = _Cached(key, page)
             elif node.page != page:
@@ -123,7 +123,7 @@ class PagePool:
             self._published[owner] = i + 1, node
 
     def forget(self, owner: str) -> None:
-        """Lets nobody share the pages of `owner` any more, nor what follows them."""
+        """Takes the pages of `owner`, and what follows them, out of what may be shared."""
         forgotten = self._owned[owner]
         self._unsound.update(forgotten)
         for other, pages in self._owned.items():

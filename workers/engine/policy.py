@@ -107,4 +107,4 @@ class ChunkAligned:
 
 def policy_for(shape: EngineShape) -> Policy:
     """The policy that an engine's kernels allow."""
-    return BatchInvariant(shape) if shape.exact_rows else ChunkAligned(shape)
+    return BatchInvariant(shape) if shape.batch_invariant else ChunkAligned(shape)

@@ -8,7 +8,7 @@ from workers.messages.plan import Plan
 AGING = 0.1
 
 
-class PromptBudget:
+class PrefillBudget:
     """Keeps steps that also compute prompts within `slowdown` times the length of steps that don't.
 
     A step's time is taken as that of its decoding plus so much a prompt position, both averaged over the latest steps.

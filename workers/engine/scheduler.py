@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from workers.engine.acceptance import check_request, pages_of
-from workers.engine.drafter import Drafter
+from workers.engine.drafter import NgramDrafter
 from workers.engine.pages import PageGroups
 from workers.engine.policy import policy_for
 from workers.engine.queue import Waiting, WaitingQueue
@@ -82,8 +82,8 @@ class Scheduler:
         self._running: dict[str, Sequence] = {}
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         self._next_number = 1
-        # Whether so few run that guesses are computed. It stays while a plan is made: a sequence that waits for its tokens is
-        # given no pages.
+        # Whether few enough sequences run for guesses to be computed. It stays while a plan is made: a sequence that waits for
+        # its tokens is given no pages.
         self._few = True
         self._failures: list[Failure] = []
         self.counts = Counts()
@@ -195,7 +195,7 @@ class Scheduler:
         return events
 
     def check_integrity(self) -> None:
-        """Raises AssertionError if a slot or a page belongs to two, or to nobody though it is not free."""
+        """Raises AssertionError unless each slot and page is free or belongs to those that may have it."""
         self._pages.check_integrity({sequence.request.id: sequence.slot for sequence in self._running.values()})
         for sequence in self._running.values():
             assert not sequence.done, f"{sequence.request.id} has ended and still runs"
@@ -350,14 +350,14 @@ class Scheduler:
         # Where tokens depend on others through the model alone, and verified guesses are exact.
         may_draft = self._policy.drafts and sequence.constraint is None and not request.sampling.penalized
         if may_draft and self._few and sequence.drafter is None and not sequence.done:
-            sequence.drafter = Drafter((*request.prompt, *sequence.tokens))
+            sequence.drafter = NgramDrafter((*request.prompt, *sequence.tokens))
 
     def _fail(self, sequence: Sequence, reason: str, *, sound: bool) -> None:
         self._failures.append(Failure(sequence.request.id, reason))
         self._end(sequence, sound=sound)
 
     def _end(self, sequence: Sequence, *, sound: bool = True) -> None:
-        """Takes a sequence away for good. What one that is not `sound` computed is shared with nobody."""
+        """Takes a sequence away for good. What one that is not `sound` computed is not shared."""
         if not sound:
             self._pages.pool(sequence.slot).forget(sequence.request.id)
         self._release(sequence, publish=sound)

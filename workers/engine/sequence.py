@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from workers.engine.drafter import Drafter
+from workers.engine.drafter import NgramDrafter
 from workers.messages.plan import DecodeRow, Draft, Mask, Token
 from workers.messages.request import Constraint, Finish, Request, TokenEvent
 
@@ -30,7 +30,7 @@ class Sequence:
       scheduled: tokens that plans sample for certain.
       tokens: those that came back.
       drafter: guesses its tokens, where that is allowed.
-      drafting: whether a draft is on its way, so that nobody knows how many tokens will come.
+      drafting: whether a draft is on its way, so that it is unknown how many tokens will come.
       ready: whether it was known what may be sampled next when the plan in the making was begun. A sequence that got no pages
         then must not decode, whatever comes meanwhile.
       done: whether it has ended. What still comes for it counts for nothing.
@@ -45,7 +45,7 @@ class Sequence:
     prefilled: int
     scheduled: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
-    drafter: Drafter | None = None
+    drafter: NgramDrafter | None = None
     drafting: bool = False
     ready: bool = True
     done: bool = False
@@ -73,7 +73,7 @@ class Sequence:
     @property
     def guessing(self) -> bool:
         """Whether its guesses are worth computing."""
-        return self.drafter is not None and self.drafter.worth
+        return self.drafter is not None and self.drafter.enabled
 
     def decode(self, steps: int) -> DecodeRow:
         """Schedules `steps` tokens."""
@@ -84,7 +84,7 @@ class Sequence:
     def draft(self) -> Draft | None:
         """A draft, if there are guesses. All scheduled tokens must be known. The sequence then waits for what comes of it."""
         assert self.known
-        guesses = self.drafter.guesses(self.left - 1) if self.drafter is not None else ()
+        guesses = self.drafter.propose(self.left - 1) if self.drafter is not None else ()
         if not guesses:
             return None
         self.drafting = True

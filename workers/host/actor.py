@@ -19,12 +19,12 @@ from workers.host.code_digest import code_digest
 from workers.host.environment import settle
 from workers.host.streams import free_port
 from workers.host.worker import Worker
-from workers.messages.specs import Assignment, Endpoint, EngineSpec, MeshSpec, ModelSpec, Progress
+from workers.messages.specs import Endpoint, EngineSpec, MeshSpec, ModelSpec, Progress, RankSpec
 from workers.telemetry import logs, metrics
 from workers.telemetry.metrics_server import serve_metrics
 
 if TYPE_CHECKING:
-    from workers.host.standby import Preparation
+    from workers.host.standby import StandbyEngine
 
 #: Of workers' metrics. The policy of deploy/kuberay/common.yaml lets Prometheus in there.
 METRICS_PORTS = range(9500, 9564)
@@ -42,7 +42,7 @@ class Host:
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
-        self._preparation: Preparation | None = None
+        self._standby: StandbyEngine | None = None
         self._preparing = threading.Lock()
         self._traces: dict[str, dict[str, bytes]] = {}
         self._address = ray.util.get_node_ip_address()
@@ -79,10 +79,10 @@ class Host:
             for name in _ACCELERATORS:
                 os.environ.pop(name, None)
             os.environ.update(environment)
-            from workers.host.standby import Preparation
+            from workers.host.standby import StandbyEngine
 
-            self._preparation = Preparation(model, mesh, engine)
-            self._preparation.trace()
+            self._standby = StandbyEngine(model, mesh, engine)
+            self._standby.trace()
 
     def replace(self, pid: int) -> None:
         """Ends the process `pid` of this host, which is the worker whose place this one takes, and waits until it is gone."""
@@ -96,12 +96,12 @@ class Host:
                     return
             time.sleep(0.01)
 
-    def form(self, assignment: Assignment) -> dict[str, int]:
+    def form(self, spec: RankSpec) -> dict[str, int]:
         """See `Worker.form`."""
-        logs.configure(replica=assignment.replica, epoch=assignment.epoch, rank=assignment.rank)
+        logs.configure(replica=spec.replica, epoch=spec.epoch, rank=spec.rank)
         with self._preparing:  # its time may come before it is done
             settle(os.environ)
-            self._worker = Worker(assignment, self._preparation)
+            self._worker = Worker(spec, self._standby)
         return self._worker.form()
 
     def warm_up(self) -> None:
@@ -122,11 +122,11 @@ class Host:
         return {path: len(content) for path, content in self._traces[name].items()}
 
     def trace_part(self, name: str, path: str, start: int, length: int) -> bytes:
-        """A part of a file of a trace. Small parts hold nobody up on their way."""
+        """A part of a file of a trace. Small parts keep no event loop for long."""
         return self._traces[name][path][start : start + length]
 
     def forget_trace(self, name: str) -> None:
-        """Nobody wants a trace any more."""
+        """Drops a trace."""
         self._traces.pop(name, None)
 
     def dump_stacks(self) -> None:
@@ -147,7 +147,7 @@ def _reaches(place: tuple[str, int]) -> bool:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when its parent, Ray's node, has ended: nobody can reach or replace it any more."""
+    """Ends this process when its parent, Ray's node, has ended: no call can reach it any more."""
     while os.getppid() == parent:
         time.sleep(_ORPHAN_SECONDS)
     os._exit(1)

@@ -10,14 +10,14 @@ from jax.experimental import multihost_utils
 
 from workers.checkpoint.checkpoint import Checkpoint
 from workers.kernels.cpu.kernels import INSTRUCTION_SETS, NativeKernelsError, native_kernels, use_instruction_set
-from workers.kernels.interface import PORTABLE, STACKED, Kernels
+from workers.kernels.interface import PORTABLE, SCANNED, Kernels
 from workers.kernels.tpu.kernels import TPU
 from workers.messages.specs import MeshSpec, ModelSpec
 
 _LOG = logging.getLogger(__name__)
 
 
-def choose_kernels(model: ModelSpec, mesh: MeshSpec, checkpoint: Checkpoint) -> Kernels:
+def select_kernels(model: ModelSpec, mesh: MeshSpec, checkpoint: Checkpoint) -> Kernels:
     """Those of the platform: Pallas on TPUs, native ones on CPU hosts where they fit the model and were built; else plain JAX.
 
     Native ones fit 8-bit weights with bfloat16 scales, float32 activations and pages of floats, not split along the embedding.
@@ -26,7 +26,7 @@ def choose_kernels(model: ModelSpec, mesh: MeshSpec, checkpoint: Checkpoint) -> 
       ValueError: `weights` ask for the native kernels, which are not to be had.
     """
     if mesh.platform != "cpu" and model.weights != "int8-unrounded":
-        return TPU if mesh.platform == "tpu" else STACKED
+        return TPU if mesh.platform == "tpu" else SCANNED
     quantized = [file for info, file in checkpoint.tensors if info.quantized]
     packable = all(file.scales is not None and file.scales.dtype.name == "bfloat16" for file in quantized)
     float32 = model.activations == "float32"
@@ -46,16 +46,16 @@ def choose_kernels(model: ModelSpec, mesh: MeshSpec, checkpoint: Checkpoint) -> 
     return PORTABLE
 
 
-def agree(kernels: Kernels) -> Kernels:
+def negotiate(kernels: Kernels) -> Kernels:
     """The best kernels that all processes of the mesh have; all must call this alike.
 
     What every host computes for itself, routes and norms, must come out the same on all.
     """
-    if jax.process_count() == 1 or kernels.stacked:
+    if jax.process_count() == 1 or kernels.scan_layers:
         return kernels
     levels = (PORTABLE.name, *INSTRUCTION_SETS)
-    everybody = multihost_utils.process_allgather(np.int32(levels.index(kernels.name)))
-    common = levels[int(everybody.min())]
+    found = multihost_utils.process_allgather(np.int32(levels.index(kernels.name)))
+    common = levels[int(found.min())]
     if common != kernels.name:
         _LOG.warning("another host has no %s kernels; computing with %s", kernels.name, common)
     if common == PORTABLE.name:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from workers.engine.prefill_budget import PromptBudget
+from workers.engine.prefill_budget import PrefillBudget
 from workers.engine.scheduler import Counts, Scheduler
 from workers.host.streams import PULSE_SECONDS, GatewayLink, Incoming, LeaderServer, Link, LinkError
 from workers.host.watchdog import Watchdog
@@ -68,7 +68,7 @@ class Leader:
         self._constraints = constraints
         self._stalls = stalls
         self._opening: dict[str, tuple[Request, RemoteConstraint]] = {}
-        self._budget = PromptBudget(runtime.shape.chunk, prefill_slowdown)
+        self._budget = PrefillBudget(runtime.shape.chunk, prefill_slowdown)
         self._counted = Counts()
         self._waits: dict[str, _Wait] = {}
         self._slots: dict[int, str] = {}
@@ -84,7 +84,7 @@ class Leader:
         self._watchdog = Watchdog(self._give_up, self._working)
 
     def run(self) -> None:
-        """Serves until a follower is lost, which raises LinkError. Nobody is heard before all hosts have computed a token."""
+        """Serves until a follower is lost, which raises LinkError; gateways only once all hosts have computed a token."""
         self._prove()
         pending: Pending | None = None
         clock = _Clock()
@@ -125,7 +125,7 @@ class Leader:
             self._tell(events)
             clock.lap("deliver")
             prefill_budget = self._budget.after(finished, clock.step())
-            metrics.PROMPT_BUDGET.set(prefill_budget)
+            metrics.PREFILL_BUDGET.set(prefill_budget)
 
     def _prove(self) -> None:
         self._scheduler.submit(CANARY)
@@ -173,8 +173,8 @@ class Leader:
         return [event for event in self._scheduler.complete(tokens) if event.request_id != CANARY.id]
 
     def _hear(self, block: bool) -> None:
-        """Takes what gateways sent; if there is nothing to compute, waits for it, and computes a token for nobody if nothing
-        comes: so that a mesh that no longer works is found before somebody needs it. Raises LinkError when it doesn't."""
+        """Takes what gateways sent. If there is nothing to compute it waits, and computes the canary's token if nothing comes,
+        so that a broken mesh is found before a request needs it. Raises LinkError when the mesh is broken."""
         until = time.monotonic() + (CANARY_SECONDS if block else 0.0) + HEAR_SECONDS
         while time.monotonic() < until:
             try:
@@ -217,7 +217,7 @@ class Leader:
             else:
                 self._scheduler.submit(request)
             self._owners[request.id] = gateway
-            forced = 0 if self._runtime.shape.exact_rows else len(request.resumed)
+            forced = 0 if self._runtime.shape.batch_invariant else len(request.resumed)
             self._waits[request.id] = _Wait(time.monotonic(), forced)
         except Refused as error:
             self._refuse(gateway, request.id, error)
@@ -254,7 +254,7 @@ class Leader:
             self._forget(failure.request_id)
 
     def _drop(self, gateway: GatewayLink) -> None:
-        """Nobody waits any more for what a lost gateway asked for."""
+        """Cancels what a lost gateway asked for."""
         self._gateways.discard(gateway)
         self._greeted.discard(gateway)
         self._refusals.pop(gateway, None)

@@ -11,20 +11,20 @@ import jax.numpy as jnp
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.loader import parameter_shapes
 from workers.checkpoint.storage import locate
-from workers.host.kernel_selection import choose_kernels
+from workers.host.kernel_selection import select_kernels
 from workers.kernels.interface import Kernels
 from workers.messages.plan import EngineShape
 from workers.messages.specs import EngineSpec, MeshSpec, ModelSpec
 from workers.model.partition import Partition
 from workers.runtime.mesh import abstract_mesh
-from workers.runtime.program_set import Blueprint
+from workers.runtime.program_set import ProgramSet
 
 #: By the names of the configuration.
 DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
 
 
-class Preparation:
-    """A model, opened, and the blueprint of its engine. Made before JAX starts its backend, whose platform it chooses."""
+class StandbyEngine:
+    """A model, opened, and the program_set of its engine. Made before JAX starts its backend, whose platform it chooses."""
 
     def __init__(self, model: ModelSpec, mesh: MeshSpec, engine: EngineSpec) -> None:
         """Raises CheckpointError; ValueError if model, mesh and engine do not fit each other."""
@@ -39,7 +39,7 @@ class Preparation:
         self._engine = engine
         self.checkpoint = open_checkpoint(locate(model.checkpoint))
         self.dtype = DTYPES[model.activations]
-        self.kernels = choose_kernels(model, mesh, self.checkpoint)
+        self.kernels = select_kernels(model, mesh, self.checkpoint)
         self._draw()
 
     def adopt(self, kernels: Kernels) -> None:
@@ -49,20 +49,20 @@ class Preparation:
             self._draw()
 
     def trace(self) -> None:
-        """Traces all programs, as one does who has the time."""
-        for name in self.blueprint.names:
-            self.blueprint.trace(name)
+        """Traces all programs."""
+        for name in self.program_set.names:
+            self.program_set.trace(name)
 
     def _draw(self) -> None:
         model, mesh, config, kernels = self._model, self._mesh, self.checkpoint.config, self.kernels
         partition = Partition.create(config, abstract_mesh(mesh.data, mesh.model), mesh.rules, kernels)
-        shape = engine_shape(self._engine, config.sequence_len, partition.batch_groups, kernels.exact_rows)
+        shape = engine_shape(self._engine, config.sequence_len, partition.batch_groups, kernels.batch_invariant)
         shapes = parameter_shapes(self.checkpoint, partition, weights=model.weights, dtype=self.dtype)
         kv_dtype = DTYPES[model.kv_cache or model.activations]
-        self.blueprint = Blueprint(config, shape, partition, shapes, self.dtype, kv_dtype)
+        self.program_set = ProgramSet(config, shape, partition, shapes, self.dtype, kv_dtype)
 
 
-def engine_shape(engine: EngineSpec, model_context: int, groups: int, exact_rows: bool) -> EngineShape:
+def engine_shape(engine: EngineSpec, model_context: int, groups: int, batch_invariant: bool) -> EngineShape:
     """The engine's sizes for a model of `model_context` on a mesh with `groups` batch groups.
 
     Raises:
@@ -79,5 +79,5 @@ def engine_shape(engine: EngineSpec, model_context: int, groups: int, exact_rows
         page_size=engine.page_size,
         chunk=engine.prefill_chunk,
         context=context,
-        exact_rows=exact_rows,
+        batch_invariant=batch_invariant,
     )

@@ -33,11 +33,11 @@ MAX_HELLO = 1024
 MAX_LAG = 64
 #: Frames to a gateway that may wait before it is given up.
 MAX_OUTGOING = 10_000
-#: Each end of a stream that others watch says something so often, if only that it lives; who is silent for longer is lost.
+#: Seconds between signs of life on a stream that its peer watches.
 PULSE_SECONDS = 0.25
 #: Connections that may be about to say Hello: each has two threads.
 MAX_GREETINGS = 256
-#: Gateways have longer: theirs is a busy loop, and to be without one for a while harms nobody.
+#: Gateways may be silent for longer: their loops are busy, and a late one harms no other request.
 GATEWAY_SILENCE_SECONDS = 15.0
 
 
@@ -317,7 +317,7 @@ def connect(address: str, hello: Hello, seconds: float) -> Link:
 
 
 def wait_for_listener(address: str, seconds: float) -> None:
-    """Returns once somebody listens at `host:port`. Raises LinkError after `seconds`."""
+    """Returns once a process listens at `host:port`. Raises LinkError after `seconds`."""
     _connection(address, seconds).close()
 
 
@@ -329,12 +329,12 @@ def _connection(address: str, seconds: float) -> socket.socket:
             return socket.create_connection((host, int(port)), timeout=HELLO_TIMEOUT)
         except OSError as error:
             if time.monotonic() > deadline:
-                raise LinkError(f"nobody listens at {address}: {error}") from error
+                raise LinkError(f"no process listens at {address}: {error}") from error
             time.sleep(0.02)
 
 
 def free_port(address: str) -> int:
-    """A port of `address` that nobody listens on now."""
+    """A port of `address` that is free now."""
     with socket.socket() as probe:
         probe.bind((address, 0))
         port: int = probe.getsockname()[1]

@@ -14,14 +14,14 @@ from workers.engine.scheduler import Scheduler
 from workers.host.environment import bypass_proxies
 from workers.host.streams import LeaderServer, connect, wait_for_listener
 from workers.messages.frames import Hello
-from workers.messages.specs import COMPILING, JOINING, LOADING, PREPARING, WARMING_UP, Assignment, Progress
+from workers.messages.specs import COMPILING, JOINING, LOADING, PREPARING, WARMING_UP, Progress, RankSpec
 from workers.telemetry import garbage, metrics
 from workers.telemetry.stalls import StallWatch
 from workers.text.grammar_job import Constraints
 from workers.text.sandbox import Sandbox
 
 if TYPE_CHECKING:
-    from workers.host.standby import Preparation
+    from workers.host.standby import StandbyEngine
     from workers.runtime.profiler import Profiler
 
 _LOG = logging.getLogger(__name__)
@@ -36,10 +36,10 @@ SPARE_GRAMMARS = 16
 class Worker:
     """A host's life in one epoch: `form`, then `warm_up`, then `serve`. A process serves one epoch and then ends."""
 
-    def __init__(self, assignment: Assignment, preparation: Preparation | None = None) -> None:
-        """With a `preparation` for the same model, mesh and engine, less is left to do."""
-        self._assignment = assignment
-        self._preparation = preparation
+    def __init__(self, spec: RankSpec, standby: StandbyEngine | None = None) -> None:
+        """With a `standby` for the same model, mesh and engine, less is left to do."""
+        self._spec = spec
+        self._standby = standby
         self._server: LeaderServer | None = None
         self._sandbox: Sandbox | None = None
         self._compilations = 0
@@ -55,15 +55,15 @@ class Worker:
           CheckpointError, ConfigError: the model can't be loaded.
           ValueError: mesh and devices, or mesh and model, do not fit.
         """
-        a = self._assignment
+        a = self._spec
         metrics.EPOCH.set(a.epoch)
         self._report(PREPARING, 0.0)
         if a.leader and a.rank == 0:
-            # Before the long work, in which somebody else might take the port.
+            # Before the long work, during which another process might take the port.
             self._server = LeaderServer(a.leader, a.epoch, a.secret, a.silence_seconds)
-        from workers.host.standby import Preparation
+        from workers.host.standby import StandbyEngine
 
-        preparation = self._preparation or Preparation(a.model, a.mesh, a.engine)
+        standby = self._standby or StandbyEngine(a.model, a.mesh, a.engine)
         import jax
 
         self._report(JOINING, 0.0)
@@ -81,7 +81,7 @@ class Worker:
                 shutdown_timeout_seconds=HEARTBEAT_SECONDS // 2,
             )
         from workers.checkpoint.loader import LoadProgress, load_parameters
-        from workers.host.kernel_selection import agree
+        from workers.host.kernel_selection import negotiate
         from workers.model.partition import Partition
         from workers.runtime.compilation import every_rank_writes, use_cache
         from workers.runtime.mesh import make_mesh
@@ -91,7 +91,7 @@ class Worker:
         if a.compilation_cache:
             use_cache(a.compilation_cache, a.rank)
         mesh = make_mesh(a.mesh.data, a.mesh.model)
-        checkpoint, dtype = preparation.checkpoint, preparation.dtype
+        checkpoint, dtype = standby.checkpoint, standby.dtype
         if self._server is not None:
             # So that the first request with a grammar need not wait for it.
             config = checkpoint.config
@@ -99,9 +99,9 @@ class Worker:
                 "workers.text.grammar_job", [a.model.checkpoint, str(config.vocab_size), str(config.eos_token)]
             )
         with every_rank_writes():
-            preparation.adopt(agree(preparation.kernels))
-        _LOG.info("kernels: %s", preparation.kernels.name)
-        partition = Partition.create(checkpoint.config, mesh, a.mesh.rules, preparation.kernels)
+            standby.adopt(negotiate(standby.kernels))
+        _LOG.info("kernels: %s", standby.kernels.name)
+        partition = Partition.create(checkpoint.config, mesh, a.mesh.rules, standby.kernels)
         devices = jax.local_device_count()
 
         began = time.monotonic()
@@ -123,14 +123,14 @@ class Worker:
             load_parameters, checkpoint, partition, weights=a.model.weights, dtype=dtype, report=loaded
         )
         with every_rank_writes(), concurrent.futures.ThreadPoolExecutor(1, "load") as pool:
-            if partition.kernels.stacked:
+            if partition.kernels.scan_layers:
                 # Stacking runs programs on all devices, which hosts must start in the same order.
-                self.runtime = Runtime(preparation.blueprint, partition, compiled)
+                self.runtime = Runtime(standby.program_set, partition, compiled)
                 parameters, read = load()
             else:
                 # Reading and packing weights leaves cores for the compiler, and the other way round.
                 loading = pool.submit(load)
-                self.runtime = Runtime(preparation.blueprint, partition, compiled)
+                self.runtime = Runtime(standby.program_set, partition, compiled)
                 parameters, read = loading.result()
         self.runtime.set_parameters(parameters)
         self.profiler = Profiler()
@@ -149,7 +149,7 @@ class Worker:
 
     def serve(self) -> None:
         """Leads or follows until the epoch is over."""
-        a = self._assignment
+        a = self._spec
         from workers.host.leader import Leader, follow
 
         if a.rank:

@@ -36,8 +36,8 @@ class Kernels:
         scale) -> [B, T, H, C], key_pages, value_pages: see `portable.attend`.
       sample: (logits [B, V], state, rows) -> packed samples [B, PACKED_WIDTH]: see `sampling.sample`. The choice of kernels
         decides rounding, not distribution.
-      exact_rows: whether a row's bits are the same in programs of other shapes, so that prompts may be cut anywhere.
-      stacked: whether what layers have, parameters and pages, lies stacked, [L, ...], and one loop computes all layers: that
+      batch_invariant: whether a row's bits are the same in programs of other shapes, so that prompts may be cut anywhere.
+      scan_layers: whether the parameters and pages of all layers lie stacked, [L, ...], and one loop computes all layers, which
         compiles many times faster. Weights then come as `LayerWeight`s.
       heads_first: whether both kinds of pages are [K, P, page, C]; else keys are [P, K, C, page], values [P, K, page, C].
       pack: makes `PackedWeight.values` of int8 [..., K, N] with so many groups of rows; weights then are `PackedWeight`s and
@@ -53,8 +53,8 @@ class Kernels:
     logits: Callable[[jax.Array, jax.Array, Any], jax.Array]
     attend: Callable[..., tuple[jax.Array, Pages, Pages]]
     sample: Callable[[jax.Array, SamplingState, SamplingRows], jax.Array]
-    exact_rows: bool
-    stacked: bool = False
+    batch_invariant: bool
+    scan_layers: bool = False
     heads_first: bool = False
     pack: Callable[[Any, int], Any] | None = None
 
@@ -74,7 +74,7 @@ PORTABLE = Kernels(
     logits=portable.logits,
     attend=portable.attend,
     sample=sample,
-    exact_rows=False,
+    batch_invariant=False,
 )
 #: For accelerators without kernels of their own.
-STACKED = dataclasses.replace(PORTABLE, name="xla-stacked", stacked=True)
+SCANNED = dataclasses.replace(PORTABLE, name="xla-scanned", scan_layers=True)

@@ -27,7 +27,7 @@ class SamplingRows:
 
     Attributes:
       slot: int32, whose row of the state it is.
-      active: bool; other rows draw nothing that is meant.
+      active: bool; what other rows sample is not used.
       flags: int32, of BIASED, PENALIZED and MASKED.
       seed_low, seed_high: uint32 halves of the request's seed.
       position: int32, of the token to draw, counted from the start of the sequence.

@@ -42,8 +42,7 @@ class Done:
 
 @dataclasses.dataclass(frozen=True)
 class LeaderInput:
-    """From a gateway to the leader: a request, or the id of one that nobody waits for any more. Without either it is only a
-    sign of life."""
+    """From a gateway to the leader: a request, or the id of one that is cancelled. Without either it is only a sign of life."""
 
     submit: Request | None = None
     cancel: str = ""

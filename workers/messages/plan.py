@@ -24,7 +24,7 @@ class EngineShape:
       page_size: positions of a page.
       chunk: most prompt positions of one prefill call.
       context: longest sequence, prompt and completion together.
-      exact_rows: whether a position's bits are the same wherever a prompt is cut and in whichever program it is computed.
+      batch_invariant: whether a position's bits are the same wherever a prompt is cut and in whichever program it is computed.
         If not, prompts are cut at multiples of `chunk` only, completions are not cached, and nothing is drafted.
     """
 
@@ -34,7 +34,7 @@ class EngineShape:
     page_size: int
     chunk: int
     context: int
-    exact_rows: bool = False
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         if self.slots % self.groups:

@@ -21,7 +21,7 @@ class Request:
       stop_tokens: a token of these ends the completion (and is reported as its last token).
       priority: requests of a higher one are admitted first.
       grammar: what its tokens must spell, as `workers.text.grammar` has it; empty for anything.
-      owner: whose it is: among those of a priority, requests of who has fewer places go first.
+      owner: of the request. Of a priority, the requests of the owner with the fewest slots go first.
       resumed: its first tokens, which an engine that is gone has drawn already; fewer than `max_tokens`.
     """
 

@@ -55,7 +55,7 @@ class EngineSpec:
       context: None for the model's own.
       kv_pages: pages over all groups; None for as many as all slots can fill.
       max_waiting: requests that may wait for a slot.
-      steps_per_plan: most tokens of a sequence that one plan draws when nobody waits.
+      steps_per_plan: most tokens of a sequence that one plan samples when no request waits.
       prefill_slowdown: how many times as long a step may take when it computes prompts too.
     """
 
@@ -70,13 +70,13 @@ class EngineSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class Assignment:
+class RankSpec:
     """A host's place in an epoch.
 
     Attributes:
       replica: number of the replica.
       epoch: number of this forming of the mesh.
-      secret: of the epoch; who connects to the leader must know it.
+      secret: of the epoch; what connects to the leader must know it.
       rank: of this host; 0 leads.
       coordinator: `host:port` where JAX's coordination service listens, on rank 0.
       leader: `host:port` where the leader listens; empty for nowhere.

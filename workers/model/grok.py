@@ -97,7 +97,7 @@ class Transformer(hk.Module):
         self, x: jax.Array, positions: jax.Array, attend: Attend, dtype: jnp.dtype | type
     ) -> tuple[jax.Array, Routed]:
         """[B, T, D], [B, T] -> [B, T, D] and what the routers decided."""
-        if self._partition.kernels.stacked:
+        if self._partition.kernels.scan_layers:
             return self._rolled(x, positions, attend, dtype)
         routed = []
         for i in range(self._config.num_layers):

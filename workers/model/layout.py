@@ -49,7 +49,7 @@ class Layout:
 
     Attributes:
       sizes: devices along each mesh axis; empty where there is no mesh, and nothing is split.
-      units: of a logical axis, what must stay whole; see `create`.
+      units: of a logical axis, what must stay whole; see `Partition.create`.
       rules: a table of RULES.
     """
 

@@ -72,7 +72,7 @@ class Partition(Layout):
         """
         if not axes:
             return x
-        if not self.kernels.exact_rows:
+        if not self.kernels.batch_invariant:
             summed: jax.Array = lax.psum(x, axes)
             return summed
         parts = lax.all_gather(x, axes)  # [devices, ...]

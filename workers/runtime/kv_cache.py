@@ -26,7 +26,7 @@ LayerPages = tuple[Pages, Pages]
 def page_axes(partition: Partition) -> Axes:
     """The first logical axes of pages: those of all groups are split with the batch, heads as keys and values are."""
     axes: Axes = ("kv_heads", "batch") if partition.kernels.heads_first else ("batch", "kv_heads")
-    if partition.kernels.stacked:
+    if partition.kernels.scan_layers:
         axes = (*axes[: _layer_axis(partition)], None, *axes[_layer_axis(partition) :])
     return axes
 
@@ -45,7 +45,7 @@ def page_shapes(
     count, heads, size, page = shape.groups * shape.pages, config.num_kv_heads, config.key_size, shape.page_size
 
     def array(dims: tuple[int, ...], dtype: jnp.dtype | type) -> Any:
-        if kernels.stacked:
+        if kernels.scan_layers:
             at = _layer_axis(partition)
             dims = (*dims[:at], config.num_layers, *dims[at:])
         return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
@@ -56,7 +56,7 @@ def page_shapes(
 
     lead = (heads, count) if kernels.heads_first else (count, heads)
     both = pages(lead, (page, size) if kernels.heads_first else (size, page)), pages(lead, (page, size))
-    return (both,) * (1 if kernels.stacked else config.num_layers)
+    return (both,) * (1 if kernels.scan_layers else config.num_layers)
 
 
 @dataclasses.dataclass
@@ -74,7 +74,7 @@ class PagedAttend:
 
     def __call__(self, layer: int | jax.Array, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         """[B, T, H, C], [B, T, K, C] twice -> [B, T, H, C]."""
-        stacked = self.partition.kernels.stacked
+        stacked = self.partition.kernels.scan_layers
         at = 0 if stacked else layer
         assert isinstance(at, int)
         key_pages, value_pages = self.pages[at]

@@ -18,7 +18,7 @@ from workers.runtime.programs import Programs, State
 from workers.runtime.slots import SlotTable
 
 
-class Blueprint:
+class ProgramSet:
     """The programs of an engine on an abstract mesh. Tracing them needs neither devices nor parameters, so that a process that
     stands by does it while its time has not come."""
 
@@ -68,7 +68,7 @@ class Blueprint:
             "prefill": (programs.prefill, *state, slots.prefill(())),
             "decode": (programs.decode, *state, slots.decode(())),
         }
-        if shape.exact_rows:
+        if shape.batch_invariant:
             self._calls["verify"] = (programs.verify, *state, slots.verify((), ()))
         for name, rows in vars(sampling).items():
             self._calls[name] = (programs.set_row, rows, np.int32(0), np.zeros(rows.shape[1], rows.dtype))

@@ -31,7 +31,7 @@ class State:
     """What a device keeps between calls; donated to each. All but the pages lies whole on every device.
 
     Attributes:
-      pages: see `allocate_pages`.
+      pages: see `page_shapes`.
       tokens: [slots] int32, the last token of each slot.
       sampling: of all slots.
     """
@@ -162,9 +162,9 @@ class Programs:
         logits = jnp.pad(logits, ((0, surplus), (0, 0)))
         rows = jax.tree.map(lambda values: jnp.pad(values, (0, surplus)), rows)
         split = PartitionSpec(mesh.axis_names)
-        # Each device has some columns of all rows and wants all columns of some: exchanged at once, nobody ever has it all.
+        # Logits lie split by vocabulary, sampling wants whole rows: one all_to_all, so that no device ever holds [B, V].
         # Between CPU hosts that is slower than what XLA does by itself.
-        exchanged = partition.kernels.stacked and partition.axes("vocab") == mesh.axis_names
+        exchanged = partition.kernels.scan_layers and partition.axes("vocab") == mesh.axis_names
 
         def local(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
             if exchanged:
@@ -179,7 +179,7 @@ class Programs:
         """The state after a call. Drawn tokens count where penalties will ask for them."""
         # On every device for itself, or the compiler adds up tables of counts over devices.
         whole = PartitionSpec()
-        local = _count_one_by_one if self._partition.kernels.stacked else _scatter
+        local = _count_one_by_one if self._partition.kernels.scan_layers else _scatter
         count = self._partition.on_parts(local, (whole,) * 4, whole)
         counted = rows.active & (rows.flags & PENALIZED != 0)
         sampling = dataclasses.replace(state.sampling, counts=count(state.sampling.counts, counted, rows.slot, drawn))

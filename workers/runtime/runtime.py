@@ -18,7 +18,7 @@ from workers.kernels.sampling import IN_PROMPT, TOP_IDS, TOP_LOGPROBS
 from workers.messages.plan import Draft, Plan, Sampling, SlotStart, StepTokens, Token
 from workers.model.partition import Partition
 from workers.runtime.compilation import compile_all
-from workers.runtime.program_set import Blueprint
+from workers.runtime.program_set import ProgramSet
 from workers.runtime.programs import Programs, State
 from workers.runtime.slots import SlotTable
 
@@ -48,18 +48,18 @@ class Runtime:
     """Owns the device state: parameters, pages, last tokens, biases. Every host of the mesh has one, fed the same plans."""
 
     def __init__(
-        self, blueprint: Blueprint, partition: Partition, report: Callable[[float], None] = lambda _: None
+        self, program_set: ProgramSet, partition: Partition, report: Callable[[float], None] = lambda _: None
     ) -> None:
         """Allocates the state and compiles all programs. Before anything is computed, `set_parameters` must be called.
 
         Args:
-          blueprint: of the engine.
-          partition: that of the blueprint, on devices.
+          program_set: of the engine.
+          partition: that of the program_set, on devices.
           report: told the fraction of the programs that are compiled.
         """
         mesh = partition.mesh
         assert isinstance(mesh, Mesh)
-        config, shape = blueprint.config, blueprint.shape
+        config, shape = program_set.config, program_set.shape
         self.config = config
         self.shape = shape
         self.kernels = partition.kernels.name
@@ -67,16 +67,16 @@ class Runtime:
         self.host_computes = mesh.devices.flat[0].platform == "cpu"
         self._partition = partition
         self._params: Params = {}
-        self._state = _zeros(blueprint.state, mesh)
+        self._state = _zeros(program_set.state, mesh)
         self._slots = SlotTable(shape)
         self._top_logprobs = [0] * shape.slots
         compiled = compile_all(
-            {name: functools.partial(_compile, blueprint, name, mesh) for name in blueprint.names}, report
+            {name: functools.partial(_compile, program_set, name, mesh) for name in program_set.names}, report
         )
         self._prefill, self._decode = compiled["prefill"], compiled["decode"]
         self._verify = compiled.get("verify")
         self._set_row = {name: compiled[name] for name in vars(self._state.sampling)}
-        self._score = Programs(config, shape, partition, blueprint.dtype).score
+        self._score = Programs(config, shape, partition, program_set.dtype).score
         self._group_starts = [group.start for group in config.layer_groups()]
         everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._ones = jax.jit(lambda: jnp.ones(mesh.size, jnp.int32), out_shardings=everywhere)()
@@ -219,11 +219,11 @@ def _zeros(shapes: State, mesh: Mesh) -> State:
     return state
 
 
-def _compile(blueprint: Blueprint, name: str, mesh: Mesh) -> Any:
+def _compile(program_set: ProgramSet, name: str, mesh: Mesh) -> Any:
     # On a CPU each operation takes all threads as it is; several at a time would only wait for each other.
     platform = mesh.devices.flat[0].client.platform
     options = {"xla_cpu_enable_concurrency_optimized_scheduler": False} if platform == "cpu" else None
-    lowered = blueprint.trace(name).lower(lowering_platforms=(platform,))
+    lowered = program_set.trace(name).lower(lowering_platforms=(platform,))
     return lowered.compile(compiler_options=options, device_assignment=tuple(mesh.devices.flat))
 
 

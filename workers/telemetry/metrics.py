@@ -89,8 +89,8 @@ DRAFT_TOKENS = Counter(
     ["result"],
     registry=LEADER,
 )
-PROMPT_BUDGET = Gauge(
-    "grokmesh_engine_prompt_budget", "Prompt positions that a step may compute beside decoding.", registry=LEADER
+PREFILL_BUDGET = Gauge(
+    "grokmesh_engine_prefill_budget", "Prompt positions that a step may compute beside decoding.", registry=LEADER
 )
 EXPERT_TOKENS = Counter(
     "grokmesh_moe_expert_tokens",

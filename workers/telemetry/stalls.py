@@ -32,7 +32,7 @@ class StallWatch:
 
     @property
     def watching(self) -> bool:
-        """Whether there is a limit: somebody looks for defects."""
+        """Whether there is a limit, as when looking for defects."""
         return self._limit is not None
 
     def turn(self) -> None:

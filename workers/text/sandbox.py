@@ -123,7 +123,7 @@ class JobStream:
         self._seconds = seconds
 
     def receive(self) -> bytes:
-        """The next message. Raises EOFError when nobody waits any more."""
+        """The next message. Raises EOFError when the other end is closed."""
         signal.setitimer(signal.ITIMER_PROF, 0)  # whose signal, unhandled, ends the process
         received = self._stream.recv_bytes()
         signal.setitimer(signal.ITIMER_PROF, self._seconds)
@@ -135,8 +135,8 @@ class JobStream:
 
 
 def run_template(control: int, work: Callable[[JobStream], None]) -> None:
-    """The template's life: forks a child that does `work` for each stream that comes, until nobody can send one any more."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for children
+    """The template's life: forks a child that does `work` for each stream that comes, until none can come any more."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's; the parent decides
     with socket.socket(fileno=control) as orders:
         while True:
@@ -156,7 +156,7 @@ def _work(work: Callable[[JobStream], None], stream: Connection, budget: Budget)
     """The child's life, in which signals' own effects are the limits: they hold whatever code runs."""
     with contextlib.suppress(BaseException):
         os.nice(budget.niceness)
-        # What is said when memory ends is nobody's business.
+        # What Python prints when memory ends helps no reader.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_CPU, (budget.total_seconds, budget.total_seconds))

@@ -52,7 +52,7 @@ class Admission:
           wait: seconds until it likely has a slot.
           left: of its deadline, None without one.
           own: seconds that it likely takes itself. One that its deadline could not hold even so is admitted all the same while
-            nobody waits: it may be shorter than others were.
+            no other request waits: it may be shorter than others were.
         """
         most = self._queue_seconds if left is None else min(self._queue_seconds, max(left / MARGIN - own, 0.0))
         if wait > most:

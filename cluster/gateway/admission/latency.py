@@ -20,7 +20,7 @@ class RecentLatency:
         self._samples: collections.deque[tuple[float, float]] = collections.deque(maxlen=MOST_SAMPLES)
 
     def add(self, seconds: float) -> None:
-        """Notes one."""
+        """Adds the seconds of a request."""
         self._samples.append((self._clock(), seconds))
 
     def quantile(self, fraction: float) -> float:

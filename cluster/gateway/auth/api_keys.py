@@ -32,14 +32,14 @@ class KeysError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Caller:
-    """Who calls.
+    """The owner of a key, and what it may do.
 
     Attributes:
       name: of the key.
       scopes: of SCOPES.
       max_requests: completions that the key may have in the gateway at once; None for no limit of its own.
       tokens_per_minute: prompt and drawn tokens that it may use, with a minute's worth at a time; None for no limit.
-      max_priority: the highest that it may ask for: who comes first to slots is nobody else's choice.
+      max_priority: the highest priority that it may ask for.
     """
 
     name: str
@@ -64,13 +64,13 @@ def new_key(name: str) -> tuple[str, str]:
 
 
 class Keys:
-    """Who may call. A key has 256 random bits, so its plain SHA-256 can't be turned back.
+    """The keys of a service. A key has 256 random bits, so its plain SHA-256 can't be turned back.
 
     A file that changes is read again within a second or so; one that holds no keys any more changes nothing.
     """
 
     def __init__(self, path: pathlib.Path | None, admin_key: str = "") -> None:
-        """Reads a file of keys; without one, anybody may complete prompts. Besides, `admin_key` is the local administrator's.
+        """Reads a file of keys; without one, every caller may complete prompts. `admin_key` is the local administrator's.
         Raises KeysError, which names file and entry."""
         self._callers = None if path is None else Reloading((path,), lambda: _read(path), KeysError)
         self._admin = _digest(admin_key) if admin_key else ""

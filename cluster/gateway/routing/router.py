@@ -306,7 +306,7 @@ class Router:
         ahead = (
             Ahead(session.request, session.drawn)
             for session in link.sessions.values()
-            if session.drawn or session.request.priority >= priority  # who draws keeps its slot
+            if session.drawn or session.request.priority >= priority  # a session that has tokens keeps its slot
         )
         return self.forecast.wait(ahead, Capacity(link.load.slots, link.load.positions))
 

@@ -14,7 +14,7 @@ from cluster.config.reader import Config, ModelSection
 from cluster.controller import replica
 from cluster.controller.integrity import Canary, Digests
 from cluster.controller.placement import HostError, Placement
-from cluster.controller.quarantine import TOO_MANY, Suspects
+from cluster.controller.quarantine import TOO_MANY, Quarantine
 from cluster.controller.replica import GIVE_UP_FAILURES, Replica
 from cluster.gateway.routing.router import Router
 from grok.serving.v1 import cluster_pb2
@@ -91,7 +91,7 @@ def _life(monkeypatch: pytest.MonkeyPatch, nodes: list[str], spare: str, until: 
         return _Placement(chosen, log)
 
     async def play() -> None:
-        replica = _replica(monkeypatch, create, Suspects())
+        replica = _replica(monkeypatch, create, Quarantine())
         life = asyncio.ensure_future(replica.run())
         while not any(line.startswith(until) for line in log):
             await asyncio.sleep(0.001)
@@ -103,14 +103,14 @@ def _life(monkeypatch: pytest.MonkeyPatch, nodes: list[str], spare: str, until: 
 
 
 def _replica(
-    monkeypatch: pytest.MonkeyPatch, create: Any, suspects: Suspects, states: list[int] | None = None
+    monkeypatch: pytest.MonkeyPatch, create: Any, quarantine: Quarantine, states: list[int] | None = None
 ) -> Replica:
     monkeypatch.setattr(replica, "BACKOFF_SECONDS", (0.0,))
     monkeypatch.setattr(Placement, "create", create)
     monkeypatch.setattr(replica, "spares_beside", lambda mesh, cluster, avoided: True)
     config = Config(ModelSection("demo", str(DEMO)))
     report = (lambda replica: None) if states is None else (lambda replica: states.append(replica.state))
-    return Replica(0, config, Router(0), suspects, Digests({}), Canary(), report)
+    return Replica(0, config, Router(0), quarantine, Digests({}), Canary(), report)
 
 
 def test_a_replica_that_keeps_failing_is_given_up_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_a_replica_that_keeps_failing_is_given_up_and_says_so(monkeypatch: pytes
         raise OSError("no Ray")
 
     async def play() -> Replica:
-        replica = _replica(monkeypatch, create, Suspects(), states)
+        replica = _replica(monkeypatch, create, Quarantine(), states)
         life = asyncio.ensure_future(replica.run())
         while replica.state != cluster_pb2.REPLICA_STATE_GIVEN_UP:
             await asyncio.sleep(0)
@@ -177,7 +177,7 @@ def test_whatever_the_search_for_who_is_to_blame_raises_the_replica_is_built_aga
         return _Placement(["sick"], log)
 
     async def play() -> None:
-        life = asyncio.ensure_future(_replica(monkeypatch, create, Suspects()).run())
+        life = asyncio.ensure_future(_replica(monkeypatch, create, Quarantine()).run())
         while log.count("renew sick") < 3:
             await asyncio.sleep(0)
         life.cancel()

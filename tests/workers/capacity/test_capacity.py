@@ -22,12 +22,12 @@ from workers.capacity.prediction import active_parameters, expected_experts, sum
 from workers.capacity.report import configuration, describe
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.loader import load_parameters
-from workers.kernels.interface import STACKED
+from workers.kernels.interface import SCANNED
 from workers.messages.plan import EngineShape
 from workers.model.config import GrokConfig
 from workers.model.partition import Partition
 from workers.runtime.mesh import AXES
-from workers.runtime.program_set import Blueprint
+from workers.runtime.program_set import ProgramSet
 from workers.runtime.runtime import Runtime
 
 GROK_1 = GrokConfig()
@@ -141,11 +141,11 @@ def test_parameters_and_pages_take_what_was_planned(weights: str) -> None:
     checkpoint = open_checkpoint(GOLDEN / "text-s1")
     config = checkpoint.config
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), AXES)
-    partition = Partition.create(config, mesh, "batch", STACKED)
+    partition = Partition.create(config, mesh, "batch", SCANNED)
     params, _ = load_parameters(checkpoint, partition, weights=weights, dtype=jnp.bfloat16)
     shape = EngineShape(8, partition.batch_groups, 40, 8, 16, 96)
-    blueprint = Blueprint(config, shape, partition, params, jnp.bfloat16, jnp.bfloat16)
-    runtime = Runtime(blueprint, partition)
+    program_set = ProgramSet(config, shape, partition, params, jnp.bfloat16, jnp.bfloat16)
+    runtime = Runtime(program_set, partition)
     runtime.set_parameters(params)
     planned = memory(
         config, layout_of(config, 2, 2, "batch"), Precision(weights), "gpu",

@@ -15,7 +15,7 @@ from tests.conftest import DEMO
 from tools.checkpoint_writer import write_array, write_quantized
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.loader import AHEAD, LoadProgress, load_parameters
-from workers.kernels.interface import STACKED
+from workers.kernels.interface import SCANNED
 from workers.model.config import GrokConfig
 from workers.model.parameters import parameter_table
 from workers.model.partition import Partition
@@ -70,7 +70,7 @@ def test_extra_memory_is_under_15_percent_of_the_shard(tmp_path: pathlib.Path) -
 
 def test_layers_that_are_stacked_are_not_kept_beside_the_stack() -> None:
     checkpoint = open_checkpoint(DEMO)
-    partition = Partition.create(checkpoint.config, make_mesh(4, 2), "batch", STACKED)
+    partition = Partition.create(checkpoint.config, make_mesh(4, 2), "batch", SCANNED)
     before, most = _live_bytes(), 0
 
     def report(_: LoadProgress) -> None:

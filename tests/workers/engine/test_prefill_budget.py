@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.engine.prefill_budget import PromptBudget
+from workers.engine.prefill_budget import PrefillBudget
 from workers.messages.plan import Chunk, DecodeRow, Plan
 
 
@@ -12,25 +12,25 @@ def _plan(prompt: int, decode: int = 4, steps: int = 1) -> Plan:
 
 
 def test_nothing_is_held_back_before_anything_is_known() -> None:
-    assert PromptBudget(256, 2.0).after(_plan(0), 0.010) == 256
+    assert PrefillBudget(256, 2.0).after(_plan(0), 0.010) == 256
 
 
 def test_a_step_with_prompts_takes_as_many_times_as_long_as_is_allowed() -> None:
-    budget = PromptBudget(256, 3.0)
+    budget = PrefillBudget(256, 3.0)
     budget.after(_plan(0), 0.010)
     assert budget.after(_plan(100), 0.110) == 20  # 1 ms a position; 10 ms of decoding leave 20
 
 
 def test_the_budget_stays_between_one_position_and_the_chunk() -> None:
-    budget = PromptBudget(64, 1.0)
+    budget = PrefillBudget(64, 1.0)
     budget.after(_plan(0), 0.010)
     assert budget.after(_plan(50), 0.060) == 1
-    generous = PromptBudget(64, 1000.0)
+    generous = PrefillBudget(64, 1000.0)
     generous.after(_plan(0), 0.010)
     assert generous.after(_plan(50), 0.060) == 64
 
 
 def test_steps_that_draw_several_tokens_count_each() -> None:
-    budget = PromptBudget(256, 2.0)
+    budget = PrefillBudget(256, 2.0)
     budget.after(_plan(0, steps=4), 0.040)
     assert budget.after(_plan(10, decode=0), 0.010) == 10

@@ -21,7 +21,7 @@ from workers.messages.request import Finish, Refused, Request, TokenEvent
 EOS = 2
 VOCAB = 100
 SHAPE = EngineShape(slots=4, groups=2, pages=9, page_size=4, chunk=6, context=40)
-EXACT = dataclasses.replace(SHAPE, exact_rows=True)
+EXACT = dataclasses.replace(SHAPE, batch_invariant=True)
 MAX_WAITING = 6
 #: Of the random histories; `make operations` tries many more.
 OPERATIONS = int(os.environ.get("GROKMESH_OPERATIONS", "14400"))
@@ -72,7 +72,7 @@ class _Mesh:
             groups = [SHAPE.group_of(chunk.slot) for chunk in chunks]
             assert len(set(groups)) == len(groups), "two chunks of a group in one call"
             for chunk in chunks:
-                if not self.shape.exact_rows:
+                if not self.shape.batch_invariant:
                     assert chunk.start % SHAPE.chunk == 0, "a chunk starts at a multiple of the chunk size"
                 if self.position[chunk.slot] == -1:
                     assert chunk.start % SHAPE.page_size == 0, "full pages are shared"

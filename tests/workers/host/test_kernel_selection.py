@@ -12,9 +12,9 @@ from jax.experimental import multihost_utils
 
 from tests.conftest import GOLDEN
 from workers.checkpoint.checkpoint import open_checkpoint
-from workers.host.kernel_selection import agree, choose_kernels
+from workers.host.kernel_selection import negotiate, select_kernels
 from workers.kernels.cpu.kernels import INSTRUCTION_SETS, native_kernels, use_instruction_set
-from workers.kernels.interface import PORTABLE, STACKED
+from workers.kernels.interface import PORTABLE, SCANNED
 from workers.kernels.tpu.kernels import TPU
 from workers.messages.specs import MeshSpec, ModelSpec
 
@@ -31,24 +31,24 @@ def restored() -> Iterator[None]:
 
 
 def test_cpu_hosts_compute_natively_what_fits() -> None:
-    assert choose_kernels(MODEL, MESH, CHECKPOINT).name in INSTRUCTION_SETS
+    assert select_kernels(MODEL, MESH, CHECKPOINT).name in INSTRUCTION_SETS
     for model in (dataclasses.replace(MODEL, weights="float32"), dataclasses.replace(MODEL, activations="bfloat16")):
-        assert choose_kernels(model, MESH, CHECKPOINT) is PORTABLE
-    assert choose_kernels(dataclasses.replace(MODEL, kv_cache="int8"), MESH, CHECKPOINT) is PORTABLE
-    assert choose_kernels(MODEL, dataclasses.replace(MESH, rules="xai"), CHECKPOINT) is PORTABLE
+        assert select_kernels(model, MESH, CHECKPOINT) is PORTABLE
+    assert select_kernels(dataclasses.replace(MODEL, kv_cache="int8"), MESH, CHECKPOINT) is PORTABLE
+    assert select_kernels(MODEL, dataclasses.replace(MESH, rules="xai"), CHECKPOINT) is PORTABLE
 
 
 def test_accelerators_compute_all_layers_in_one_loop() -> None:
-    for platform, kernels in (("gpu", STACKED), ("tpu", TPU)):
-        assert choose_kernels(MODEL, dataclasses.replace(MESH, platform=platform), CHECKPOINT) is kernels
-        assert kernels.stacked
+    for platform, kernels in (("gpu", SCANNED), ("tpu", TPU)):
+        assert select_kernels(MODEL, dataclasses.replace(MESH, platform=platform), CHECKPOINT) is kernels
+        assert kernels.scan_layers
 
 
 def test_unrounded_weights_are_refused_where_nothing_computes_them() -> None:
     unrounded = dataclasses.replace(MODEL, weights="int8-unrounded")
-    assert choose_kernels(unrounded, MESH, CHECKPOINT) is not PORTABLE
+    assert select_kernels(unrounded, MESH, CHECKPOINT) is not PORTABLE
     with pytest.raises(ValueError, match="int8-unrounded needs the native kernels: they take CPU hosts"):
-        choose_kernels(unrounded, dataclasses.replace(MESH, platform="tpu"), CHECKPOINT)
+        select_kernels(unrounded, dataclasses.replace(MESH, platform="tpu"), CHECKPOINT)
 
 
 @pytest.mark.parametrize("least", ["xla", "portable"])
@@ -56,6 +56,6 @@ def test_a_mesh_computes_as_the_least_of_its_hosts_can(monkeypatch: pytest.Monke
     level = ("xla", *INSTRUCTION_SETS).index(least)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.array([mine, level]))
-    kernels = agree(native_kernels())
+    kernels = negotiate(native_kernels())
     assert kernels.name == least
-    assert kernels.exact_rows == (least != "xla")
+    assert kernels.batch_invariant == (least != "xla")

@@ -19,13 +19,13 @@ from workers.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from workers.checkpoint.loader import load_parameters
 from workers.engine.scheduler import Counts, Scheduler
 from workers.kernels.cpu.kernels import native_kernels
-from workers.kernels.interface import PORTABLE, STACKED, Kernels
+from workers.kernels.interface import PORTABLE, SCANNED, Kernels
 from workers.messages.plan import Chunk, EngineShape, Plan, Sampling, SlotStart, Token
 from workers.messages.request import Request
 from workers.model.config import GrokConfig
 from workers.model.parameters import parameter_table
 from workers.model.partition import Partition
-from workers.runtime.program_set import Blueprint
+from workers.runtime.program_set import ProgramSet
 from workers.runtime.runtime import Pending, Runtime
 
 CHECKPOINT = open_checkpoint(GOLDEN / "text-s1")
@@ -45,9 +45,9 @@ def make_runtime(data: int, model: int, rules: str, kernels: Kernels) -> Runtime
         page_size=8,
         chunk=16,
         context=96,
-        exact_rows=kernels.exact_rows,
+        batch_invariant=kernels.batch_invariant,
     )
-    runtime = Runtime(Blueprint(CHECKPOINT.config, shape, partition, params), partition)
+    runtime = Runtime(ProgramSet(CHECKPOINT.config, shape, partition, params), partition)
     runtime.set_parameters(params)
     runtime.warm_up()
     return runtime
@@ -60,7 +60,7 @@ def make_runtime(data: int, model: int, rules: str, kernels: Kernels) -> Runtime
         (2, 1, "batch", PORTABLE),
         (2, 2, "tensor", NATIVE),
         (2, 1, "batch", NATIVE),
-        (2, 1, "batch", STACKED),
+        (2, 1, "batch", SCANNED),
     ],
     ids=["tensor", "batch", "tensor-native", "batch-native", "batch-stacked"],
 )
@@ -219,7 +219,7 @@ def test_shapes_that_divide_nothing_give_the_same_numbers_on_any_mesh(tmp_path: 
         params, _ = load_parameters(checkpoint, partition)
         groups = partition.batch_groups
         shape = EngineShape(slots=6, groups=groups, pages=20, page_size=7, chunk=14, context=50)
-        runtime = Runtime(Blueprint(checkpoint.config, shape, partition, params), partition)
+        runtime = Runtime(ProgramSet(checkpoint.config, shape, partition, params), partition)
         runtime.set_parameters(params)
         runtime.warm_up()
         start_ = SlotStart(0, tuple(range(1, 1 + shape.table_width)), Sampling())

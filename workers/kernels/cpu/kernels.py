@@ -59,7 +59,7 @@ def native_kernels() -> Kernels:
         logits=_logits,
         attend=_attend,
         sample=_sample,
-        exact_rows=True,
+        batch_invariant=True,
         pack=_pack,
     )
 

@@ -15,6 +15,6 @@ TPU = dataclasses.replace(
     project=matmul.project,
     experts=functools.partial(portable.experts, multiply=matmul.grouped_matmul),
     attend=attention.attend,
-    stacked=True,
+    scan_layers=True,
     heads_first=True,
 )
