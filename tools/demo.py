@@ -10,7 +10,7 @@ import time
 import yaml
 
 from cluster import daemon
-from cluster.cli import format_status
+from cluster.commands.status import format_status
 from grokmesh import Client
 from workers.host.streams import free_port
 

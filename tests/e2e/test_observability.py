@@ -17,7 +17,8 @@ import grpc
 import pytest
 import yaml
 
-from cluster.cli import API_KEY_VARIABLE, main
+from cluster.cli import main
+from cluster.commands.access import API_KEY_VARIABLE
 from grok.serving.v1 import generation_pb2, generation_pb2_grpc
 from grokmesh import Client, completion_request
 from tests.support.chromium import chromium

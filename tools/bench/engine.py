@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import pathlib
 import statistics
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tools.bench import options
 from tools.bench.checkpoint import make_checkpoint
 from tools.bench.limits import matmul_peak, read_bandwidth
 from workers.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -155,12 +155,7 @@ def _line(figure: Figure, limit: str) -> str:
 def main() -> int:
     """Prints the figures, and writes them as JSON if asked to."""
     parser = argparse.ArgumentParser(prog="grokmesh bench engine")
-    parser.add_argument("--checkpoint", type=pathlib.Path, required=True)
-    parser.add_argument("--weights", default="int8")
-    parser.add_argument("--kv-cache", default="bfloat16")
-    parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--context", type=int, default=8000)
-    parser.add_argument("--output", type=pathlib.Path)
+    options.add_arguments(parser)
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", arguments.devices)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pathlib
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tools.verify import options
 from tools.verify.golden import (
     BFLOAT16,
     FLOAT32,
@@ -46,13 +46,7 @@ _SLOTS, _PAGE, _CHUNK = 8, 16, 32
 def main() -> int:
     """Exit code 0 if every case is within tolerance, 1 if not, 2 if the set can't be run."""
     parser = argparse.ArgumentParser(prog="grokmesh verify")
-    parser.add_argument("--checkpoint", type=pathlib.Path, required=True)
-    parser.add_argument("--golden", type=pathlib.Path, required=True)
-    parser.add_argument("--mesh", default="1x1")
-    parser.add_argument("--hosts", type=int, default=1)
-    parser.add_argument("--rules", default="tensor")
-    parser.add_argument("--weights", default="int8")
-    parser.add_argument("--activations", default="float32")
+    options.add_arguments(parser)
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--coordinator", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,0 +1,1 @@
+"""The `grokmesh` command: a file each, with its options and what it does."""

@@ -1,0 +1,60 @@
+"""`grokmesh generate`."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+import time
+
+from cluster.commands import access
+from grokmesh import Options, completion_request
+
+HELP = "stream a completion of a prompt"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt")
+    access.add_arguments(parser)
+    parser.add_argument("--max-tokens", type=int, help="most tokens to draw (default: what fits the context)")
+    parser.add_argument("--temperature", type=float, help="0 takes the most likely token (default: 1)")
+    parser.add_argument("--top-p", type=float, help="nucleus, in (0, 1] (default: 1)")
+    parser.add_argument("--top-k", type=int, help="only so many likeliest tokens (default: all)")
+    parser.add_argument("--seed", type=int, help="for the same tokens again (default: random)")
+    parser.add_argument("--stop", action="append", help="text that ends the completion; may be repeated")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", type=pathlib.Path, help="file with the JSON schema that the completion must fit")
+    form.add_argument("--regex", help="expression that the completion must match")
+    form.add_argument("--choice", action="append", help="text that the completion may be; to be repeated")
+    parser.add_argument("--timeout", type=float, help="seconds that an attempt of the request may take")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "regex", "choice")
+    options: Options = {name: value for name in names if (value := getattr(arguments, name)) is not None}  # type: ignore[assignment]
+    if arguments.json_schema:
+        try:
+            options["json_schema"] = arguments.json_schema.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise access.UsageError(f"{arguments.json_schema}: {error}; JSON is UTF-8") from error
+    try:
+        completion_request(arguments.prompt, **options)
+    except ValueError as error:  # a number that its field can't hold
+        raise access.UsageError(str(error)) from error
+    with access.client(arguments) as client:
+        began = time.monotonic()
+        first, tokens, seed = 0.0, 0, 0
+        for part in client.generate(arguments.prompt, timeout=arguments.timeout, **options):
+            first = first or time.monotonic() - began
+            tokens += len(part.tokens)
+            seed = part.seed
+            print(part.text, end="", flush=True)
+            if part.finish_reason:
+                print()
+                rate = (tokens - 1) / max(time.monotonic() - began - first, 1e-9)
+                print(
+                    f"[{part.finish_reason}] {part.prompt_tokens} prompt tokens, {tokens} tokens at {rate:.1f} tokens/s, "
+                    f"first after {first * 1000:.0f} ms, seed {seed}",
+                    file=sys.stderr,
+                )
+    return 0

@@ -1,0 +1,20 @@
+"""`grokmesh stop`."""
+
+from __future__ import annotations
+
+import argparse
+
+from cluster import daemon
+from cluster.commands import access
+
+HELP = "drain and end the service that runs on this machine"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    access.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    daemon.stop(arguments.address)
+    print(f"the service at {arguments.address} has ended")
+    return 0
