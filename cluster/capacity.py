@@ -7,7 +7,7 @@ import logging
 import os
 import pathlib
 
-from cluster.config.reader import Config, ConfigError
+from cluster.config.schema import Config, ConfigError
 from workers.capacity import hardware as hw
 from workers.capacity.hardware import GIB
 from workers.capacity.memory import Precision, whole_bytes
@@ -70,7 +70,7 @@ def with_failover(config: Config, model: GrokConfig) -> Config:
     if config.gateway.failover_seconds is not None:
         return config
     rate = OBJECT_STORE if "://" in config.model.checkpoint else DISK
-    if config.cluster.platform == "cpu":
+    if config.mesh.platform == "cpu":
         rate = min(rate, PACKING)
     loading = whole_bytes(model, "int8") / config.mesh.hosts / rate
     seconds = max(LEAST_FAILOVER, 60 + 2 * loading)
@@ -82,9 +82,9 @@ def with_failover(config: Config, model: GrokConfig) -> Config:
 def _hardware(config: Config) -> hw.Hardware | None:
     """What the configuration says of the hardware, if that is enough."""
     cluster, mesh = config.cluster, config.mesh
-    if cluster.platform == "tpu":
+    if mesh.platform == "tpu":
         return hw.pod_type(cluster.tpu_pod_type) if cluster.tpu_pod_type else None
-    if cluster.platform == "gpu":
+    if mesh.platform == "gpu":
         return (
             hw.gpu_hosts(f"{mesh.devices_per_host}x{cluster.accelerator}", mesh.hosts) if cluster.accelerator else None
         )

@@ -29,7 +29,7 @@ from cluster.commands import (
     verify,
 )
 from cluster.commands.access import UsageError
-from cluster.config.reader import ConfigError
+from cluster.config.schema import ConfigError
 from cluster.gateway.auth.api_keys import KeysError
 from cluster.gateway.auth.tls import TlsError
 from cluster.local_ray import LocalClusterError

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import IO
 
-from cluster.config.reader import Config
+from cluster.config.schema import Config
 
 #: Seconds that a service has to drain and end.
 STOP_SECONDS = 120.0

@@ -19,7 +19,7 @@ import ray
 
 from cluster import daemon
 from cluster.capacity import with_failover, with_pages
-from cluster.config.reader import Config, ConfigError, check_model
+from cluster.config.schema import Config, ConfigError, check_model
 from cluster.controller.fleet import Fleet
 from cluster.controller.integrity import Digests
 from cluster.controller.replica import Replica

@@ -15,7 +15,7 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2
 
-from cluster.config.reader import Config
+from cluster.config.schema import Config
 
 PROJECT = pathlib.Path(__file__).parent.parent
 _NOTE = "<!-- Made by tools/generate_docs.py; change its sources, not this file. -->\n"

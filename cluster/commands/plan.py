@@ -7,7 +7,6 @@ import dataclasses
 import json
 import pathlib
 
-from cluster.config.reader import KV_CACHES, WEIGHTS
 from tools.aot.report import AotReport, Engine, NoCompilerError, compile_in_subprocess
 from workers.capacity import hardware as hw
 from workers.capacity.hardware import GIB
@@ -16,6 +15,7 @@ from workers.capacity.planner import CHUNK, PAGE_SIZE, CapacityPlan, DoesNotFitE
 from workers.capacity.report import as_json, describe
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.storage import locate
+from workers.messages.specs import KV_CACHES, WEIGHTS
 from workers.model.config import GrokConfig
 
 HELP = "say whether a model fits hardware, how fast, and on which mesh"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from cluster.config.reader import AutoscalingSection
+from cluster.config.schema import AutoscalingSection
 
 
 @dataclasses.dataclass(frozen=True)

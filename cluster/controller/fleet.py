@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from cluster.config.reader import Config
+from cluster.config.schema import Config
 from cluster.controller.autoscaler import Autoscaler, Signals
 from cluster.controller.integrity import Canary, Digests
 from cluster.controller.quarantine import Quarantine

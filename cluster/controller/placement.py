@@ -17,7 +17,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.config.reader import ClusterSection
+from cluster.config.schema import ClusterSection
 from workers.host.actor import Host
 from workers.messages.specs import Endpoint, EngineSpec, MeshSpec, ModelSpec
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import ray.exceptions
 
-from cluster.config.reader import Config
+from cluster.config.schema import Config
 from cluster.controller.integrity import Canary, Digests
 from cluster.controller.placement import SILENT_SECONDS, HostError, Placement, spares_beside
 from cluster.controller.quarantine import RAISED, Quarantine
@@ -174,14 +174,14 @@ class Replica:
         config, failing = self._config, self._quarantine.failing(now)
         if self._placement is not None:
             worst = frozenset([node for node in self._placement.nodes if node in failing][:1])
-            spare = await asyncio.to_thread(spares_beside, config.mesh_spec, config.cluster, worst) if worst else False
+            spare = await asyncio.to_thread(spares_beside, config.mesh, config.cluster, worst) if worst else False
             if spare:
                 self._placement.remove()
                 self._placement = None
             else:
                 self._placement = await self._placement.renew()
         if self._placement is None:
-            self._placement = await Placement.create(config.mesh_spec, config.cluster, self._quarantine.avoided(now))
+            self._placement = await Placement.create(config.mesh, config.cluster, self._quarantine.avoided(now))
         return self._placement
 
     async def _fail(self, failure: Exception) -> None:
@@ -266,7 +266,7 @@ class Replica:
         """Has workers stand by for the next epoch, once this one serves."""
         await self._serving.wait()
         try:
-            await placement.stand_by(self._config.model_spec, self._config.engine_spec)
+            await placement.stand_by(self._config.model, self._config.engine)
         except ray.exceptions.RayError as error:
             _LOG.warning("there is no standby: %s", _summary(error), extra=self.log_fields)
         await asyncio.Event().wait()
@@ -282,9 +282,9 @@ class Replica:
                 rank=rank,
                 coordinator=f"{first.address}:{first.coordinator_port}",
                 leader=f"{first.address}:{first.leader_port}",
-                model=config.model_spec,
-                mesh=config.mesh_spec,
-                engine=config.engine_spec,
+                model=config.model,
+                mesh=config.mesh,
+                engine=config.engine,
                 compilation_cache=config.cluster.compilation_cache or None,
                 silence_seconds=config.cluster.silence_seconds,
                 stall_seconds=config.telemetry.stall_seconds,

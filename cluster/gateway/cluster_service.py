@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 import ray.exceptions
 
-from cluster.config.reader import Config
+from cluster.config.schema import Config
 from cluster.controller.fleet import Fleet
 from cluster.controller.replica import HostView, NotReadyError, Replica
 from cluster.gateway.errors import GatewayError, Violation, invalid, unavailable

@@ -11,7 +11,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from opentelemetry import trace
 
-from cluster.config.reader import Config
+from cluster.config.schema import Config
 from cluster.gateway.admission.admission import Admission
 from cluster.gateway.admission.latency import RecentLatency
 from cluster.gateway.auth.api_keys import Keys

@@ -12,15 +12,16 @@ import yaml
 
 from cluster.capacity import with_pages
 from cluster.cli import main
-from cluster.config.reader import Config, ConfigError, load_config
+from cluster.config.reader import load_config
+from cluster.config.schema import Config, ConfigError
 from tests.conftest import DEMO
 from tools.aot.report import Engine, compile_in_subprocess
 from workers.capacity.hardware import tpu_slice
 from workers.capacity.memory import Precision
 from workers.model.config import GrokConfig
 
-V6E = {"platform": "tpu", "tpu_pod_type": "v6e-16"}
-V6E_MESH = {"hosts": 4, "devices_per_host": 4, "data": 2, "model": 8, "rules": "batch"}
+V6E = {"tpu_pod_type": "v6e-16"}
+V6E_MESH = {"platform": "tpu", "hosts": 4, "devices_per_host": 4, "data": 2, "model": 8, "rules": "batch"}
 ENGINE = {"slots": 512, "page_size": 64, "prefill_chunk": 512}
 MODEL = {"name": "m", "checkpoint": str(DEMO), "activations": "bfloat16"}
 PATH = pathlib.Path("ray_config.yaml")
@@ -44,8 +45,8 @@ def test_pages_are_what_memory_has_room_for(tmp_path: pathlib.Path) -> None:
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_started(tmp_path: pathlib.Path) -> None:
-    gpus = {"platform": "gpu", "accelerator": "H100"}
-    small = _config(tmp_path, cluster=gpus, mesh={"devices_per_host": 4, "model": 4})
+    gpus = {"accelerator": "H100"}
+    small = _config(tmp_path, cluster=gpus, mesh={"platform": "gpu", "devices_per_host": 4, "model": 4})
     with pytest.raises(ConfigError, match=r"does not fit 1 x 4xH100: .* weights take 7\d\.\d\d, .*grokmesh plan"):
         with_pages(small, GrokConfig(), PATH)
     greedy = _config(tmp_path, cluster=V6E, mesh=V6E_MESH, engine={**ENGINE, "kv_pages": 100_000})

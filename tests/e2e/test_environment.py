@@ -18,7 +18,8 @@ import yaml
 
 from cluster import daemon
 from cluster.cli import main
-from cluster.config.reader import ConfigError, load_config
+from cluster.config.reader import load_config
+from cluster.config.schema import ConfigError
 from cluster.gateway.server import _check_free
 from cluster.local_ray import LocalClusterError, prepare_environment
 from cluster.telemetry.web import WebServer

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from cluster import daemon
-from cluster.config.reader import AutoscalingSection
+from cluster.config.schema import AutoscalingSection
 from cluster.controller.autoscaler import Autoscaler, Signals
 from cluster.gateway.auth.api_keys import new_key
 from grok.serving.v1 import cluster_pb2, generation_pb2, generation_pb2_grpc

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from google.protobuf.message import DecodeError, Message
 
-from cluster.config.reader import ConfigError, load_config
+from cluster.config.reader import load_config
+from cluster.config.schema import ConfigError
 from cluster.gateway.auth.api_keys import ANONYMOUS, Keys, KeysError
 from cluster.gateway.errors import GatewayError
 from cluster.gateway.session import Session

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from opentelemetry import trace
 
-from cluster.config.reader import Config, GatewaySection, ModelSection
+from cluster.config.schema import Config, GatewaySection
 from cluster.gateway.admission.latency import RecentLatency
 from cluster.gateway.auth.api_keys import Caller, Keys
 from cluster.gateway.routing.router import LeaderAddress, Router
@@ -26,6 +26,7 @@ from tests.support.fake_mesh import leading
 from tests.support.waiting import wait_until
 from workers.host.streams import free_port
 from workers.messages.plan import EngineShape
+from workers.messages.specs import ModelSpec
 from workers.model.config import GrokConfig
 from workers.text.sandbox import Budget, Sandbox
 from workers.text.tokenizer import Tokenizer
@@ -67,7 +68,7 @@ def now(work: Coroutine[Any, Any, Result]) -> Result:
 
 async def _serve(address: str, seconds: float, keys: pathlib.Path | None, context: int) -> None:
     limits = Limits(MODEL, context, TOKENIZER.longest_piece)
-    config = Config(ModelSection("demo", str(DEMO)), gateway=GatewaySection(address))
+    config = Config(ModelSpec("demo", str(DEMO)), gateway=GatewaySection(address))
     router = Router(patience=0)
     status: Any = unittest.mock.Mock()  # nobody asks for it
     sandbox = Sandbox("cluster.gateway.text_job", ARGUMENTS)

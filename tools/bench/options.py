@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from cluster.config.reader import ACTIVATIONS, WEIGHTS
+from workers.messages.specs import ACTIVATIONS, WEIGHTS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from cluster.config.reader import ACTIVATIONS, WEIGHTS
+from workers.messages.specs import ACTIVATIONS, WEIGHTS
 from workers.model.layout import RULES
 
 

@@ -158,7 +158,7 @@ def _worker(arguments: argparse.Namespace, data: int, model: int) -> Worker:
             rank=arguments.rank,
             coordinator=arguments.coordinator,
             leader="",
-            model=ModelSpec(str(arguments.checkpoint), arguments.weights, arguments.activations),
+            model=ModelSpec("verify", str(arguments.checkpoint), arguments.weights, arguments.activations),
             mesh=MeshSpec("cpu", arguments.hosts, data * model // arguments.hosts, data, model, arguments.rules),
             engine=EngineSpec(_SLOTS * data, _PAGE, _CHUNK, None, None, 0),
             compilation_cache=None,

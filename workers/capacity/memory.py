@@ -20,7 +20,7 @@ BLOCK_ROWS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """How a model is kept: names as in `cluster.config.ModelSection`."""
+    """How a model is kept: names as in `cluster.config.ModelSpec`."""
 
     weights: str = "int8"
     activations: str = "bfloat16"

@@ -49,7 +49,7 @@ def as_json(plan: CapacityPlan) -> dict[str, Any]:
 def configuration(plan: CapacityPlan) -> dict[str, Any]:
     """The parts of `ray_config.yaml` that the plan decides."""
     hardware, best = plan.hardware, plan.best
-    cluster: dict[str, Any] = {"platform": hardware.device.platform}
+    cluster: dict[str, Any] = {}
     if hardware.topology:
         cores = 2 if hardware.device.name in ("v4", "v5p") else 1
         pod = {"v5e": "v5litepod"}.get(hardware.device.name, hardware.device.name)
@@ -64,6 +64,7 @@ def configuration(plan: CapacityPlan) -> dict[str, Any]:
         "model": {"weights": precision.weights, "activations": precision.activations, "kv_cache": precision.kv_cache},
         "cluster": cluster,
         "mesh": {
+            "platform": hardware.device.platform,
             "hosts": hardware.hosts,
             "devices_per_host": hardware.devices // hardware.hosts,
             "data": best.data,

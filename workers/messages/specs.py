@@ -1,8 +1,16 @@
-"""What the supervisor tells a host when it joins an epoch's mesh."""
+"""What a mesh is to be made of, and what a host is told when it joins one. Parts of it stand in `ray_config.yaml`."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
+
+from workers.messages.constraints import AtLeast, OneOf
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+WEIGHTS = ("int4", "int8", "int8-unrounded", "bfloat16", "float32")
+ACTIVATIONS = ("float32", "bfloat16")
+KV_CACHES = (*ACTIVATIONS, "int8")
 
 #: The phases of a host that is to join a mesh, in their order after "starting". While one reads its part of the checkpoint it
 #: also compiles.
@@ -12,61 +20,74 @@ COMPILING, WARMING_UP = "compiling", "warming up"
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """What to load, and how to compute with it.
+    """What is served.
 
     Attributes:
-      checkpoint: directory, as the host sees it.
-      weights: how weights are kept on the devices; see `cluster.config.ModelSection`.
-      activations: `float32` or `bfloat16`.
-      kv_cache: `float32`, `bfloat16` or `int8`; None for that of the activations.
+      name: by which clients know it.
+      checkpoint: directory with ckpt-0/ and tokenizer.model, the same path on every host, relative to this file; or the URL of
+        one in an object store, such as s3://bucket/grok-1.
+      weights: int8 (as released, and rounded to bfloat16 when scaled, as xAI's code does), bfloat16 or float32; on CPU hosts
+        also int8-unrounded: up to half as fast again in batches and prompts, while logits move by half a percent of their
+        spread, which is less than what bfloat16 activations move them. int4 is for TPUs: half the memory, in groups of 128
+        rows; see docs/capacity.md for what it costs.
+      activations: float32 or bfloat16.
+      kv_cache: float32, bfloat16 or int8: how keys and values are kept; as activations if absent. int8 has a scale for each
+        position of a head; on CPU hosts the fast kernels do not know it.
     """
 
+    name: str
     checkpoint: str
-    weights: str
-    activations: str
-    kv_cache: str | None = None
+    weights: Annotated[str, OneOf(WEIGHTS)] = "int8"
+    activations: Annotated[str, OneOf(ACTIVATIONS)] = "float32"
+    kv_cache: Annotated[str | None, OneOf(KV_CACHES)] = None
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:
-    """The mesh of a replica.
+    """The device mesh of each replica.
 
     Attributes:
-      platform: `cpu`, `gpu` or `tpu`.
-      hosts: processes.
-      devices_per_host: CPU devices to make in each process; other platforms show what they have.
-      data, model: sizes of the mesh's axes.
-      rules: a key of `workers.model.layout.RULES`.
+      platform: cpu, gpu or tpu.
+      hosts: worker processes, each on a host of its own.
+      devices_per_host: devices of each; of CPU hosts, parts into which a process divides its processors.
+      data, model: sizes of the mesh's axes; data * model = hosts * devices_per_host.
+      rules: how the model lies on it: tensor, batch or xai.
     """
 
-    platform: str
-    hosts: int
-    devices_per_host: int
-    data: int
-    model: int
-    rules: str
+    platform: Annotated[str, OneOf(PLATFORMS)] = "cpu"
+    hosts: Annotated[int, AtLeast(1)] = 1
+    devices_per_host: Annotated[int, AtLeast(1)] = 1
+    data: Annotated[int, AtLeast(1)] = 1
+    model: Annotated[int, AtLeast(1)] = 1
+    rules: str = "tensor"
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineSpec:
-    """Sizes of the engine; see `workers.messages.plan.EngineShape`.
+    """Batching and the KV cache.
 
     Attributes:
-      context: None for the model's own.
-      kv_pages: pages over all groups; None for as many as all slots can fill.
+      slots: sequences that decode together.
+      page_size: positions of a KV page.
+      prefill_chunk: prompt positions of one prefill call.
+      context: longest sequence; the model's own if absent.
+      kv_pages: KV pages over all batch groups, one of each for padding; if absent, as many as all slots can fill, or as memory
+        has room for.
       max_waiting: requests that may wait for a slot.
-      steps_per_plan: most tokens of a sequence that one plan samples when no request waits.
-      prefill_slowdown: how many times as long a step may take when it computes prompts too.
+      steps_per_plan: most tokens of a sequence that one dispatch samples while no request waits. More is less work for
+        the leader, but tokens then come in bursts, and a cancelled request holds its slot for so long.
+      prefill_slowdown: a step that computes prompts beside decoding may take so many times as long as one that does not. Less
+        makes tokens come more evenly, more makes first tokens come sooner and the whole faster.
     """
 
-    slots: int
-    page_size: int
-    prefill_chunk: int
-    context: int | None
-    kv_pages: int | None
-    max_waiting: int
-    steps_per_plan: int = 1
-    prefill_slowdown: float = 3.0
+    slots: Annotated[int, AtLeast(1)] = 16
+    page_size: Annotated[int, AtLeast(1)] = 16
+    prefill_chunk: Annotated[int, AtLeast(1)] = 64
+    context: Annotated[int | None, AtLeast(1)] = None
+    kv_pages: Annotated[int | None, AtLeast(1)] = None
+    max_waiting: Annotated[int, AtLeast(1)] = 512
+    steps_per_plan: Annotated[int, AtLeast(1)] = 1
+    prefill_slowdown: Annotated[float, AtLeast(0)] = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +102,8 @@ class RankSpec:
       coordinator: `host:port` where JAX's coordination service listens, on rank 0.
       leader: `host:port` where the leader listens; empty for nowhere.
       compilation_cache: directory of compiled programs kept between starts, or None.
-      silence_seconds: see `cluster.config.ClusterSection`.
-      stall_seconds: see `cluster.config.TelemetrySection`.
+      silence_seconds: see `cluster.config.schema.ClusterSection`.
+      stall_seconds: see `cluster.config.schema.TelemetrySection`.
     """
 
     replica: int

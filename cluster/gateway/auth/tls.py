@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from cluster.config.reader import GatewaySection
+from cluster.config.schema import GatewaySection
 from cluster.gateway.auth.reloading import Reloading
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.config.reader import ConfigError, check_model, load_config
+from cluster.config.reader import load_config
+from cluster.config.schema import ConfigError, check_model
 from workers.model.config import GrokConfig
 
 PROJECT = pathlib.Path(__file__).parents[3]
@@ -34,7 +35,7 @@ def test_the_projects_own_configuration_is_that_of_the_demo() -> None:
         ("mesh: {}\n", ": model is missing"),
         ("model:\n  name: m\n", ":1: model.checkpoint is missing"),
         (MINIMAL + "mash: {}\n", ":4: unknown setting mash; known are model, cluster, "),
-        (MINIMAL + "mesh:\n  hots: 2\n", ":5: unknown setting mesh.hots; known are hosts, "),
+        (MINIMAL + "mesh:\n  hots: 2\n", ":5: unknown setting mesh.hots; known are platform, hosts, "),
         (MINIMAL + "replicas: two\n", ":4: replicas: expected int, got 'two'"),
         (MINIMAL + "replicas: true\n", ":4: replicas: expected int, got True"),
         (MINIMAL + "replicas: 0\n", ":4: replicas=0 must be at least 1"),
@@ -49,8 +50,8 @@ def test_the_projects_own_configuration_is_that_of_the_demo() -> None:
             ":6: autoscaling.max_replicas=2 is less than replicas=3",
         ),
         (
-            MINIMAL + "cluster:\n  platform: tpu\nmesh:\n  hosts: 2\n  data: 2\n",
-            ":5: cluster.platform=tpu with mesh.hosts=2 needs cluster.tpu_pod_type",
+            MINIMAL + "mesh:\n  platform: tpu\n  hosts: 2\n  data: 2\n",
+            ":5: mesh.platform=tpu with mesh.hosts=2 needs cluster.tpu_pod_type",
         ),
         (MINIMAL + "engine: [1]\n", ":4: engine must be a mapping"),
         (

@@ -17,7 +17,7 @@ os.environ.update(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_AUTH_MODE="disabled
 import ray
 from ray.cluster_utils import Cluster
 
-from cluster.config.reader import ClusterSection
+from cluster.config.schema import ClusterSection
 from cluster.controller.placement import Placement
 from workers.messages.specs import MeshSpec
 
@@ -36,7 +36,7 @@ def _add_host(cluster: Cluster, slice_name: str, worker: int) -> None:
 
 async def _place() -> list[dict[str, Any]]:
     mesh = MeshSpec("tpu", hosts=2, devices_per_host=4, data=1, model=8, rules="tensor")
-    placement = await Placement.create(mesh, ClusterSection(platform="tpu", tpu_pod_type=POD_TYPE))
+    placement = await Placement.create(mesh, ClusterSection(tpu_pod_type=POD_TYPE))
     try:
         labels = {node["NodeID"]: node["Labels"] for node in ray.nodes()}
         table = ray.util.placement_group_table(placement.group)

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-from cluster.config.reader import ClusterSection
+from cluster.config.schema import ClusterSection
 from cluster.controller.placement import bundle, group_options
 from workers.messages.specs import MeshSpec
 
@@ -14,7 +14,7 @@ from workers.messages.specs import MeshSpec
 def test_a_host_of_accelerators_is_taken_whole() -> None:
     mesh = MeshSpec("gpu", hosts=2, devices_per_host=8, data=2, model=8, rules="tensor")
     assert bundle(mesh, cpus_per_host=4) == {"CPU": 4, "GPU": 8}
-    options = group_options(mesh, ClusterSection(platform="gpu", cpus_per_host=4))
+    options = group_options(mesh, ClusterSection(cpus_per_host=4))
     assert options == {"bundles": [{"CPU": 4, "GPU": 8}] * 2, "strategy": "STRICT_SPREAD"}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray.exceptions
 
-from cluster.config.reader import Config, ModelSection
+from cluster.config.schema import Config
 from cluster.controller import replica
 from cluster.controller.integrity import Canary, Digests
 from cluster.controller.placement import HostError, Placement
@@ -20,7 +20,7 @@ from cluster.gateway.routing.router import Router
 from grok.serving.v1 import cluster_pb2
 from tests.conftest import DEMO
 from workers.host.streams import LinkError
-from workers.messages.specs import LOADING, Endpoint, Progress
+from workers.messages.specs import LOADING, Endpoint, ModelSpec, Progress
 
 
 class _Host:
@@ -108,7 +108,7 @@ def _replica(
     monkeypatch.setattr(replica, "BACKOFF_SECONDS", (0.0,))
     monkeypatch.setattr(Placement, "create", create)
     monkeypatch.setattr(replica, "spares_beside", lambda mesh, cluster, avoided: True)
-    config = Config(ModelSection("demo", str(DEMO)))
+    config = Config(ModelSpec("demo", str(DEMO)))
     report = (lambda replica: None) if states is None else (lambda replica: states.append(replica.state))
     return Replica(0, config, Router(0), quarantine, Digests({}), Canary(), report)
 

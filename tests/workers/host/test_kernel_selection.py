@@ -19,7 +19,7 @@ from workers.kernels.tpu.kernels import TPU
 from workers.messages.specs import MeshSpec, ModelSpec
 
 CHECKPOINT = open_checkpoint(GOLDEN / "nano-s1")
-MODEL = ModelSpec("", "int8", "float32")
+MODEL = ModelSpec("m", "", "int8", "float32")
 MESH = MeshSpec("cpu", 1, 1, 1, 1, "tensor")
 
 

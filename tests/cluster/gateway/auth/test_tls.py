@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from cluster.config.reader import ConfigError, GatewaySection, load_config
+from cluster.config.reader import load_config
+from cluster.config.schema import ConfigError, GatewaySection
 from cluster.gateway.auth import reloading
 from cluster.gateway.auth.tls import TlsError, server_credentials
 from grokmesh import Client, Tls
