@@ -53,7 +53,9 @@ class Engine:
     def __init__(self, checkpoint: Checkpoint, weights: str, kv_cache: str, devices: int, context: int) -> None:
         self.config = checkpoint.config
         mesh = MeshSpec("cpu", 1, devices, 1, devices, "tensor")
-        kernels = select_kernels(ModelSpec("bench", str(checkpoint.directory), weights, "float32", kv_cache), mesh, checkpoint)
+        kernels = select_kernels(
+            ModelSpec("bench", str(checkpoint.directory), weights, "float32", kv_cache), mesh, checkpoint
+        )
         partition = Partition.create(self.config, make_mesh(1, devices), "tensor", kernels)
         params, _ = load_parameters(checkpoint, partition, weights=weights)
         self.kernels = kernels.name

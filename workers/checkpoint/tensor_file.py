@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import ml_dtypes
@@ -147,74 +148,27 @@ class _Walk:
         self._fail("the pickle holds no array and no QuantizedWeight8bit")
 
     def _step(self, opcode: bytes) -> None:
-        push = self._stack.append
-        match opcode:
-            case b"\x80":  # PROTO
-                version = self._take(1)[0]
-                if version > 5:
-                    self._fail(f"pickle protocol {version} is unknown")
-            case b"\x95":  # FRAME
-                self._take(8)
-            case b"\x8c":  # SHORT_BINUNICODE
-                push(self._text(self._take(1)[0]))
-            case b"X":  # BINUNICODE
-                push(self._text(self._unsigned("<I")))
-            case b"C":  # SHORT_BINBYTES
-                push(self._payload(self._take(1)[0]))
-            case b"B":  # BINBYTES
-                push(self._payload(self._unsigned("<I")))
-            case b"\x8e":  # BINBYTES8
-                push(self._payload(self._unsigned("<Q")))
-            case b"K":  # BININT1
-                push(self._take(1)[0])
-            case b"M":  # BININT2
-                push(self._unsigned("<H"))
-            case b"J":  # BININT
-                push(self._unsigned("<i"))
-            case b"\x8a":  # LONG1
-                push(int.from_bytes(self._take(self._take(1)[0]), "little", signed=True))
-            case b"N":
-                push(None)
-            case b"\x88":
-                push(True)
-            case b"\x89":
-                push(False)
-            case b"(":
-                push(_Mark())
-            case b")":
-                push(())
-            case b"}":
-                push({})
-            case b"\x85" | b"\x86" | b"\x87":  # TUPLE1, TUPLE2, TUPLE3
-                push(tuple(self._pop(opcode[0] - 0x84)))
-            case b"t":
-                push(tuple(self._pop_to_mark()))
-            case b"\x94":  # MEMOIZE
-                self._memo[len(self._memo)] = self._top()
-            case b"q":  # BINPUT
-                self._memo[self._take(1)[0]] = self._top()
-            case b"h":  # BINGET
-                push(self._recall(self._take(1)[0]))
-            case b"j":  # LONG_BINGET
-                push(self._recall(self._unsigned("<I")))
-            case b"\x93":  # STACK_GLOBAL
-                module, name = self._pop(2)
-                push(self._global(module, name))
-            case b"c":  # GLOBAL
-                push(self._global(self._line(), self._line()))
-            case b"\x81":  # NEWOBJ
-                push(self._new(*self._pop(2)))
-            case b"R":  # REDUCE
-                push(self._call(*self._pop(2)))
-            case b"s":  # SETITEM
-                self._set_items(self._pop(2))
-            case b"u":  # SETITEMS
-                self._set_items(self._pop_to_mark())
-            case b"b":  # BUILD
-                (state,) = self._pop(1)
-                self._build(self._top(), state)
-            case _:
-                self._fail(f"pickle opcode {opcode!r} has no place in a tensor file; nothing was executed")
+        if opcode in _PUSHES:
+            self._stack.append(_PUSHES[opcode](self))
+        elif opcode in _DOES:
+            _DOES[opcode](self)
+        else:
+            self._fail(f"pickle opcode {opcode!r} has no place in a tensor file; nothing was executed")
+
+    def _protocol(self) -> None:
+        version = self._take(1)[0]
+        if version > 5:
+            self._fail(f"pickle protocol {version} is unknown")
+
+    def _byte(self) -> int:
+        return self._take(1)[0]
+
+    def _memoize(self, place: int) -> None:
+        self._memo[place] = self._top()
+
+    def _build_top(self) -> None:
+        (state,) = self._pop(1)
+        self._build(self._top(), state)
 
     def _global(self, module: Any, name: Any) -> _Global:
         if not (isinstance(module, str) and isinstance(name, str)):
@@ -342,3 +296,43 @@ class _Walk:
 def _named(function: Any) -> str:
     """What is called, by name only: arguments may share parts, and be endless to print."""
     return ".".join(function.name) if isinstance(function, _Global) else type(function).__name__
+
+
+#: The opcodes that push something, and what.
+_PUSHES: dict[bytes, Callable[[_Walk], Any]] = {
+    b"\x8c": lambda walk: walk._text(walk._byte()),  # SHORT_BINUNICODE
+    b"X": lambda walk: walk._text(walk._unsigned("<I")),  # BINUNICODE
+    b"C": lambda walk: walk._payload(walk._byte()),  # SHORT_BINBYTES
+    b"B": lambda walk: walk._payload(walk._unsigned("<I")),  # BINBYTES
+    b"\x8e": lambda walk: walk._payload(walk._unsigned("<Q")),  # BINBYTES8
+    b"K": lambda walk: walk._byte(),  # BININT1
+    b"M": lambda walk: walk._unsigned("<H"),  # BININT2
+    b"J": lambda walk: walk._unsigned("<i"),  # BININT
+    b"\x8a": lambda walk: int.from_bytes(walk._take(walk._byte()), "little", signed=True),  # LONG1
+    b"N": lambda _: None,
+    b"\x88": lambda _: True,  # NEWTRUE
+    b"\x89": lambda _: False,  # NEWFALSE
+    b"(": lambda _: _Mark(),
+    b")": lambda _: (),
+    b"}": lambda _: {},
+    b"\x85": lambda walk: tuple(walk._pop(1)),  # TUPLE1
+    b"\x86": lambda walk: tuple(walk._pop(2)),  # TUPLE2
+    b"\x87": lambda walk: tuple(walk._pop(3)),  # TUPLE3
+    b"t": lambda walk: tuple(walk._pop_to_mark()),
+    b"h": lambda walk: walk._recall(walk._byte()),  # BINGET
+    b"j": lambda walk: walk._recall(walk._unsigned("<I")),  # LONG_BINGET
+    b"\x93": lambda walk: walk._global(*walk._pop(2)),  # STACK_GLOBAL
+    b"c": lambda walk: walk._global(walk._line(), walk._line()),  # GLOBAL
+    b"\x81": lambda walk: walk._new(*walk._pop(2)),  # NEWOBJ
+    b"R": lambda walk: walk._call(*walk._pop(2)),  # REDUCE
+}
+#: Those that push nothing.
+_DOES: dict[bytes, Callable[[_Walk], object]] = {
+    b"\x80": _Walk._protocol,  # PROTO
+    b"\x95": lambda walk: walk._take(8),  # FRAME
+    b"\x94": lambda walk: walk._memoize(len(walk._memo)),  # MEMOIZE
+    b"q": lambda walk: walk._memoize(walk._byte()),  # BINPUT
+    b"s": lambda walk: walk._set_items(walk._pop(2)),  # SETITEM
+    b"u": lambda walk: walk._set_items(walk._pop_to_mark()),  # SETITEMS
+    b"b": _Walk._build_top,  # BUILD
+}

@@ -22,6 +22,7 @@ from workers.text.sandbox import Sandbox
 
 if TYPE_CHECKING:
     from workers.host.standby import StandbyEngine
+    from workers.model.partition import Partition
     from workers.runtime.profiler import Profiler
 
 _LOG = logging.getLogger(__name__)
@@ -64,53 +65,67 @@ class Worker:
         from workers.host.standby import StandbyEngine
 
         standby = self._standby or StandbyEngine(a.model, a.mesh, a.engine)
-        import jax
-
-        self._report(JOINING, 0.0)
-        jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
-        if a.mesh.hosts > 1:
-            bypass_proxies([a.coordinator.rpartition(":")[0]], os.environ)
-            if a.rank:
-                wait_for_listener(a.coordinator, JOIN_SECONDS)  # JAX itself would try again only after a second
-            jax.distributed.initialize(
-                coordinator_address=a.coordinator,
-                coordinator_bind_address=a.coordinator if a.rank == 0 else None,
-                num_processes=a.mesh.hosts,
-                process_id=a.rank,
-                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                shutdown_timeout_seconds=HEARTBEAT_SECONDS // 2,
-            )
-        from workers.checkpoint.loader import LoadProgress, load_parameters
+        self._join()
         from workers.host.kernel_selection import negotiate
         from workers.model.partition import Partition
         from workers.runtime.compilation import every_rank_writes, use_cache
         from workers.runtime.mesh import make_mesh
         from workers.runtime.profiler import Profiler
-        from workers.runtime.runtime import Runtime
 
         if a.compilation_cache:
             use_cache(a.compilation_cache, a.rank)
         mesh = make_mesh(a.mesh.data, a.mesh.model)
-        checkpoint, dtype = standby.checkpoint, standby.dtype
+        config = standby.checkpoint.config
         if self._server is not None:
             # So that the first request with a grammar need not wait for it.
-            config = checkpoint.config
-            self._sandbox = Sandbox(
-                "workers.text.grammar_job", [a.model.checkpoint, str(config.vocab_size), str(config.eos_token)]
-            )
+            words = [a.model.checkpoint, str(config.vocab_size), str(config.eos_token)]
+            self._sandbox = Sandbox("workers.text.grammar_job", words)
         with every_rank_writes():
             standby.adopt(negotiate(standby.kernels))
         _LOG.info("kernels: %s", standby.kernels.name)
-        partition = Partition.create(checkpoint.config, mesh, a.mesh.rules, standby.kernels)
-        devices = jax.local_device_count()
+        digests = self._load(standby, Partition.create(config, mesh, a.mesh.rules, standby.kernels))
+        self.profiler = Profiler()
+        for kind, size in self.runtime.device_bytes.items():
+            metrics.DEVICE_BYTES.labels(kind).set(size)
+        self._report("compiled", 1.0)
+        return digests
 
-        began = time.monotonic()
+    def _join(self) -> None:
+        """Makes this process one of those that form the mesh."""
+        import jax
+
+        a = self._spec
+        self._report(JOINING, 0.0)
+        jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
+        if a.mesh.hosts == 1:
+            return
+        bypass_proxies([a.coordinator.rpartition(":")[0]], os.environ)
+        if a.rank:
+            wait_for_listener(a.coordinator, JOIN_SECONDS)  # JAX itself would try again only after a second
+        jax.distributed.initialize(
+            coordinator_address=a.coordinator,
+            coordinator_bind_address=a.coordinator if a.rank == 0 else None,
+            num_processes=a.mesh.hosts,
+            process_id=a.rank,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS // 2,
+        )
+
+    def _load(self, standby: StandbyEngine, partition: Partition) -> dict[str, int]:
+        """Loads this host's shards and compiles every program, at once where it can. The digests of what was loaded."""
+        import jax
+
+        from workers.checkpoint.loader import LoadProgress, load_parameters
+        from workers.runtime.compilation import every_rank_writes
+        from workers.runtime.runtime import Runtime
+
+        began, devices, tensors = time.monotonic(), jax.local_device_count(), len(standby.checkpoint.tensors)
 
         def loaded(progress: LoadProgress) -> None:
             seconds = time.monotonic() - began
             metrics.LOAD_SECONDS.set(seconds)
             metrics.CHECKPOINT_BYTES.inc(progress.read - self.progress.bytes_read)
-            fraction = progress.tensors / len(checkpoint.tensors)
+            fraction = progress.tensors / tensors
             rate = progress.read / max(seconds, 1e-9)
             phase = LOADING if fraction < 1 else COMPILING
             self.progress = Progress(phase, fraction, devices, progress.read, progress.total, rate)
@@ -119,8 +134,9 @@ class Worker:
             if self.progress.phase != LOADING:
                 self._report(COMPILING, fraction)
 
+        weights, dtype = self._spec.model.weights, standby.dtype
         load = functools.partial(
-            load_parameters, checkpoint, partition, weights=a.model.weights, dtype=dtype, report=loaded
+            load_parameters, standby.checkpoint, partition, weights=weights, dtype=dtype, report=loaded
         )
         with every_rank_writes(), concurrent.futures.ThreadPoolExecutor(1, "load") as pool:
             if partition.kernels.scan_layers:
@@ -133,10 +149,6 @@ class Worker:
                 self.runtime = Runtime(standby.program_set, partition, compiled)
                 parameters, read = loading.result()
         self.runtime.set_parameters(parameters)
-        self.profiler = Profiler()
-        for kind, size in self.runtime.device_bytes.items():
-            metrics.DEVICE_BYTES.labels(kind).set(size)
-        self._report("compiled", 1.0)
         return read.digests
 
     def warm_up(self) -> None:
