@@ -12,7 +12,7 @@ import time
 import types
 from typing import Any
 
-from workers.host.leader import follow
+from workers.host.follower import follow
 from workers.host.streams import LeaderServer, connect, free_port
 from workers.messages.frames import Hello
 from workers.messages.plan import DecodeRow, Plan

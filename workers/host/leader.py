@@ -1,4 +1,4 @@
-"""The leader's and the followers' loops: plans out, tokens back, one step ahead of the devices."""
+"""The leader's loop: plans out, tokens back, one step ahead of the devices."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import dataclasses
 import faulthandler
 import logging
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
 
 from workers.engine.prefill_budget import PrefillBudget
 from workers.engine.scheduler import Counts, Scheduler
-from workers.host.streams import PULSE_SECONDS, GatewayLink, Incoming, LeaderServer, Link, LinkError
+from workers.host.follower import probe
+from workers.host.streams import GatewayLink, Incoming, LeaderServer, LinkError
 from workers.host.watchdog import Watchdog
-from workers.messages.codec import decode, encode
-from workers.messages.frames import Done, LayerGroup, LeaderOutput, PlanFrame, Refusal, RefusalKind, Status
+from workers.messages.frames import LayerGroup, LeaderOutput, Refusal, RefusalKind, Status
 from workers.messages.plan import ALTERNATIVES, Plan, Sampling, StepTokens
 from workers.messages.request import Failure, Refused, Request, Timing, TokenEvent
 from workers.model.config import GrokConfig
@@ -28,8 +27,6 @@ from workers.text.grammar_job import Constraints, RemoteConstraint
 
 _LOG = logging.getLogger(__name__)
 
-#: Every so many plans all hosts take the time of a collective.
-PROBE_EVERY = 64
 #: So often an idle mesh computes a token.
 CANARY_SECONDS = 5.0
 CANARY = Request("canary", (0,), 1, Sampling(top_logprobs=ALTERNATIVES))
@@ -120,7 +117,7 @@ class Leader:
             pending = dispatched
             if pending is not None:
                 with self._waiting(pending.plan):
-                    _probe(self._runtime, pending)
+                    probe(self._runtime, pending)
             self._fail(self._scheduler.failures())
             self._tell(events)
             clock.lap("deliver")
@@ -379,57 +376,6 @@ class _Wait:
     forced: int
     admitted: float = 0.0
     computed: int = 0
-
-
-def _probe(runtime: Runtime, pending: Pending | None) -> None:
-    """Takes the time of a collective, on every host after the same plans."""
-    if pending is not None and pending.plan.number % PROBE_EVERY == 0:
-        runtime.wait(pending)
-        metrics.COLLECTIVE_SECONDS.observe(runtime.probe())
-
-
-def follow(runtime: Runtime, link: Link, epoch: int, profiler: Profiler) -> None:
-    """A follower's loop: carries out plans as they come, a few ahead of the devices, and tells the leader when they are done.
-    Returns when the leader ends.
-
-    Raises:
-      LinkError: the stream broke, or a plan of another epoch or out of order came.
-    """
-    finished: queue.Queue[Pending] = queue.Queue(maxsize=1)
-    threading.Thread(target=_tell_done, args=(runtime, link, finished), daemon=True, name="follower-done").start()
-    threading.Thread(target=_pulse, args=(link,), daemon=True, name="follower-pulse").start()
-    expected = 1
-    while (frame := link.receive()) is not None:
-        message = decode(PlanFrame, frame)
-        if (message.epoch, message.plan.number) != (epoch, expected):
-            raise LinkError(f"plan {message.plan.number} of epoch {message.epoch} came; {expected} of {epoch} is due")
-        expected += 1
-        profiler.step()
-        pending = runtime.execute(message.plan)
-        metrics.PLANS.inc()
-        finished.put(pending)
-        _probe(runtime, pending)
-
-
-def _pulse(link: Link) -> None:
-    """Tells the leader that this process lives, while it does."""
-    with contextlib.suppress(LinkError):
-        while True:
-            link.send(encode(Done(0, time.process_time())))
-            time.sleep(PULSE_SECONDS)
-
-
-def _tell_done(runtime: Runtime, link: Link, finished: queue.Queue[Pending]) -> None:
-    try:
-        while True:
-            pending = finished.get()
-            runtime.wait(pending)
-            link.send(encode(Done(pending.plan.number, time.process_time())))
-    except Exception as error:  # of the devices or the stream: the loop must end, and not be stuck behind a full queue
-        _LOG.error("a plan could not be finished: %s", error)
-        link.close()
-        while True:
-            finished.get()
 
 
 class _Clock:

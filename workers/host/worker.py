@@ -162,7 +162,8 @@ class Worker:
     def serve(self) -> None:
         """Leads or follows until the epoch is over."""
         a = self._spec
-        from workers.host.leader import Leader, follow
+        from workers.host.follower import follow
+        from workers.host.leader import Leader
 
         if a.rank:
             hello = Hello(a.epoch, a.secret, a.rank)
