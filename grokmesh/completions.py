@@ -54,6 +54,8 @@ class Options(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     allowed_tokens: Sequence[int]
     stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    min_tokens: int
     ignore_eos: bool
     top_logprobs: int
     min_p: float

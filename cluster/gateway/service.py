@@ -154,7 +154,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     sampling = dataclasses.replace(request.sampling, seed=(request.sampling.seed + i) % 2**64)
                     name = f"{request.id}-{i}" if i else request.id
                     one = dataclasses.replace(request, id=name, sampling=sampling, owner=caller.name)
-                    session = Session(one, stops, self._texts.tokenizer)
+                    session = Session(one, stops, self._texts.tokenizer, completion.stop_token_ids)
                     await session.catch_up()
                     sessions.append(stack.enter_context(self._started(session, context, whole=whole, first=i == 0)))
                 yield sessions

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from collections.abc import Collection
 
 from cluster.gateway.errors import GatewayError, Violation, invalid
 from cluster.gateway.stop import StopMatcher, StopTexts
@@ -32,8 +33,11 @@ class Delta:
 class Session:
     """One completion: what was asked, what came, and what waits to be told to the client."""
 
-    def __init__(self, request: Request, stops: StopTexts, tokenizer: Tokenizer) -> None:
-        """Before anything else of one with resumed tokens, `catch_up` must be called."""
+    def __init__(
+        self, request: Request, stops: StopTexts, tokenizer: Tokenizer, stop_tokens: Collection[int] = ()
+    ) -> None:
+        """Before anything else of one with resumed tokens, `catch_up` must be called. `stop_tokens` are those of the request's
+        that its caller has named."""
         self.request = request
         self.tokens: list[Token] = []
         self.first_token: float | None = None
@@ -49,6 +53,7 @@ class Session:
         self._kept = 0
         self._received: list[int] = list(request.resumed)
         self._stop = StopMatcher(stops)
+        self._stop_tokens = frozenset(stop_tokens)
         self._detokenizer = Detokenizer(tokenizer, request.prompt)
         self._arrived: asyncio.Queue[TokenEvent | GatewayError] = asyncio.Queue()
 
@@ -122,7 +127,8 @@ class Session:
         self.tokens.append(event.token)
         if event.finish is Finish.EOS:  # the end token itself has no text
             text, stopped = self._stop.push(self._detokenizer.flush())
-            finish = generation_pb2.FINISH_REASON_STOP if stopped else generation_pb2.FINISH_REASON_EOS
+            named = event.token.id in self._stop_tokens
+            finish = generation_pb2.FINISH_REASON_STOP if stopped or named else generation_pb2.FINISH_REASON_EOS
             return Delta(text if stopped else text + self._stop.flush(), event.token, finish)
         text, stopped = self._stop.push(self._detokenizer.push(event.token.id))
         if not stopped and event.finish is Finish.LENGTH:

@@ -19,6 +19,7 @@ _Wrong = Callable[[str, str], None]
 
 MAX_STOP_TEXTS = 16
 MAX_STOP_BYTES = 1024
+MAX_STOP_TOKENS = 64
 MAX_BIASES = 1024
 MAX_ALLOWED_TOKENS = 4096
 MAX_TEMPERATURE = 100.0
@@ -84,7 +85,7 @@ async def to_request(
         wrong("max_tokens", f"is {completion.max_tokens}; must be at least 1")
     if not 0 <= completion.top_logprobs <= ALTERNATIVES:
         wrong("top_logprobs", f"is {completion.top_logprobs}; must be from 0 to {ALTERNATIVES}")
-    _check_stop(completion, wrong)
+    _check_stop(completion, limits, wrong)
     if not 0 <= completion.n <= MAX_COMPLETIONS:
         wrong("n", f"is {completion.n}; must be from 1 to {MAX_COMPLETIONS}")
     if abs(completion.priority) > MAX_PRIORITY:
@@ -105,9 +106,14 @@ async def to_request(
         raise invalid(violations)
     grammar = await _grammar(completion, texts, caller)
     sampling = _sampling(completion, limits.model, masked=bool(grammar))
-    stop_tokens = frozenset() if completion.ignore_eos else frozenset({limits.model.eos_token})
+    stop_tokens = _stop_tokens(completion, limits.model)
+    if completion.min_tokens and stop_tokens:
+        sampling = dataclasses.replace(sampling, masked=True)
     resumed = tuple(completion.resume.ids)
-    return Request(request_id, tuple(prompt), max_tokens, sampling, stop_tokens, completion.priority, grammar, resumed)
+    least = completion.min_tokens if stop_tokens else 0
+    return Request(
+        request_id, tuple(prompt), max_tokens, sampling, stop_tokens, least, completion.priority, grammar, resumed
+    )
 
 
 def _check_prompt(completion: generation_pb2.Completion, limits: Limits, wrong: _Wrong) -> None:
@@ -132,7 +138,21 @@ def _check_ids(field: str, ids: Sequence[int], vocab_size: int, wrong: _Wrong) -
         wrong(field, f"has token {outside}; the vocabulary has {vocab_size}")
 
 
-def _check_stop(completion: generation_pb2.Completion, wrong: _Wrong) -> None:
+def _stop_tokens(completion: generation_pb2.Completion, model: GrokConfig) -> frozenset[int]:
+    return frozenset([*completion.stop_token_ids, *(() if completion.ignore_eos else (model.eos_token,))])
+
+
+def _check_stop(completion: generation_pb2.Completion, limits: Limits, wrong: _Wrong) -> None:
+    if len(completion.stop_token_ids) > MAX_STOP_TOKENS:
+        wrong("stop_token_ids", f"has {len(completion.stop_token_ids)} tokens; at most {MAX_STOP_TOKENS}")
+    else:
+        _check_ids("stop_token_ids", completion.stop_token_ids, limits.model.vocab_size, wrong)
+    most = completion.max_tokens if completion.HasField("max_tokens") else limits.context
+    allowed = completion.sampling.allowed_tokens
+    if not 0 <= completion.min_tokens <= max(most, 0):
+        wrong("min_tokens", f"is {completion.min_tokens}; must be from 0 to max_tokens={most}")
+    elif completion.min_tokens and allowed and _stop_tokens(completion, limits.model).issuperset(allowed):
+        wrong("min_tokens", "can't be kept: all of sampling.allowed_tokens end the completion")
     if len(completion.stop) > MAX_STOP_TEXTS:
         wrong("stop", f"has {len(completion.stop)} texts; at most {MAX_STOP_TEXTS}")
         return
@@ -154,8 +174,8 @@ def _check_resumed(completion: generation_pb2.Completion, limits: Limits, wrong:
         wrong("resume", f"has {len(resumed)} tokens; must be fewer than max_tokens={most}")
         return
     _check_ids("resume", resumed, limits.model.vocab_size, wrong)
-    if limits.model.eos_token in resumed and not completion.ignore_eos:
-        wrong("resume", "has the end token: that completion is whole")
+    if not _stop_tokens(completion, limits.model).isdisjoint(resumed):
+        wrong("resume", "has a token that ends it: that completion is whole")
 
 
 def _check_format(completion: generation_pb2.Completion, wrong: _Wrong) -> None:

@@ -273,7 +273,7 @@ class Scheduler:
         request = entry.request
         known, sampling = request.resumed, request.sampling
         forced = self._policy.forced(request)
-        sequence = Sequence(request, slot, entry.constraint, entry.accepted, prefix, forced, prefilled=cached)
+        sequence = Sequence(request, slot, entry.constraint, entry.accepted, prefix, forced, cached, self._vocab_size)
         if not forced:
             sequence.tokens, sequence.scheduled = list(known), len(known)
         self._running[request.id] = sequence
@@ -331,9 +331,9 @@ class Scheduler:
         return self._needs_tokens(sequence) and not sequence.known
 
     def _steps_ahead(self, decoding: list[Sequence]) -> int:
-        if any(self._needs_tokens(s) or s.force_at(s.scheduled) is not None for s in decoding):
+        if any(self._needs_tokens(sequence) for sequence in decoding):
             return 1
-        return max(1, min(self._steps, *(sequence.left for sequence in decoding)))
+        return min(sequence.steps(self._steps) for sequence in decoding)
 
     def _receive(self, sequence: Sequence, tokens: tuple[Token, ...]) -> Iterator[TokenEvent]:
         if sequence.done:

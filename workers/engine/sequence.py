@@ -27,12 +27,14 @@ class Sequence:
       prefix: what is computed before anything is sampled.
       forced: tokens that are known before they are sampled, from the first on.
       prefilled: positions of the prefix that plans have covered.
+      vocab_size: number of tokens.
       scheduled: tokens that plans sample for certain.
       tokens: those that came back.
       drafter: guesses its tokens, where that is allowed.
       drafting: whether a draft is on its way, so that it is unknown how many tokens will come.
       ready: whether it was known what may be sampled next when the plan in the making was begun. A sequence that got no pages
         then must not decode, whatever comes meanwhile.
+      ends_barred: whether hosts have a mask that bars stop tokens, None if they have none.
       done: whether it has ended. What still comes for it counts for nothing.
     """
 
@@ -43,11 +45,13 @@ class Sequence:
     prefix: tuple[int, ...]
     forced: tuple[int, ...]
     prefilled: int
+    vocab_size: int
     scheduled: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
     drafter: NgramDrafter | None = None
     drafting: bool = False
     ready: bool = True
+    ends_barred: bool | None = None
     done: bool = False
 
     @property
@@ -72,8 +76,8 @@ class Sequence:
 
     @property
     def guessing(self) -> bool:
-        """Whether its guesses are worth computing."""
-        return self.drafter is not None and self.drafter.enabled
+        """Whether its guesses are worth computing. What may be sampled must be the same for all of them."""
+        return self.drafter is not None and self.drafter.enabled and self.scheduled > self.request.min_tokens
 
     def decode(self, steps: int) -> DecodeRow:
         """Schedules `steps` tokens."""
@@ -94,11 +98,25 @@ class Sequence:
         """The token that must be sampled at a place of the completion, if it is known."""
         return self.forced[place] if place < len(self.forced) else None
 
+    def steps(self, most: int) -> int:
+        """How many steps, up to `most`, may be planned at once without another mask or forced token."""
+        if self.force_at(self.scheduled) is not None:
+            return 1
+        early = self.request.min_tokens - self.scheduled
+        return min(most, self.left, early if early > 0 else most)
+
     def mask_at(self, place: int) -> Mask | None:
-        """What may be sampled at a place of the completion, if not everything."""
-        if self.constraint is None or place < len(self.forced):
+        """What may be sampled at a place of the completion, if hosts do not know it."""
+        if place < len(self.forced):
             return None
-        return Mask(self.slot, self.constraint.mask())
+        early = place < self.request.min_tokens
+        if self.constraint is not None:
+            words = self.constraint.mask()
+        elif self.request.min_tokens and self.ends_barred is not early:
+            words, self.ends_barred = _everything(self.vocab_size), early
+        else:
+            return None
+        return Mask(self.slot, _without(words, self.request.stop_tokens) if early else words)
 
     def receive(self, tokens: tuple[Token, ...]) -> Iterator[TokenEvent]:
         """Takes the next tokens until one of them is the last; what the request gets. Raises NoNumbersError."""
@@ -122,3 +140,14 @@ class Sequence:
             yield TokenEvent(request.id, token, finish)
             if finish is not None:
                 return
+
+
+def _everything(vocab_size: int) -> bytes:
+    """The words of a mask that allows all tokens."""
+    return ((1 << vocab_size) - 1).to_bytes(-(-vocab_size // 32) * 4, "little")
+
+
+def _without(words: bytes, tokens: frozenset[int]) -> bytes:
+    """The words of a mask without some tokens, unless nothing would be left."""
+    kept = int.from_bytes(words, "little") & ~sum(1 << token for token in tokens)
+    return kept.to_bytes(len(words), "little") if kept else words

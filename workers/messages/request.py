@@ -19,6 +19,7 @@ class Request:
       max_tokens: most tokens to draw, at least one; prompt and these must fit the context.
       sampling: how to draw.
       stop_tokens: a token of these ends the completion (and is reported as its last token).
+      min_tokens: tokens that there must be before one of `stop_tokens` may be sampled. If there must be any, `sampling.masked`.
       priority: requests of a higher one are admitted first.
       grammar: what its tokens must spell, as `workers.text.grammar` has it; empty for anything.
       owner: of the request. Of a priority, the requests of the owner with the fewest slots go first.
@@ -30,6 +31,7 @@ class Request:
     max_tokens: int
     sampling: Sampling
     stop_tokens: frozenset[int] = frozenset()
+    min_tokens: int = 0
     priority: int = 0
     grammar: str = ""
     resumed: tuple[int, ...] = ()

@@ -82,6 +82,11 @@ def _request(prompt: str | list[int], **options: Unpack[Options]) -> Request:
         ("x", {"top_logprobs": 9}, "top_logprobs", "is 9; must be from 0 to 8"),
         ("x", {"stop": [""]}, "stop[0]", "must have 1 to 1024 bytes"),
         ("x", {"stop": ["a"] * 17}, "stop", "has 17 texts; at most 16"),
+        ("x", {"stop_token_ids": [7] * 65}, "stop_token_ids", "has 65 tokens; at most 64"),
+        ("x", {"stop_token_ids": [2048]}, "stop_token_ids", "has token 2048"),
+        ("x", {"min_tokens": -1}, "min_tokens", "is -1; must be from 0 to max_tokens=64"),
+        ("x", {"min_tokens": 6, "max_tokens": 5}, "min_tokens", "is 6; must be from 0 to max_tokens=5"),
+        ("x", {"min_tokens": 1, "allowed_tokens": [2, 7], "stop_token_ids": [7]}, "min_tokens", "can't be kept"),
     ],
 )
 def test_each_wrong_field_is_named(prompt: str | list[int], options: Options, field: str, problem: str) -> None:
@@ -99,7 +104,8 @@ def test_each_wrong_field_is_named(prompt: str | list[int], options: Options, fi
         ([7, 8], {}, "needs the seed that the responses told"),
         ([7] * 5, {"seed": 1}, "has 5 tokens; must be fewer than max_tokens=5"),
         ([2048], {"seed": 1}, "has token 2048; the vocabulary has 2048"),
-        ([7, 2], {"seed": 1}, "has the end token: that completion is whole"),
+        ([7], {"seed": 1, "stop_token_ids": [7]}, "has a token that ends it: that completion is whole"),
+        ([7, 2], {"seed": 1}, "has a token that ends it: that completion is whole"),
         ([7], {"seed": 1, "n": 2}, "can't be set together with n"),
     ],
 )
@@ -172,6 +178,16 @@ def test_what_is_absent_gets_its_documented_meaning() -> None:
     assert request.stop_tokens == {LIMITS.model.eos_token}
     assert _request("x").sampling.seed != _request("x").sampling.seed
     assert _request("x", ignore_eos=True).stop_tokens == frozenset()
+    assert (request.min_tokens, request.sampling.masked) == (0, False)
+
+
+def test_a_completion_ends_with_tokens_that_its_caller_names_and_not_too_early() -> None:
+    request = _request("x", stop_token_ids=[7, 8], min_tokens=3)
+    assert request.stop_tokens == {LIMITS.model.eos_token, 7, 8}
+    assert (request.min_tokens, request.sampling.masked) == (3, True)
+    assert _request("x", stop_token_ids=[7], ignore_eos=True).stop_tokens == {7}
+    endless = _request("x", ignore_eos=True, min_tokens=3)
+    assert (endless.min_tokens, endless.sampling.masked) == (0, False)
 
 
 @given(st.lists(st.text("ab", min_size=1, max_size=3), max_size=3), st.lists(st.text("ab", max_size=3), max_size=12))
@@ -228,6 +244,16 @@ def test_a_session_ends_with_the_end_token() -> None:
     assert text == " he said unto them"
     assert deltas[-1].finish == generation_pb2.FINISH_REASON_EOS
     assert deltas[-1].token.id == 2
+
+
+def test_a_token_that_the_caller_named_ends_a_session_as_a_stop_text_does() -> None:
+    session = Session(Request("r", (5,), 50, Sampling()), StopTexts.of(()), TOKENIZER, stop_tokens=[7])
+    session.deliver(TokenEvent("r", _token(300), None))
+    session.deliver(TokenEvent("r", _token(7), Finish.EOS))
+    deltas = asyncio.run(_collect(session))
+    assert [delta.token.id for delta in deltas] == [300, 7]
+    assert deltas[-1].finish == generation_pb2.FINISH_REASON_STOP
+    assert deltas[-1].text == "", "the token that ends it has no text"
 
 
 def test_a_session_ends_at_a_stop_text_that_spans_tokens() -> None:

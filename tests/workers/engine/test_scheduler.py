@@ -379,6 +379,29 @@ def test_a_grammar_gives_each_token_its_own_mask_and_holds_up_nobody_else() -> N
     assert slots == {}
 
 
+def _allowed(plan: Plan) -> list[int]:
+    """The lowest token that each mask of a plan allows, and the number of those that it allows."""
+    masks = [int.from_bytes(mask.words, "little") for mask in plan.masks]
+    return [n for mask in masks for n in ((mask & -mask).bit_length() - 1, mask.bit_count())]
+
+
+@pytest.mark.parametrize("resumed", [(), (5,)])
+@pytest.mark.parametrize("shape", [SHAPE, EXACT])
+def test_no_completion_ends_before_it_may(shape: EngineShape, resumed: tuple[int, ...]) -> None:
+    scheduler = Scheduler(shape, VOCAB, MAX_WAITING, steps=4)
+    ending = frozenset({0, EOS})
+    request = Request("r", (3, 4), 9, Sampling(masked=True), ending, min_tokens=3, resumed=resumed)
+    scheduler.submit(request)
+    masks, sampled = [], len(resumed) if shape.batch_invariant else 0
+    while (plan := scheduler.plan()) is not None:
+        if plan.masks:
+            masks.append((sampled, _allowed(plan)))
+        sampled += plan.steps * len(plan.decode) + sum(chunk.last for call in plan.prefills for chunk in call)
+        scheduler.complete(_answer(plan, [7] * 16))
+    start = 1 if resumed else 0
+    assert masks == [(start, [1, VOCAB - 2]), (3, [0, VOCAB])], "each mask stays until another comes"
+
+
 def test_who_can_best_wait_is_preempted_for_want_of_pages() -> None:
     scheduler = Scheduler(dataclasses.replace(SHAPE, slots=3, groups=1), VOCAB, MAX_WAITING)
     for i in range(3):

@@ -91,7 +91,11 @@ def make_requests(count: int, seed: int) -> list[Request]:
             prompt = (*made[-1].prompt[:30], *prompt[:20])
         if i % 6 == 2:
             prompt = prompt[:7] * 8
-        made.append(Request(f"r{i}", prompt, rng.randint(1, 20), sampling))
+        request = Request(f"r{i}", prompt, rng.randint(1, 20), sampling)
+        if i % 4 == 3:  # half of all tokens would end it
+            ending = {"stop_tokens": frozenset(range(0, VOCAB, 2)), "min_tokens": rng.randint(1, 9)}
+            request = dataclasses.replace(request, sampling=dataclasses.replace(sampling, masked=True), **ending)  # type: ignore[arg-type]
+        made.append(request)
     return made
 
 

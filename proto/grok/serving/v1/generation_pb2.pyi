@@ -34,7 +34,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_EOS: _FinishReason.ValueType  # 1
     """The model drew its end token."""
     FINISH_REASON_STOP: _FinishReason.ValueType  # 2
-    """A stop text appeared."""
+    """A stop text appeared, or a token of `stop_token_ids`."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 3
     """`max_tokens` were drawn."""
 
@@ -46,7 +46,7 @@ FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 FINISH_REASON_EOS: FinishReason.ValueType  # 1
 """The model drew its end token."""
 FINISH_REASON_STOP: FinishReason.ValueType  # 2
-"""A stop text appeared."""
+"""A stop text appeared, or a token of `stop_token_ids`."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 3
 """`max_tokens` were drawn."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
@@ -235,6 +235,8 @@ class Completion(_message.Message):
     N_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
+    STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    MIN_TOKENS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """As text."""
     max_tokens: _builtins.int
@@ -254,6 +256,10 @@ class Completion(_message.Message):
     priority: _builtins.int
     """From -10 to 10, or to what the API key may ask for. Requests of a higher priority get a place before those that wait with a
     lower one.
+    """
+    min_tokens: _builtins.int
+    """Tokens that there must be before the model's end token, or one of `stop_token_ids`, may be drawn. At most `max_tokens`. A
+    format that is at its end goes before.
     """
     @_builtins.property
     def tokens(self) -> Global___TokenIds:
@@ -277,6 +283,12 @@ class Completion(_message.Message):
         be as it was, the seed of the responses included; `max_tokens` counts these too. Not with `n`.
         """
 
+    @_builtins.property
+    def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens that end the completion besides the model's end token, up to 64. The one that did is the last of its tokens; it has no
+        text.
+        """
+
     def __init__(
         self,
         *,
@@ -293,10 +305,12 @@ class Completion(_message.Message):
         n: _builtins.int = ...,
         priority: _builtins.int = ...,
         resume: Global___TokenIds | None = ...,
+        stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        min_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "choice", b"choice", "format", b"format", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "prompt", b"prompt", "regex", b"regex", "resume", b"resume", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "choice", b"choice", "format", b"format", "ignore_eos", b"ignore_eos", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "n", b"n", "priority", b"priority", "prompt", b"prompt", "regex", b"regex", "resume", b"resume", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "choice", b"choice", "format", b"format", "ignore_eos", b"ignore_eos", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "n", b"n", "priority", b"priority", "prompt", b"prompt", "regex", b"regex", "resume", b"resume", "sampling", b"sampling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
