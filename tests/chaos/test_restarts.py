@@ -10,6 +10,7 @@ import pathlib
 from cluster import daemon
 from grokmesh import Client
 from tests.chaos.history import Load, make_cases
+from tests.support.ports import free_port
 from tests.support.service import Service, running
 
 RESTARTS = int(os.environ.get("GROKMESH_RESTARTS", "2"))
@@ -40,7 +41,7 @@ def test_of_two_gateways_one_is_always_there(tmp_path: pathlib.Path) -> None:
         xla = {"compilation_cache": str(tmp_path / "xla")}
         return stack.enter_context(running(folder, mesh=ONE_HOST, gateway=gateway, cluster=xla))
 
-    ports = {"a": 50171, "b": 50172}
+    ports = {name: free_port("127.0.0.1") for name in "ab"}
     with contextlib.ExitStack() as stacks:
         lives = {name: stacks.enter_context(contextlib.ExitStack()) for name in ports}
         for name, life in lives.items():

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from typing import Any
 
-from workers.host.streams import free_port
+from tests.support.ports import free_port
 
 os.environ.update(
     RAY_FAKE_CLUSTER="1",

@@ -26,9 +26,9 @@ from cluster.telemetry.web import WebServer
 from grok.serving.v1 import cluster_pb2
 from grokmesh import Client, ClientError, Tls
 from tests.conftest import DEMO
+from tests.support.ports import free_port
 from tests.support.service import running
 from workers.host.environment import EnvironmentProblem, bypass_proxies, settle
-from workers.host.streams import free_port
 from workers.runtime.compilation import use_cache
 from workers.telemetry import logs
 

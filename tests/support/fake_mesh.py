@@ -9,9 +9,10 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tests.support.ports import free_port
 from workers.engine.scheduler import Scheduler
 from workers.host.leader import Leader
-from workers.host.streams import LeaderServer, LinkError, free_port
+from workers.host.streams import LeaderServer, LinkError
 from workers.messages.plan import EngineShape, Plan, StepTokens, Token
 from workers.model.config import GrokConfig
 from workers.runtime.profiler import Profiler

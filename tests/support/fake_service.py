@@ -23,8 +23,8 @@ from cluster.gateway.validation import Limits
 from grokmesh import Client
 from tests.conftest import DEMO
 from tests.support.fake_mesh import leading
+from tests.support.ports import free_port
 from tests.support.waiting import wait_until
-from workers.host.streams import free_port
 from workers.messages.plan import EngineShape
 from workers.messages.specs import ModelSpec
 from workers.model.config import GrokConfig

@@ -23,8 +23,8 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 
 from cluster.gateway.auth.api_keys import new_key
 from grokmesh import Client
+from tests.support.ports import free_port
 from tests.support.service import Service, running
-from workers.host.streams import free_port
 
 PROMETHEUS = pathlib.Path(__file__).parent.parent.parent / "deploy" / "prometheus"
 PROMPTS = ("And it came to pass", "In the beginning", "HAMLET.\nTo be, or not to be: that is the question " * 3)

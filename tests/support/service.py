@@ -18,7 +18,7 @@ from cluster import daemon
 from grok.serving.v1 import cluster_pb2
 from grokmesh import Client
 from tests.conftest import DEMO
-from workers.host.streams import free_port
+from tests.support.ports import free_port
 
 START_SECONDS = 180.0
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.ports import free_port
 from tests.support.waiting import wait_until
 from workers.host.follower import PROBE_EVERY, follow
-from workers.host.streams import LeaderServer, LinkError, connect, free_port
+from workers.host.streams import LeaderServer, LinkError, connect
 from workers.messages.frames import Hello
 from workers.messages.plan import DecodeRow, Plan
 from workers.runtime.profiler import Profiler

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from workers.host.streams import MAX_FRAME, LeaderServer, Link, LinkError, connect, free_port
+from tests.support.ports import free_port
+from workers.host.streams import MAX_FRAME, LeaderServer, Link, LinkError, connect
 from workers.messages.codec import decode, encode
 from workers.messages.frames import PROTOCOL, Done, Hello, LeaderInput, LeaderOutput, PlanFrame
 from workers.messages.plan import DecodeRow, Plan

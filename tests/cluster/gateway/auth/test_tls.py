@@ -22,7 +22,7 @@ from cluster.config.schema import ConfigError, GatewaySection
 from cluster.gateway.auth import reloading
 from cluster.gateway.auth.tls import TlsError, server_credentials
 from grokmesh import Client, Tls
-from workers.host.streams import free_port
+from tests.support.ports import free_port
 
 
 class _Authority:
