@@ -28,6 +28,8 @@ from tools.verify.golden import (
     router_gaps,
 )
 
+pytestmark = pytest.mark.slow
+
 NANO = GOLDEN / "nano-s1"
 
 

@@ -6,9 +6,13 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from cluster.config.schema import ClusterSection
 from cluster.controller.placement import bundle, group_options
 from workers.messages.specs import MeshSpec
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_host_of_accelerators_is_taken_whole() -> None:

@@ -30,6 +30,8 @@ from workers.runtime.mesh import AXES
 from workers.runtime.program_set import ProgramSet
 from workers.runtime.runtime import Runtime
 
+pytestmark = pytest.mark.slow
+
 GROK_1 = GrokConfig()
 ONE_REQUEST = Workload(8192, 1)
 

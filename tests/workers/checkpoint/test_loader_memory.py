@@ -10,6 +10,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
 from tests.conftest import DEMO
 from tools.checkpoint_writer import write_array, write_quantized
@@ -20,6 +21,8 @@ from workers.model.config import GrokConfig
 from workers.model.parameters import parameter_table
 from workers.model.partition import Partition
 from workers.runtime.mesh import make_mesh
+
+pytestmark = pytest.mark.slow
 
 SHAPE = {
     "emb_size": 512, "num_layers": 12, "num_q_heads": 8, "num_kv_heads": 4, "key_size": 64, "ffn_size": 1024,

@@ -37,6 +37,8 @@ from workers.model.config import GrokConfig
 from workers.model.partition import Partition
 from workers.runtime.mesh import make_mesh
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:

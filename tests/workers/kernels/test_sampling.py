@@ -27,6 +27,8 @@ from workers.kernels.sampling import (
     sample,
 )
 
+pytestmark = pytest.mark.slow
+
 VOCAB = 100
 
 

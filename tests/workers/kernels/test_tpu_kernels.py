@@ -14,6 +14,8 @@ from workers.kernels.weights import QuantizedWeight
 from workers.kernels.xla import portable
 from workers.kernels.xla.grouped_matmul import grouped_matmul
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("rows", "depth", "columns", "scale_groups", "sizes"),

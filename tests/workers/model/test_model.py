@@ -24,6 +24,8 @@ from workers.model.grok import Output, causal_forward
 from workers.model.parameters import parameter_table
 from workers.model.partition import Partition
 
+pytestmark = pytest.mark.slow
+
 
 def _mesh(data: int, model: int) -> Mesh:
     return Mesh(np.array(jax.devices()[: data * model]).reshape(data, model), ("data", "model"))

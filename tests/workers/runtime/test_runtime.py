@@ -28,6 +28,8 @@ from workers.model.partition import Partition
 from workers.runtime.program_set import ProgramSet
 from workers.runtime.runtime import Pending, Runtime
 
+pytestmark = pytest.mark.slow
+
 CHECKPOINT = open_checkpoint(GOLDEN / "text-s1")
 VOCAB = CHECKPOINT.config.vocab_size
 NATIVE = native_kernels()

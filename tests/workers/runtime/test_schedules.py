@@ -18,6 +18,8 @@ from workers.messages.plan import Sampling, Token
 from workers.messages.request import Request
 from workers.runtime.runtime import Pending, Runtime
 
+pytestmark = pytest.mark.slow
+
 SCHEDULES = int(os.environ.get("GROKMESH_SCHEDULES", "12"))
 REQUESTS = 64
 
