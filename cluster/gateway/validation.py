@@ -85,7 +85,8 @@ async def to_request(
         wrong("max_tokens", f"is {completion.max_tokens}; must be at least 1")
     if not 0 <= completion.top_logprobs <= ALTERNATIVES:
         wrong("top_logprobs", f"is {completion.top_logprobs}; must be from 0 to {ALTERNATIVES}")
-    _check_stop(completion, limits, wrong)
+    _check_stop(completion, wrong)
+    _check_stop_tokens(completion, limits, wrong)
     if not 0 <= completion.n <= MAX_COMPLETIONS:
         wrong("n", f"is {completion.n}; must be from 1 to {MAX_COMPLETIONS}")
     if abs(completion.priority) > MAX_PRIORITY:
@@ -138,27 +139,35 @@ def _check_ids(field: str, ids: Sequence[int], vocab_size: int, wrong: _Wrong) -
         wrong(field, f"has token {outside}; the vocabulary has {vocab_size}")
 
 
+def _most_tokens(completion: generation_pb2.Completion, limits: Limits) -> int:
+    """What `max_tokens` comes to before the prompt's length is known."""
+    return completion.max_tokens if completion.HasField("max_tokens") else limits.context
+
+
 def _stop_tokens(completion: generation_pb2.Completion, model: GrokConfig) -> frozenset[int]:
     return frozenset([*completion.stop_token_ids, *(() if completion.ignore_eos else (model.eos_token,))])
 
 
-def _check_stop(completion: generation_pb2.Completion, limits: Limits, wrong: _Wrong) -> None:
-    if len(completion.stop_token_ids) > MAX_STOP_TOKENS:
-        wrong("stop_token_ids", f"has {len(completion.stop_token_ids)} tokens; at most {MAX_STOP_TOKENS}")
-    else:
-        _check_ids("stop_token_ids", completion.stop_token_ids, limits.model.vocab_size, wrong)
-    most = completion.max_tokens if completion.HasField("max_tokens") else limits.context
-    allowed = completion.sampling.allowed_tokens
-    if not 0 <= completion.min_tokens <= max(most, 0):
-        wrong("min_tokens", f"is {completion.min_tokens}; must be from 0 to max_tokens={most}")
-    elif completion.min_tokens and allowed and _stop_tokens(completion, limits.model).issuperset(allowed):
-        wrong("min_tokens", "can't be kept: all of sampling.allowed_tokens end the completion")
+def _check_stop(completion: generation_pb2.Completion, wrong: _Wrong) -> None:
     if len(completion.stop) > MAX_STOP_TEXTS:
         wrong("stop", f"has {len(completion.stop)} texts; at most {MAX_STOP_TEXTS}")
         return
     for i, text in enumerate(completion.stop):
         if not 0 < len(text.encode()) <= MAX_STOP_BYTES:
             wrong(f"stop[{i}]", f"must have 1 to {MAX_STOP_BYTES} bytes")
+
+
+def _check_stop_tokens(completion: generation_pb2.Completion, limits: Limits, wrong: _Wrong) -> None:
+    if len(completion.stop_token_ids) > MAX_STOP_TOKENS:
+        wrong("stop_token_ids", f"has {len(completion.stop_token_ids)} tokens; at most {MAX_STOP_TOKENS}")
+    else:
+        _check_ids("stop_token_ids", completion.stop_token_ids, limits.model.vocab_size, wrong)
+    most = _most_tokens(completion, limits)
+    allowed = completion.sampling.allowed_tokens
+    if not 0 <= completion.min_tokens <= max(most, 0):
+        wrong("min_tokens", f"is {completion.min_tokens}; must be from 0 to max_tokens={most}")
+    elif completion.min_tokens and allowed and _stop_tokens(completion, limits.model).issuperset(allowed):
+        wrong("min_tokens", "can't be kept: all of sampling.allowed_tokens end the completion")
 
 
 def _check_resumed(completion: generation_pb2.Completion, limits: Limits, wrong: _Wrong) -> None:
@@ -169,7 +178,7 @@ def _check_resumed(completion: generation_pb2.Completion, limits: Limits, wrong:
         wrong("resume", "can't be set together with n")
     if not completion.sampling.HasField("seed"):
         wrong("resume", "needs the seed that the responses told")
-    most = completion.max_tokens if completion.HasField("max_tokens") else limits.context
+    most = _most_tokens(completion, limits)
     if len(resumed) >= min(most, limits.context):
         wrong("resume", f"has {len(resumed)} tokens; must be fewer than max_tokens={most}")
         return
