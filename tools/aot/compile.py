@@ -53,7 +53,7 @@ def compile_program(
     from tools.aot.release import release_headers
     from workers.checkpoint.loader import parameter_shapes
     from workers.host.standby import DTYPES
-    from workers.kernels.interface import SCANNED
+    from workers.kernels.interface import ACCELERATOR
     from workers.kernels.tpu.kernels import TPU
     from workers.messages.plan import EngineShape
     from workers.model.partition import Partition
@@ -61,7 +61,7 @@ def compile_program(
     from workers.runtime.program_set import ProgramSet
 
     data, model, rules = mesh
-    kernels = TPU if hardware.device.platform == "tpu" else SCANNED
+    kernels = TPU if hardware.device.platform == "tpu" else ACCELERATOR
     partition = Partition.create(config, _mesh(hardware, data, model), rules, kernels)
     shape = EngineShape(
         engine.slots,
@@ -89,13 +89,10 @@ def compile_program(
     text = compiled.as_text() or ""
     local = config.emb_size * config.ffn_size // partition.ways(partition.axes("ffn"))
     pages_axes = page_axes(partition)
-    layers = config.num_layers
-    updated = set()
-    for array in jax.tree.leaves(page_shapes(config, shape, partition, kv_dtype)):
-        dims = partition.local(array.shape, pages_axes)
-        # As one row of pages, as kernels see them, and without what is 1.
-        flat = (*(size for size in dims[:2] if size != layers), dims[2] * layers, *dims[3:])
-        updated |= {tuple(size for size in form if size != 1) for form in (dims, flat, (dims[0] * dims[1], *dims[2:]))}
+    updated = {
+        tuple(size for size in partition.local(array.shape, pages_axes) if size != 1)
+        for array in jax.tree.leaves(page_shapes(config, shape, partition, kv_dtype))
+    }
     temporaries = int(analysis.temp_size_in_bytes)
     peak = getattr(analysis, "peak_memory_in_bytes", 0) or (
         analysis.argument_size_in_bytes + temporaries + analysis.output_size_in_bytes - analysis.alias_size_in_bytes

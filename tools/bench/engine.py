@@ -28,6 +28,8 @@ from workers.runtime.program_set import ProgramSet
 from workers.runtime.runtime import Pending, Runtime
 
 CHUNK, PAGE, SLOTS = 512, 64, 16
+#: Positions that a sequence may decode past its prompt, and the rest of its last page.
+ROOM = 2 * PAGE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,12 +167,12 @@ def main() -> int:
         print(f"making a model of random weights in {arguments.checkpoint}", file=sys.stderr)
         make_checkpoint(arguments.checkpoint)
     checkpoint = open_checkpoint(arguments.checkpoint)
-    context = min(checkpoint.config.sequence_len, max(arguments.context + 64, 2 * CHUNK))
+    context = min(checkpoint.config.sequence_len, max(arguments.context + ROOM, 2 * CHUNK))
     engine = Engine(checkpoint, arguments.weights, arguments.kv_cache, arguments.devices, context)
     print(
         f"{checkpoint.directory}: kernels {engine.kernels}, weights {arguments.weights}, KV cache {arguments.kv_cache}"
     )
-    figures = measure(engine, min(arguments.context, context - 64), print)
+    figures = measure(engine, min(arguments.context, context - ROOM), print)
     if arguments.output:
         shown: dict[str, Any] = {"kernels": engine.kernels, "figures": [dataclasses.asdict(f) for f in figures]}
         arguments.output.write_text(json.dumps(shown, indent=1))

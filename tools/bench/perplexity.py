@@ -20,7 +20,7 @@ from tools.training.train_demo_model import documents
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.loader import load_parameters
 from workers.host.standby import DTYPES
-from workers.kernels.interface import SCANNED
+from workers.kernels.interface import ACCELERATOR
 from workers.messages.plan import Chunk, EngineShape, Plan, Sampling, SlotStart
 from workers.model.partition import Partition
 from workers.runtime.mesh import make_mesh
@@ -63,7 +63,7 @@ def main() -> int:
 def _loss(directory: pathlib.Path, weights: str, kv_cache: str, sequences: list[list[int]]) -> float:
     """Nats a token, of all but each sequence's first."""
     checkpoint = open_checkpoint(directory)
-    partition = Partition.create(checkpoint.config, make_mesh(1, 1), "tensor", SCANNED)
+    partition = Partition.create(checkpoint.config, make_mesh(1, 1), "tensor", ACCELERATOR)
     params, _ = load_parameters(checkpoint, partition, weights=weights)
     shape = EngineShape(1, 1, 1 + LENGTH // PAGE, PAGE, CHUNK, LENGTH)
     runtime = Runtime(ProgramSet(checkpoint.config, shape, partition, params, kv_dtype=DTYPES[kv_cache]), partition)

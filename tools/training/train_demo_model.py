@@ -29,12 +29,15 @@ import sentencepiece
 
 from tools.checkpoint_writer import write_array, write_quantized
 from workers.checkpoint.checkpoint import open_checkpoint
+from workers.checkpoint.loader import load_parameters
 from workers.kernels.interface import PORTABLE
-from workers.kernels.weights import QuantizedWeight, Weight, dequantize
+from workers.kernels.weights import LayerWeight, Weight
 from workers.kernels.xla import portable
 from workers.model.config import GrokConfig
 from workers.model.grok import causal_forward
-from workers.model.parameters import parameter_table
+from workers.model.parameters import EMBEDDING, ParameterInfo, parameter_table
+from workers.model.partition import Partition
+from workers.runtime.mesh import make_mesh
 
 LENGTH = 256  # positions of a training sequence
 BATCH = 8  # sequences of a step
@@ -98,6 +101,7 @@ def encode(tokenizer: sentencepiece.SentencePieceProcessor, texts: list[str], eo
 
 def batched_experts(x: jax.Array, weight: Weight, group_sizes: jax.Array) -> jax.Array:
     """`grouped_matmul` with a gradient: the experts' matrices are gathered for fixed blocks of rows."""
+    weight = weight.taken() if isinstance(weight, LayerWeight) else weight
     assert isinstance(weight, jax.Array)
     rows, block = x.shape[0], 128
     count = rows // block + weight.shape[0]
@@ -151,16 +155,28 @@ def bigram_perplexity(train: np.ndarray[Any, Any], held_out: np.ndarray[Any, Any
     return best
 
 
-def read_back(directory: pathlib.Path) -> Params:
-    """The parameters of a written checkpoint, widened as the served model sees them."""
+def initial_parameters(config: GrokConfig, seed: int) -> Params:
+    """Norms of one; matrices [..., K, N] of standard deviation 1 / sqrt(K); what the table embeds to has one of 1."""
     params: Params = {}
-    for info, file in open_checkpoint(directory).tensors:
-        module, name = info.path.rsplit("/", 1)
-        values = jnp.asarray(file.map(file.values))
-        if file.scales:
-            values = dequantize(QuantizedWeight(values, jnp.asarray(file.map(file.scales))))
-        params.setdefault(module, {})[name] = values
+    for i, info in enumerate(layer_table(config)):
+        module, name = info.place
+        deviation = 1.0 / config.embedding_multiplier_scale if info.path == EMBEDDING else info.shape[-2:][0] ** -0.5
+        shape = info.shape if info.layer is None else (config.num_layers, *info.shape)
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        drawn = jax.random.truncated_normal(key, -2.0, 2.0, shape) * deviation
+        params.setdefault(module, {})[name] = jnp.ones(shape) if name == "scale" else drawn
     return params
+
+
+def layer_table(config: GrokConfig) -> list[ParameterInfo]:
+    """The parameters of the model's tree: those outside of layers, and those of the first layer, which stand for all."""
+    return [info for info in parameter_table(config) if not info.layer]
+
+
+def read_back(directory: pathlib.Path, config: GrokConfig) -> Params:
+    """The parameters of a written checkpoint, widened as the served model sees them."""
+    partition = Partition.create(config, make_mesh(1, 1))
+    return load_parameters(open_checkpoint(directory), partition, weights="float32")[0]
 
 
 def main() -> None:
@@ -182,7 +198,7 @@ def main() -> None:
 
     kernels = dataclasses.replace(PORTABLE, experts=functools.partial(portable.experts, multiply=batched_experts))
     model: Any = hk.without_apply_rng(hk.transform(lambda tokens: causal_forward(config, tokens, kernels=kernels)))
-    params: Params = model.init(jax.random.key(arguments.seed), jnp.zeros((1, 8), jnp.int32))
+    params = initial_parameters(config, arguments.seed)
     schedule = optax.warmup_cosine_decay_schedule(0.0, 2.5e-3, arguments.steps // 20, arguments.steps, 2.5e-5)
     decay = jax.tree.map(lambda leaf: leaf.ndim > 1, params)
     optimizer = optax.chain(
@@ -227,8 +243,8 @@ def main() -> None:
     checkpoint = arguments.output / "ckpt-0"
     checkpoint.mkdir(exist_ok=True)
     for i, info in enumerate(parameter_table(config)):
-        module, name = info.path.rsplit("/", 1)
-        values = np.asarray(params[module][name])
+        module, name = info.place
+        values = np.asarray(params[module][name] if info.layer is None else params[module][name][info.layer])
         path = checkpoint / f"tensor{i:05d}_000"
         if info.quantized:
             write_quantized(path, *quantize(values, SCALE_GROUPS if info.grouped else 1))
@@ -237,7 +253,7 @@ def main() -> None:
     report = {
         "bigram": round(baseline, 2),
         "float32": round(perplexity(params), 2),
-        "int8": round(perplexity(read_back(arguments.output)), 2),
+        "int8": round(perplexity(read_back(arguments.output, config)), 2),
         "steps": arguments.steps,
         "training_tokens": len(train),
         "held_out_tokens": len(held_out),

@@ -7,11 +7,11 @@ import math
 
 from workers.model.config import GrokConfig
 from workers.model.layout import Layout
-from workers.model.parameters import SCALE_GROUPS, ParameterInfo, parameter_table
+from workers.model.parameters import ParameterInfo, parameter_table
+from workers.model.weight_format import ITEM_BYTES, WeightFormat, release_source
 
 #: Bytes of a value, as the world counts them: without the scales of fewer bits.
 VALUE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int8-unrounded": 1.0, "int4": 0.5}
-SCALE_BYTES = 2
 #: Of programs on each device beside what they are told below: their code, and what the compiler keeps for itself.
 PROGRAM_BYTES = 80 * 2**20
 #: Rows that prompts are filled up to, for each expert.
@@ -73,26 +73,11 @@ def whole_bytes(config: GrokConfig, weights: str) -> float:
 
 def parameter_bytes(info: ParameterInfo, layout: Layout, precision: Precision, platform: str) -> float:
     """Bytes that one device holds of a parameter."""
-    local = math.prod(layout.local(info.shape, info.axes))
-    if info.path.endswith("embeddings"):
-        # The CPU kernels keep the table in 16 bits.
-        return local * (
-            2 if platform == "cpu" and precision.weights.startswith("int8") else VALUE_BYTES[precision.activations]
-        )
-    if not info.quantized:
-        return local * 4
-    values = local * VALUE_BYTES[precision.weights]
-    if precision.weights == "int4" and platform == "cpu":
-        values = local  # XLA on CPUs keeps each in a byte
-    if precision.weights in ("float32", "bfloat16"):
-        return values
-    *lead, _, columns = info.shape
-    groups = SCALE_GROUPS if info.grouped else 1
-    if precision.weights == "int4":
-        groups = layout.int4_groups(info)
-    kept = layout.scale_groups(groups, info.axes[-2])
-    scales = layout.local((*lead, kept, columns), layout.scale_axes(kept, info.axes))
-    return values + math.prod(scales) * SCALE_BYTES
+    packed = platform == "cpu" and precision.weights.startswith("int8")
+    kept = WeightFormat(precision.weights, precision.activations, packed).stored(info, release_source(info), layout)
+    # XLA on CPUs keeps 4 bits in a byte.
+    item_bytes = ITEM_BYTES | ({"int4": 1.0} if platform == "cpu" else {})
+    return sum(math.prod(layout.local(a.shape, a.axes)) * item_bytes[a.dtype] for a in kept.arrays)
 
 
 def kv_bytes_per_token(config: GrokConfig, kv_cache: str) -> float:

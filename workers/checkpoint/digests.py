@@ -17,9 +17,10 @@ import numpy as np
 
 from workers.checkpoint.checkpoint import Checkpoint
 from workers.checkpoint.errors import CheckpointError
-from workers.checkpoint.reading import Array, Bounds, read_slice
+from workers.checkpoint.reading import Bounds, read_slice
 from workers.checkpoint.storage import Location
 from workers.checkpoint.tensor_file import ArraySpan, TensorFile
+from workers.kernels.packing import Array
 from workers.model.layout import Layout
 from workers.model.parameters import ParameterInfo
 

@@ -5,60 +5,46 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import functools
-import itertools
-import math
-import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from workers.checkpoint.checkpoint import Checkpoint
-from workers.checkpoint.digests import digest, part_name, source_groups
 from workers.checkpoint.errors import CheckpointError
-from workers.checkpoint.reading import Bounds, read_slice
-from workers.checkpoint.tensor_file import ArraySpan, TensorFile
-from workers.kernels.packed import PackedTable, PackedWeight, pack_table, packed_shape
+from workers.checkpoint.reading import Bounds
+from workers.checkpoint.tensor_file import TensorFile
+from workers.checkpoint.tensor_parts import TensorParts
+from workers.kernels.packed import PackedTable, PackedWeight
+from workers.kernels.packing import Array, empty
 from workers.kernels.weights import QuantizedWeight, Table, Weight
-from workers.model.config import GrokConfig
-from workers.model.grok import STACKED_LAYERS
-from workers.model.parameters import Axes, ParameterInfo
+from workers.model.parameters import ParameterInfo
 from workers.model.partition import Partition
+from workers.model.weight_format import Source, StoredWeight, WeightFormat
 
+#: Haiku's nested dictionary; parameters of layers lie stacked, [L, ...].
 Params = dict[str, dict[str, Weight | Table]]
-Index = tuple[slice, ...]
-Array = np.ndarray[Any, np.dtype[Any]]
-
-#: How weights are kept on the devices: as stored, or widened while they load. Unrounded ones are for native kernels only.
-WEIGHT_DTYPES = {"int4": None, "int8": None, "int8-unrounded": None, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 #: Tensors that are loaded at a time: while one is read, another is packed.
 THREADS = 4
 #: Seconds between reports while bytes come.
 REPORT_SECONDS = 1.0
-#: Tensors that are loaded, or wait to be, before the first of them must have its place.
+#: Tensors that are loaded, or wait to be.
 AHEAD = 6
-
-_LAYER = re.compile(r"decoder_layer_(\d+)/")
-
-EMBEDDING = "language_model/in_out_embed/embeddings"
 
 
 class LoadProgress:
     """Counts what this host reads. Bytes of payload, each counted once however many devices hold it."""
 
-    def __init__(self, total: int, report: Callable[[LoadProgress], None]) -> None:
+    def __init__(self, report: Callable[[LoadProgress], None]) -> None:
         """`report` is called about once a second while bytes come."""
         self._report = report
         self._reported = time.monotonic()
         #: Bytes that this host reads in all.
-        self.total = total
+        self.total = 0
         self.read = 0
         self.tensors = 0
         #: Of each part of an array that a device holds, by its name; see `digests`.
@@ -83,127 +69,55 @@ def load_parameters(
     dtype: jnp.dtype | type = jnp.float32,
     report: Callable[[LoadProgress], None] = lambda _: None,
 ) -> tuple[Params, LoadProgress]:
-    """Loads all parameters onto the partition's mesh; every host of the mesh calls this alike.
+    """Loads all parameters onto the partition's mesh. No host waits for another.
 
-    THREADS tensors at a time are read, of each only this host's slices, turned into what the devices keep, and placed.
+    THREADS tensors at a time are read, of each only this host's slices, and turned into what the devices keep. The parts of
+    a parameter gather in this host's memory until they are those of all layers, and then go to their devices: on CPU hosts
+    they are there already.
 
     Args:
       checkpoint: what to load.
       partition: with a mesh.
-      weights: a key of WEIGHT_DTYPES.
+      weights: see `WeightFormat`.
       dtype: of the activations, and of the embedding table, which is cast to it. Native kernels pack weights and table
         as they need them, whatever this and `weights` are.
       report: called after each tensor, and about once a second, by any thread.
 
     Returns:
-      The parameters as Haiku's nested dictionary, and the final counts.
+      The parameters, and the final counts.
 
     Raises:
-      CheckpointError: a file can't be read.
+      CheckpointError: a file can't be read, or layers are stored in different forms.
     """
-    progress = LoadProgress(local_bytes(checkpoint, partition), report)
+    places = list(_places(checkpoint, partition, weights, dtype))
+    progress = LoadProgress(report)
+    progress.total = sum(place.reader(file, progress).nbytes for place in places for _, file in place.tensors)
     params: Params = {}
-
-    def load(tensor: tuple[ParameterInfo, TensorFile]) -> Weight | Table:
-        info, file = tensor
-        try:
-            return _load(info, _Reader(info, file, partition, progress), file.scales, partition, weights, dtype)
-        except OSError as error:
-            raise CheckpointError(file.path, f"can't be read: {error}", tensor=info.path) from error
-
     with concurrent.futures.ThreadPoolExecutor(THREADS, "load") as pool:
-        # No more at a time: what has been loaded is kept twice until it lies among its layers.
-        tensors = iter(checkpoint.tensors)
-        loading = collections.deque((t[0], pool.submit(load, t)) for t in itertools.islice(tensors, AHEAD))
+        # No more at a time: what is being loaded lies beside what has been.
+        running: collections.deque[tuple[_Place, concurrent.futures.Future[None]]] = collections.deque()
+
+        def finish() -> None:
+            place, loaded = running.popleft()
+            loaded.result()
+            progress.add(tensors=1)
+            place.missing -= 1
+            if not place.missing:
+                module, name = place.tensors[0][0].place
+                params.setdefault(module, {})[name] = place.placed()
+
         try:
-            while loading:
-                info, value = loading.popleft()
-                _put(params, info, value.result(), checkpoint.config, partition)
-                del value
-                loading.extend((t[0], pool.submit(load, t)) for t in itertools.islice(tensors, 1))
-                progress.add(tensors=1)
+            for place in places:
+                for layer, (_, file) in enumerate(place.tensors):
+                    if len(running) == AHEAD:
+                        finish()
+                    running.append((place, pool.submit(place.load, layer, file, progress)))
+            while running:
+                finish()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     return params, progress
-
-
-def _put(params: Params, info: ParameterInfo, value: Any, config: GrokConfig, partition: Partition) -> None:
-    """Notes a parameter, or its shape, under its name; where layers lie stacked, in its place among those of all layers."""
-    layer = _LAYER.search(info.path)
-    path = info.path
-    if partition.kernels.scan_layers and layer:
-        path = _LAYER.sub(f"{STACKED_LAYERS}/", path)
-    module, name = path.rsplit("/", 1)
-    known = params.setdefault(module, {})
-    if path != info.path and layer:
-        if name not in known:
-            known[name] = jax.tree.map(lambda leaf: _stack(leaf, config.num_layers), value)
-        if isinstance(jax.tree.leaves(value)[0], jax.Array):
-            known[name] = jax.block_until_ready(_insert(known[name], value, int(layer[1])))
-    else:
-        known[name] = value
-
-
-def _stack(leaf: Any, layers: int) -> Any:
-    """Room for an array of all layers, or its shape."""
-    spec = PartitionSpec(None, *leaf.sharding.spec)
-    sharding = NamedSharding(leaf.sharding.mesh, spec)
-    shape = (layers, *leaf.shape)
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
-    return jnp.zeros(shape, leaf.dtype, device=sharding)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _insert(stacked: Any, value: Any, layer: int) -> Any:
-    """`stacked` [L, ...] with `value` [...] as that of a layer."""
-    return jax.tree.map(lambda all_, one: lax.dynamic_update_index_in_dim(all_, one, layer, 0), stacked, value)
-
-
-def _load(
-    info: ParameterInfo, reader: _Reader, scales: ArraySpan | None, partition: Partition, weights: str, dtype: Any
-) -> Weight | Table:
-    packed, widen = partition.kernels.packed, WEIGHT_DTYPES[weights]
-    if info.path == EMBEDDING:
-        return reader.packed_table(info, partition) if packed else reader.array(info, partition, dtype)
-    if scales is None:
-        return reader.array(info, partition, widen if info.quantized else None)
-    if packed:
-        return reader.packed(info, scales, partition, rounded=weights == "int8")
-    if weights == "int4":
-        return reader.int4(info, scales, partition)
-    if widen is None:
-        return reader.quantized(info, scales, partition)
-    return reader.dequantized(info, scales, partition, widen)
-
-
-def local_bytes(checkpoint: Checkpoint, partition: Partition) -> int:
-    """Bytes of payload that this host reads: each part that any of its devices holds, once."""
-    total = 0
-    for info, file in checkpoint.tensors:
-        devices = partition.sharding(info.axes).addressable_devices_indices_map(file.values.shape)
-        parts = {str(index): index for index in devices.values() if index is not None}
-        for index in parts.values():
-            total += _bytes(file.values, _bounds(file.values, index))
-            if file.scales is not None:
-                total += _bytes(file.scales, _bounds(file.scales, _scale_index(file.values, file.scales, index)))
-    return total
-
-
-def _bounds(span: ArraySpan, index: Index) -> Bounds:
-    return tuple(s.indices(n)[:2] for s, n in zip(index, span.shape, strict=True))
-
-
-def _bytes(span: ArraySpan, bounds: Bounds) -> int:
-    return math.prod(b - a for a, b in bounds) * span.dtype.itemsize
-
-
-def _scale_index(values: ArraySpan, scales: ArraySpan, index: Index) -> Index:
-    """Which scales belong to a part of the values."""
-    group_rows = values.shape[-2] // scales.shape[-2]
-    first, stop, _ = index[-2].indices(values.shape[-2])
-    return (*index[:-2], slice(first // group_rows, -(-stop // group_rows)), index[-1])
 
 
 def parameter_shapes(
@@ -211,207 +125,112 @@ def parameter_shapes(
 ) -> Params:
     """The shapes, types and places of what `load_parameters` will return, for compiling before anything is loaded."""
     shapes: Params = {}
-    for info, file in checkpoint.tensors:
-        _put(shapes, info, _shape(info, file, partition, weights, dtype), checkpoint.config, partition)
+    for place in _places(checkpoint, partition, weights, dtype):
+        module, name = place.tensors[0][0].place
+        shapes.setdefault(module, {})[name] = place.tree(
+            [
+                jax.ShapeDtypeStruct(shape, jnp.dtype(array.dtype), sharding=sharding)
+                for array, shape, sharding in zip(place.stored.arrays, place.shapes, place.shardings, strict=True)
+            ]
+        )
     return shapes
 
 
-def _shape(info: ParameterInfo, file: TensorFile, partition: Partition, weights: str, dtype: Any) -> Any:
-    def array(shape: tuple[int, ...], dtype: Any, axes: Axes) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=partition.sharding(axes))
+def _places(checkpoint: Checkpoint, partition: Partition, weights: str, dtype: jnp.dtype | type) -> Iterator[_Place]:
+    """The parameters of the model's tree, each with the tensors that are its layers, in their order."""
+    weight_format = WeightFormat(weights, jnp.dtype(dtype).name, partition.kernels.packed)
+    tensors: dict[tuple[str, str], list[tuple[ParameterInfo, TensorFile]]] = {}
+    for info, file in checkpoint.tensors:
+        tensors.setdefault(info.place, []).append((info, file))
+    for group in tensors.values():
+        group.sort(key=lambda tensor: tensor[0].layer or 0)
+        sources = [_source(file) for _, file in group]
+        for (info, file), source in zip(group, sources, strict=True):
+            if source != sources[0]:
+                problem = f"is stored as {source}, the first layer's as {sources[0]}; all layers must be alike"
+                raise CheckpointError(file.path, problem, tensor=info.path)
+        stored = weight_format.stored(group[0][0], sources[0], partition)
+        yield _Place(group, stored, partition, weights != "int8-unrounded")
 
-    span, widen = file.values, WEIGHT_DTYPES[weights]
-    if info.path == EMBEDDING:
-        if not partition.kernels.packed:
-            return array(span.shape, dtype, info.axes)
-        ways = partition.ways(partition.axes(info.axes[0]))
-        blocks, strips, size = packed_shape(span.shape[1], span.shape[0] // ways, 1, planes=2)
-        values = array((blocks, strips * ways, size), jnp.int8, (None, *info.axes))
-        scales = array((span.shape[0], 1), jnp.float32, (info.axes[0], None))
-        return PackedTable(values, scales, span.shape[-1])  # type: ignore[arg-type]
+
+def _source(file: TensorFile) -> Source:
     if file.scales is None:
-        return array(span.shape, widen if info.quantized and widen else span.dtype, info.axes)
-    if not partition.kernels.packed and widen is not None:
-        return array(span.shape, widen, info.axes)
-    *_, rows, columns = info.axes
-    int4 = weights == "int4"
-    groups = partition.int4_groups(info) if int4 else file.scales.shape[-2]
-    kept = partition.scale_groups(groups, rows)
-    scale_shape = (*file.scales.shape[:-2], kept, file.scales.shape[-1])
-    scales = array(scale_shape, jnp.bfloat16 if int4 else file.scales.dtype, partition.scale_axes(kept, info.axes))
-    if not partition.kernels.packed:
-        values = array(span.shape, jnp.int4 if int4 else span.dtype, info.axes)
-        return QuantizedWeight(values, scales)  # type: ignore[arg-type]
-    row_ways, column_ways = (partition.ways(partition.axes(axis)) for axis in (rows, columns))
-    local = span.shape[-2] // row_ways, span.shape[-1] // column_ways
-    blocks, strips, size = packed_shape(*local, max(1, kept // row_ways))
-    shape = (*span.shape[:-2], blocks * row_ways, strips * column_ways, size)
-    values = array(shape, jnp.int8, (*info.axes, None))
-    return PackedWeight(values, scales, span.shape[-2], weights == "int8")  # type: ignore[arg-type]
+        return Source(file.values.dtype.name)
+    return Source(file.values.dtype.name, file.scales.shape[-2], file.scales.dtype.name)
 
 
-class _Reader:
-    """Reads slices of one tensor file, each once, and counts their bytes."""
+class _Place:
+    """A parameter of the model's tree: one tensor, or those of all layers."""
 
-    def __init__(self, info: ParameterInfo, file: TensorFile, partition: Partition, progress: LoadProgress) -> None:
-        self._file = file
-        self._progress = progress
-        self._read: dict[tuple[int, Bounds], Array] = {}
-        #: Of the values, what this host's devices hold together, if that is better read at once.
-        self._together: Bounds | None = None
-        found = partition.sharding(info.axes).addressable_devices_indices_map(file.values.shape).values()
-        parts = {_bounds(file.values, index) for index in found if index is not None}
-        box = tuple((min(a for a, _ in dim), max(b for _, b in dim)) for dim in zip(*parts, strict=True))
-        # Parts that lie side by side in short stretches are one longer stretch.
-        if len(parts) > 1 and sum(_bytes(file.values, part) for part in parts) == _bytes(file.values, box):
-            self._together = box if box[-1] != next(iter(parts))[-1] else None
+    def __init__(
+        self, tensors: list[tuple[ParameterInfo, TensorFile]], stored: StoredWeight, partition: Partition, rounded: bool
+    ) -> None:
+        info = tensors[0][0]
+        lead = () if info.layer is None else (len(tensors),)
+        self.tensors = tensors
+        self.stored = stored
+        self.missing = len(tensors)
+        self.shapes = [(*lead, *array.shape) for array in stored.arrays]
+        self.shardings = [partition.sharding((*(None for _ in lead), *array.axes)) for array in stored.arrays]
+        self._info = info
+        self._partition = partition
+        self._rounded = rounded
+        self._lock = threading.Lock()
+        #: Of each slice of the values that a device of this host holds, what is kept of it.
+        self._buffers: dict[Bounds, list[Array]] = {}
 
-    def array(self, info: ParameterInfo, partition: Partition, dtype: Any) -> jax.Array:
-        span = self._file.values
+    @functools.cached_property
+    def _devices(self) -> dict[jax.Device, Bounds]:
+        """Which slice of the values each device of this host holds."""
+        shape, sharding = self._info.shape, self._partition.sharding(self._info.axes)
+        found = sharding.addressable_devices_indices_map(shape)
+        return {
+            device: tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))
+            for device, index in found.items()
+        }
 
-        def shard(index: Index) -> Array:
-            part = self._slice(span, index)
-            return part if dtype is None else part.astype(dtype)
+    def reader(self, file: TensorFile, progress: LoadProgress) -> TensorParts:
+        """Of one of the tensors."""
+        parts = list(dict.fromkeys(self._devices.values()))
+        return TensorParts(file, self.stored, parts, self._partition.kernels.pack, progress.add, progress.digests)
 
-        return self._place(span.shape, partition, info.axes, shard)
+    def load(self, layer: int, file: TensorFile, progress: LoadProgress) -> None:
+        """Reads a tensor and puts what is kept of it among the layers. Raises CheckpointError."""
+        reader = self.reader(file, progress)
+        try:
+            for bounds in reader.parts:
+                made = reader.make(bounds)
+                for buffer, array in zip(self._room(bounds, made), made, strict=True):
+                    buffer[layer] = array
+        except OSError as error:
+            raise CheckpointError(file.path, f"can't be read: {error}", tensor=self._info.path) from error
 
-    def quantized(self, info: ParameterInfo, scales: ArraySpan, partition: Partition) -> QuantizedWeight:
-        return QuantizedWeight(self.array(info, partition, None), self._scales(info, scales, partition))
+    def _room(self, bounds: Bounds, made: tuple[Array, ...]) -> list[Array]:
+        with self._lock:
+            if bounds not in self._buffers:
+                self._buffers[bounds] = [empty((len(self.tensors), *array.shape), array.dtype) for array in made]
+            return self._buffers[bounds]
 
-    def packed(self, info: ParameterInfo, scales: ArraySpan, partition: Partition, rounded: bool) -> PackedWeight:
-        span = self._file.values
-        placed = self._scales(info, scales, partition)
-        parts = partition.ways(partition.axes(info.axes[-2]))
-        groups = max(1, placed.shape[-2] // parts)
-        pack = partition.kernels.pack
-        assert pack is not None
-        (values,) = self._pack(
-            info, partition, [(*info.axes, None)], lambda index: (pack(self._slice(span, index), groups),)
-        )
-        return PackedWeight(values, placed, span.shape[-2], rounded)
-
-    def packed_table(self, info: ParameterInfo, partition: Partition) -> PackedTable:
-        span = self._file.values
-        rows, _ = info.axes
-        pack = partition.kernels.pack
-        assert pack is not None
-        axes: list[Axes] = [(None, rows, None), (rows, None)]
-        values, scales = self._pack(info, partition, axes, lambda index: pack_table(self._slice(span, index), pack))
-        return PackedTable(values, scales, span.shape[-1])
-
-    def _pack(
-        self, info: ParameterInfo, partition: Partition, axes: list[Axes], make: Callable[[Index], tuple[Array, ...]]
-    ) -> list[jax.Array]:
-        """One array for each of `axes`, whose parts `make` makes from the slices that each device holds of this tensor."""
-        sharding = partition.sharding(info.axes)
-        slices = sharding.addressable_devices_indices_map(self._file.values.shape)
-        made: dict[str, tuple[Array, ...]] = {}
-        parts: list[list[jax.Array]] = []
-        for device, index in slices.items():
-            assert index is not None
-            if str(index) not in made:
-                made[str(index)] = make(index)
-            parts.append([jax.device_put(part, device) for part in made[str(index)]])
-        arrays: list[jax.Array] = []
-        for pieces, names in zip(zip(*parts, strict=True), axes, strict=True):
-            ways = [partition.ways(partition.axes(name)) for name in names]
-            shape = tuple(n * parts for n, parts in zip(pieces[0].shape, ways, strict=True))
-            arrays.append(jax.make_array_from_single_device_arrays(shape, partition.sharding(names), list(pieces)))
+    def placed(self) -> Weight | Table:
+        """All layers on the devices, once all tensors are loaded."""
+        arrays = []
+        for i, (shape, sharding) in enumerate(zip(self.shapes, self.shardings, strict=True)):
+            pieces = []
+            for device, bounds in self._devices.items():
+                piece = self._buffers[bounds][i]
+                pieces.append(jax.device_put(piece if self._info.layer is not None else piece[0], device))
+            arrays.append(jax.make_array_from_single_device_arrays(shape, sharding, pieces))
         jax.block_until_ready(arrays)
-        return arrays
+        self._buffers.clear()
+        return self.tree(arrays)
 
-    def _scales(self, info: ParameterInfo, scales: ArraySpan, partition: Partition) -> jax.Array:
-        groups = scales.shape[-2]
-        kept = partition.scale_groups(groups, info.axes[-2])
-
-        def scale_shard(index: Index) -> Array:
-            first, stop, _ = index[-2].indices(kept)
-            repeats = kept // groups
-            source = slice(*source_groups((first, stop), repeats))
-            rows = np.arange(first, stop) // repeats - source.start
-            return self._slice(scales, (*index[:-2], source, index[-1]))[..., rows, :]
-
-        shape = (*scales.shape[:-2], kept, scales.shape[-1])
-        return self._place(shape, partition, partition.scale_axes(kept, info.axes), scale_shard)
-
-    def dequantized(self, info: ParameterInfo, scales: ArraySpan, partition: Partition, dtype: Any) -> jax.Array:
-        def shard(index: Index) -> Array:
-            return self._products(scales, index).astype(jnp.bfloat16).astype(dtype)
-
-        return self._place(self._file.values.shape, partition, info.axes, shard)
-
-    def int4(self, info: ParameterInfo, scales: ArraySpan, partition: Partition) -> QuantizedWeight:
-        values = self._file.values
-        groups = partition.int4_groups(info)
-        kept = partition.scale_groups(groups, info.axes[-2])
-        made: dict[Bounds, tuple[Array, Array]] = {}
-
-        def part(index: Index) -> tuple[Array, Array]:
-            bounds = _bounds(values, index)
-            if bounds not in made:
-                made[bounds] = quantize_int4(self._products(scales, index), values.shape[-2] // groups)
-            return made[bounds]
-
-        def scale_part(index: Index) -> Array:
-            first, stop, _ = index[-2].indices(kept)
-            rows = values.shape[-2] // kept
-            return part((*index[:-2], slice(first * rows, stop * rows), index[-1]))[1]
-
-        placed = self._place(values.shape, partition, info.axes, lambda index: part(index)[0])
-        shape = (*scales.shape[:-2], kept, scales.shape[-1])
-        return QuantizedWeight(placed, self._place(shape, partition, partition.scale_axes(kept, info.axes), scale_part))
-
-    def _products(self, scales: ArraySpan, index: Index) -> Array:
-        """The values at `index` as xAI's code has them, in float32: rounded to bfloat16, whatever they are kept in; see
-        `workers.kernels.weights.dequantize`."""
-        values = self._file.values
-        source = _scale_index(values, scales, index)
-        first, stop, _ = index[-2].indices(values.shape[-2])
-        rows = np.arange(first, stop) // (values.shape[-2] // scales.shape[-2]) - source[-2].start
-        factors = self._slice(scales, source)[..., rows, :].astype(np.float32)
-        products = self._slice(values, index).astype(np.float32) * factors
-        return products.astype(jnp.bfloat16).astype(np.float32)
-
-    def _place(
-        self, shape: tuple[int, ...], partition: Partition, axes: Axes, shard: Callable[[Index], Array]
-    ) -> jax.Array:
-        def callback(index: Index | None) -> Array:
-            assert index is not None
-            return shard(index)
-
-        placed = jax.make_array_from_callback(shape, partition.sharding(axes), callback)
-        jax.block_until_ready(placed)
-        return placed
-
-    def _slice(self, span: ArraySpan, index: Index) -> Array:
-        """A copy of the slice `index` of an array in the file."""
-        bounds = _bounds(span, index)
-        if span is self._file.values and self._together is not None:
-            whole = self._part(span, self._together)
-            place = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(bounds, self._together, strict=True))
-            part = np.ascontiguousarray(whole[place])
-        else:
-            part = self._part(span, bounds)
-        name = part_name(self._file.path, span, bounds)
-        if name not in self._progress.digests:
-            self._progress.digests[name] = digest(part)
-        return part
-
-    def _part(self, span: ArraySpan, bounds: Bounds) -> Array:
-        key = (span.offset, bounds)
-        if key not in self._read:
-            self._read[key] = read_slice(self._file.path, span, bounds, self._progress.add)
-        return self._read[key]
-
-
-def quantize_int4(values: Array, group_rows: int) -> tuple[Array, Array]:
-    """float32 [..., K, N] -> int4 of the same shape, and bfloat16 scales [..., K / group_rows, N].
-
-    The largest magnitude of a group becomes 7, with the scale as bfloat16 has it.
-    """
-    *lead, rows, columns = values.shape
-    grouped = values.reshape(*lead, rows // group_rows, group_rows, columns)
-    scales = (np.abs(grouped).max(axis=-2, keepdims=True) / 7.0).astype(jnp.bfloat16)
-    wide = scales.astype(np.float32)
-    quantized = np.clip(np.rint(grouped / np.where(wide > 0, wide, 1.0)), -7, 7)
-    return quantized.astype(jnp.int4).reshape(values.shape), scales[..., 0, :]
+    def tree(self, arrays: list[Any]) -> Weight | Table:
+        """Arrays of the stored form, or their shapes, as the parameter that kernels take."""
+        form, shape = self.stored.form, self._info.shape
+        if form in ("array", "products"):
+            array: jax.Array = arrays[0]
+            return array
+        values, scales = arrays
+        if form == "packed":
+            return PackedWeight(values, scales, shape[-2], self._rounded)
+        return PackedTable(values, scales, shape[-1]) if form == "packed_table" else QuantizedWeight(values, scales)

@@ -7,14 +7,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 
 from workers.checkpoint.storage import Location, ObjectPath, read_into
 from workers.checkpoint.tensor_file import ArraySpan
+from workers.kernels.packing import Array, empty
 
-Array = np.ndarray[Any, np.dtype[Any]]
 #: First and end of each dimension.
 Bounds = tuple[tuple[int, int], ...]
 
@@ -47,7 +46,7 @@ def read_slice(
     Raises OSError.
     """
     shape = tuple(stop - start for start, stop in bounds)
-    flat = _aligned(math.prod(shape) * span.dtype.itemsize)
+    flat = empty((math.prod(shape) * span.dtype.itemsize,), np.uint8)
     worth = _WORTH[isinstance(location, ObjectPath)]
 
     def run(job: _Job) -> None:
@@ -71,13 +70,6 @@ def read_slice(
     else:
         list(_POOL.map(run, jobs))
     return flat.view(span.dtype).reshape(shape)
-
-
-def _aligned(size: int) -> Array:
-    """Bytes that begin at a multiple of 64, so that JAX can take them as they lie."""
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size]
 
 
 def _jobs(span: ArraySpan, bounds: Bounds) -> Iterator[_Job]:

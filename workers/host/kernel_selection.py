@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 from workers.checkpoint.checkpoint import Checkpoint
 from workers.kernels.cpu.kernels import INSTRUCTION_SETS, NativeKernelsError, native_kernels, use_instruction_set
-from workers.kernels.interface import PORTABLE, SCANNED, Kernels
+from workers.kernels.interface import ACCELERATOR, PORTABLE, Kernels
 from workers.kernels.tpu.kernels import TPU
 from workers.messages.specs import MeshSpec, ModelSpec
 
@@ -26,7 +26,7 @@ def select_kernels(model: ModelSpec, mesh: MeshSpec, checkpoint: Checkpoint) -> 
       ValueError: `weights` ask for the native kernels, which are not to be had.
     """
     if mesh.platform != "cpu" and model.weights != "int8-unrounded":
-        return TPU if mesh.platform == "tpu" else SCANNED
+        return TPU if mesh.platform == "tpu" else ACCELERATOR
     quantized = [file for info, file in checkpoint.tensors if info.quantized]
     packable = all(file.scales is not None and file.scales.dtype.name == "bfloat16" for file in quantized)
     float32 = model.activations == "float32"
@@ -51,7 +51,7 @@ def negotiate(kernels: Kernels) -> Kernels:
 
     What every host computes for itself, routes and norms, must come out the same on all.
     """
-    if jax.process_count() == 1 or kernels.scan_layers:
+    if jax.process_count() == 1 or kernels.accelerator:
         return kernels
     levels = (PORTABLE.name, *INSTRUCTION_SETS)
     found = multihost_utils.process_allgather(np.int32(levels.index(kernels.name)))

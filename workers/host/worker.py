@@ -112,7 +112,7 @@ class Worker:
         )
 
     def _load(self, standby: StandbyEngine, partition: Partition) -> dict[str, int]:
-        """Loads this host's shards and compiles every program, at once where it can. The digests of what was loaded."""
+        """Loads this host's shards and compiles every program at once. The digests of what was loaded."""
         import jax
 
         from workers.checkpoint.loader import LoadProgress, load_parameters
@@ -139,15 +139,10 @@ class Worker:
             load_parameters, standby.checkpoint, partition, weights=weights, dtype=dtype, report=loaded
         )
         with every_rank_writes(), concurrent.futures.ThreadPoolExecutor(1, "load") as pool:
-            if partition.kernels.scan_layers:
-                # Stacking runs programs on all devices, which hosts must start in the same order.
-                self.runtime = Runtime(standby.program_set, partition, compiled)
-                parameters, read = load()
-            else:
-                # Reading and packing weights leaves cores for the compiler, and the other way round.
-                loading = pool.submit(load)
-                self.runtime = Runtime(standby.program_set, partition, compiled)
-                parameters, read = loading.result()
+            # Reading and packing weights leaves cores for the compiler, and the other way round.
+            loading = pool.submit(load)
+            self.runtime = Runtime(standby.program_set, partition, compiled)
+            parameters, read = loading.result()
         self.runtime.set_parameters(parameters)
         return read.digests
 

@@ -20,25 +20,25 @@ Arrays = tuple[jax.Array, ...]
 class Kernels:
     """What a device computes on its own part. M rows of which `valid` [M] are no padding; padding gives anything finite.
 
-    A row's results must not depend on the other rows.
+    A row's results must not depend on the other rows. Weights are one layer's: `LayerWeight`s among those of all layers.
 
     Attributes:
       name: the instruction set of native kernels, or `xla`.
-      norm: (x [M, D], valid, scale [D], residual [M, D] or none) -> [M, D] float32: root-mean-square norm, added to
-        `residual`.
+      norm: (x [M, D], valid, scale [D], residual [M, D] or none, epsilon=) -> [M, D] float32: root-mean-square norm, added
+        to `residual`.
       route: (x [M, D], valid, weight [D, E], S) -> gates [M, S], experts [M, S] int32, probabilities [M, E].
       project: (x [M, K], valid, weights [K, N_i]) -> [M, N_i] float32 each.
-      experts: (x [M, D], gates, experts, valid, first expert, gate, up, down, reduce) -> [M, D]: what the experts
-        [first, first + E) of this device add to the sum. `reduce` sums both products with D over devices, or is None.
+      experts: (x [M, D], gates, experts, valid, gate, up, down, reduce) -> [M, D]: the sum over the selected experts, of
+        this device's part of their width. `reduce` sums both products with D over devices, or is None.
       lookup: (table [V, D], tokens) -> rows; tokens outside of the table give any row.
       logits: (hidden [M, D], valid, table [V, D]) -> [M, V] float32.
       attend: (query [B, T, H, C], key [B, T, K, C], value, key_pages, value_pages, page_table [B, N], positions [B, T],
-        scale) -> [B, T, H, C], key_pages, value_pages: see `portable.attend`.
+        scale=, cap=, rope_base=) -> [B, T, H, C], key_pages, value_pages: see `portable.attend`.
       sample: (logits [B, V], state, rows) -> packed samples [B, PACKED_WIDTH]: see `sampling.sample`. The choice of kernels
         decides rounding, not distribution.
       batch_invariant: whether a row's bits are the same in programs of other shapes, so that prompts may be cut anywhere.
-      scan_layers: whether the parameters and pages of all layers lie stacked, [L, ...], and one loop computes all layers, which
-        compiles many times faster. Weights then come as `LayerWeight`s.
+      accelerator: whether the devices are other processors than the host's, so that what crosses between devices and what
+        is scattered costs otherwise.
       heads_first: whether both kinds of pages are [K, P, page, C]; else keys are [P, K, C, page], values [P, K, page, C].
       pack: makes `PackedWeight.values` of int8 [..., K, N] with so many groups of rows; weights then are `PackedWeight`s and
         the table is a `PackedTable`. None where weights lie as they are.
@@ -54,7 +54,7 @@ class Kernels:
     attend: Callable[..., tuple[jax.Array, Pages, Pages]]
     sample: Callable[[jax.Array, SamplingState, SamplingRows], jax.Array]
     batch_invariant: bool
-    scan_layers: bool = False
+    accelerator: bool = False
     heads_first: bool = False
     pack: Callable[[Any, int], Any] | None = None
 
@@ -77,4 +77,4 @@ PORTABLE = Kernels(
     batch_invariant=False,
 )
 #: For accelerators without kernels of their own.
-SCANNED = dataclasses.replace(PORTABLE, name="xla-scanned", scan_layers=True)
+ACCELERATOR = dataclasses.replace(PORTABLE, name="xla-accelerator", accelerator=True)

@@ -40,7 +40,7 @@ class QuantizedWeight:
 class LayerWeight:
     """One layer's weight among those of all layers, `stacked` [L, ...], from where kernels read it. `layer` [] int32."""
 
-    stacked: jax.Array | QuantizedWeight
+    stacked: jax.Array | QuantizedWeight | PackedWeight
     layer: jax.Array
 
     @property
@@ -53,9 +53,9 @@ class LayerWeight:
         """That of the values as stored."""
         return self.stacked.dtype
 
-    def taken(self) -> jax.Array | QuantizedWeight:
+    def taken(self) -> jax.Array | QuantizedWeight | PackedWeight:
         """The layer's weight as one of its own."""
-        found: jax.Array | QuantizedWeight = jax.tree.map(
+        found: jax.Array | QuantizedWeight | PackedWeight = jax.tree.map(
             lambda leaf: lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False), self.stacked
         )
         return found
@@ -83,7 +83,7 @@ def folded(weight: Weight) -> tuple[jax.Array | QuantizedWeight | PackedWeight, 
     """A weight [G, K, N] as one of groups of all layers, [L * G, K, N], and the first that is its own."""
     if not isinstance(weight, LayerWeight):
         return weight, 0
-    every: jax.Array | QuantizedWeight
+    every: jax.Array | QuantizedWeight | PackedWeight
     every = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), weight.stacked)
     return every, weight.layer * weight.shape[0]
 
@@ -94,10 +94,10 @@ def dequantize(weight: Weight, dtype: jnp.dtype | type = jnp.float32) -> jax.Arr
     A value is `weight[k, n] * scales[k // (K // G), n]` **rounded to bfloat16**, as in xAI's code, whatever `dtype` is.
     The rounding is part of the model: without it logits differ by half a percent of their spread.
     """
-    if isinstance(weight, PackedWeight):
-        raise TypeError("a packed weight is for the native kernels")
     if isinstance(weight, LayerWeight):
         weight = weight.taken()
+    if isinstance(weight, PackedWeight):
+        raise TypeError("a packed weight is for the native kernels")
     if not isinstance(weight, QuantizedWeight):
         return weight.astype(dtype)
     *lead, rows, columns = weight.shape

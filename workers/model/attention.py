@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from workers.kernels.xla.paged_attention import LOGIT_CAP
 from workers.model.config import GrokConfig
-from workers.model.linear import LinearWeight
+from workers.model.linear import LinearWeight, project
 from workers.model.parameters import Axes
 from workers.model.partition import Partition
 
-#: (layer, query [B, T, H, C], key [B, T, K, C], value [B, T, K, C]) -> [B, T, H, C]. Queries and keys come before their
-#: rotation: whoever calls the model decides where keys and values are kept, and in which form.
-Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+#: Where keys and values of all layers are kept: any tree of arrays.
+Cache = Any
+#: (cache, layer [], query [B, T, H, C], key [B, T, K, C], value [B, T, K, C]) -> [B, T, H, C] and the cache with the new keys
+#: and values. Queries and keys come before their rotation: the model's caller decides where and in which form they are kept.
+Attend = Callable[[Cache, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Cache]]
 
 
-def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
+def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float, cap: float) -> jax.Array:
     """Attention within whole sequences that start at position 0, nothing cached.
 
     Args:
       query: [B, T, H, C], rotated.
       key, value: [B, T, K, C], the key rotated.
-      scale: factor of the logits, applied before the cap.
+      scale, cap: factor of the logits, and what bounds them then.
 
     Returns:
       [B, T, H, C] float32.
@@ -33,7 +35,7 @@ def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: 
     batch, length, heads, size = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, size).astype(jnp.float32)  # [B, T, K, H/K, C]
     logits = jnp.einsum("btkgc,bskc->bkgts", grouped, key.astype(jnp.float32)) * scale
-    logits = LOGIT_CAP * jnp.tanh(logits / LOGIT_CAP)
+    logits = cap * jnp.tanh(logits / cap)
     logits = jnp.where(jnp.tri(length, dtype=bool), logits, -1e30)
     mixed = jnp.einsum("bkgts,bskc->btkgc", jax.nn.softmax(logits), value.astype(jnp.float32))
     return mixed.reshape(batch, length, heads, size)
@@ -50,21 +52,23 @@ class MultiHeadAttention(hk.Module):
         self._config = config
         self._partition = partition
 
-    def __call__(self, x: jax.Array, positions: jax.Array, layer: int, attend: Attend) -> jax.Array:
-        """[B, T, D], [B, T] -> [B, T, D] float32. Products are taken in x's dtype."""
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, layer: jax.Array, attend: Attend, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """[B, T, D], [B, T] -> [B, T, D] float32 and the cache. Products are taken in x's dtype."""
         c, partition = self._config, self._partition
         batch, length, _ = x.shape
         valid = positions >= 0
         sizes = {"query": c.num_q_heads, "key": c.num_kv_heads, "value": c.num_kv_heads}
         weights = tuple(LinearWeight(name)((c.emb_size, heads * c.key_size)) for name, heads in sizes.items())
         axes: tuple[Axes, ...] = (("embed", "q_heads"), ("embed", "kv_heads"), ("embed", "kv_heads"))
-        projected = partition.project(x, valid, weights, axes)
+        projected = project(partition, x, valid, weights, axes)
         query, key, value = (
             flat.reshape(batch, length, heads, c.key_size)
             for flat, heads in zip(projected, sizes.values(), strict=True)
         )
-        mixed = attend(layer, query, key, value).astype(x.dtype)  # [B, T, H, C]
-        flat = mixed.reshape(batch, length, c.num_q_heads * c.key_size)
+        mixed, cache = attend(cache, layer, query, key, value)  # [B, T, H, C]
+        flat = mixed.astype(x.dtype).reshape(batch, length, c.num_q_heads * c.key_size)
         back = LinearWeight("linear")((c.num_q_heads * c.key_size, c.emb_size))
-        (result,) = partition.project(flat, valid, (back,), (("q_heads", "embed"),))
-        return result
+        (result,) = project(partition, flat, valid, (back,), (("q_heads", "embed"),))
+        return result, cache

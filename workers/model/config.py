@@ -21,6 +21,10 @@ class Readable(Protocol):
         """Where it is."""
 
 
+#: Exponentials of logits that lie within twice this can be added in float32 without a running maximum.
+MOST_LOGIT_CAP = 40.0
+
+
 class ConfigError(ValueError):
     """A model configuration that no Grok-1 model can have."""
 
@@ -56,6 +60,9 @@ class GrokConfig:
     embedding_multiplier_scale: float = 78.38367176906169
     output_multiplier_scale: float = 0.5773502691896257
     attn_output_multiplier: float = 0.08838834764831845
+    attn_logit_cap: float = 30.0
+    rope_base: float = 10_000.0
+    norm_epsilon: float = 1e-5
     pad_token: int = 0
     eos_token: int = 2
 
@@ -73,6 +80,8 @@ class GrokConfig:
             raise ConfigError(
                 f"num_selected_experts={self.num_selected_experts} exceeds num_experts={self.num_experts}"
             )
+        if self.attn_logit_cap > MOST_LOGIT_CAP:
+            raise ConfigError(f"attn_logit_cap={self.attn_logit_cap} exceeds {MOST_LOGIT_CAP}")
         if self.key_size % 2:
             raise ConfigError(f"key_size={self.key_size} must be even: rotary embeddings turn pairs")
 

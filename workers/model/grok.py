@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -15,14 +14,12 @@ from jax import lax
 from workers.kernels.interface import PORTABLE, Kernels
 from workers.kernels.weights import LayerWeight, Table
 from workers.kernels.xla.rotary import rotate
-from workers.model.attention import Attend, MultiHeadAttention, causal_attention
+from workers.model.attention import Attend, Cache, MultiHeadAttention, causal_attention
 from workers.model.config import GrokConfig
 from workers.model.linear import RMSNorm
 from workers.model.moe import Experts, Router
+from workers.model.parameters import LAYERS, Axes
 from workers.model.partition import Partition
-
-#: The name of the layers whose parameters lie stacked.
-STACKED_LAYERS = "decoder_layers"
 
 
 @jax.tree_util.register_dataclass
@@ -47,46 +44,52 @@ class Output:
     Attributes:
       logits: [..., V] float32 of the positions that were read.
       routed: what the routers decided.
+      cache: with the keys and values of the pass.
     """
 
     logits: jax.Array
     routed: Routed
+    cache: Cache
 
 
 class DecoderLayer(hk.Module):
     """x += norm(attention(norm(x))); x += norm(experts(norm(x))): four norms a layer."""
 
-    def __init__(self, config: GrokConfig, partition: Partition, layer: int, name: str) -> None:
-        """`layer` is what `attend` is told."""
-        super().__init__(name=name)
+    def __init__(self, config: GrokConfig, partition: Partition) -> None:
+        super().__init__(name=LAYERS)
         self._config = config
         self._partition = partition
-        self._layer = layer
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, attend: Attend, dtype: jnp.dtype | type
-    ) -> tuple[jax.Array, Routed]:
-        """[B, T, D], [B, T] -> [B, T, D] and what the router decided."""
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        layer: jax.Array,
+        attend: Attend,
+        cache: Cache,
+        dtype: jnp.dtype | type,
+    ) -> tuple[jax.Array, Cache, Routed]:
+        """[B, T, D], [B, T] -> [B, T, D], the cache, and what the router decided."""
         config, partition = self._config, self._partition
         batch, length, width = x.shape
         residual_axes = ("batch", None, None)
         attention = MultiHeadAttention(config, partition)
         valid = positions >= 0
-        normed = RMSNorm(partition, "rms_norm")(x, valid).astype(dtype)
-        attended = attention(normed, positions, self._layer, attend)
-        x = partition.constrain(RMSNorm(partition, "rms_norm_1")(attended, valid, x), residual_axes)
+        normed = RMSNorm(config, partition, "rms_norm")(x, valid).astype(dtype)
+        attended, cache = attention(normed, positions, layer, attend, cache)
+        x = partition.constrain(RMSNorm(config, partition, "rms_norm_1")(attended, valid, x), residual_axes)
 
-        rows = RMSNorm(partition, "rms_norm_2")(x, valid).reshape(batch * length, width)
+        rows = RMSNorm(config, partition, "rms_norm_2")(x, valid).reshape(batch * length, width)
         flat = valid.reshape(-1)
         gates, experts, probabilities = Router(config, partition)(rows, flat)
         moe = Experts(config, partition)
         mixed = moe(rows.astype(dtype), gates, experts, flat).reshape(x.shape)
-        x = partition.constrain(RMSNorm(partition, "rms_norm_3")(mixed, valid, x), residual_axes)
-        return x, Routed(probabilities.reshape(batch, length, -1), experts.reshape(batch, length, -1))
+        x = partition.constrain(RMSNorm(config, partition, "rms_norm_3")(mixed, valid, x), residual_axes)
+        return x, cache, Routed(probabilities.reshape(batch, length, -1), experts.reshape(batch, length, -1))
 
 
 class Transformer(hk.Module):
-    """All decoder layers."""
+    """All decoder layers: one loop over parameters that lie stacked, [L, ...], so that one layer is compiled for all."""
 
     def __init__(self, config: GrokConfig, partition: Partition) -> None:
         super().__init__(name="transformer")
@@ -94,43 +97,24 @@ class Transformer(hk.Module):
         self._partition = partition
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, attend: Attend, dtype: jnp.dtype | type
-    ) -> tuple[jax.Array, Routed]:
-        """[B, T, D], [B, T] -> [B, T, D] and what the routers decided."""
-        if self._partition.kernels.scan_layers:
-            return self._rolled(x, positions, attend, dtype)
-        routed = []
-        for i in range(self._config.num_layers):
-            layer = DecoderLayer(self._config, self._partition, i, f"decoder_layer_{i}")
-            x, decided = layer(x, positions, attend, dtype)
-            routed.append(decided)
-        return x, jax.tree.map(lambda *layers: jnp.stack(layers), *routed)
+        self, x: jax.Array, positions: jax.Array, attend: Attend, cache: Cache, dtype: jnp.dtype | type
+    ) -> tuple[jax.Array, Cache, Routed]:
+        """[B, T, D], [B, T] -> [B, T, D], the cache, and what the routers decided."""
+        module = DecoderLayer(self._config, self._partition)
 
-    @hk.transparent
-    def _rolled(
-        self, x: jax.Array, positions: jax.Array, attend: Any, dtype: jnp.dtype | type
-    ) -> tuple[jax.Array, Routed]:
-        """The same as one loop over stacked parameters. `attend` has the stacked pages as an attribute."""
-        module = DecoderLayer(self._config, self._partition, 0, STACKED_LAYERS)
-
-        def compute(carry: tuple[jax.Array, Any], layer: jax.Array) -> tuple[tuple[jax.Array, Any], Routed]:
+        def compute(carry: tuple[jax.Array, Cache], layer: jax.Array) -> tuple[tuple[jax.Array, Cache], Routed]:
             def take(next_getter: Callable[[Any], Any], value: Any, context: hk.GetterContext) -> Any:
+                # Kernels read large weights where they lie; small ones are copied.
                 own = LayerWeight(value, layer)
-                read_in_place = len(context.original_shape) > 1 and not context.full_name.endswith("router/w")
-                return next_getter(own if read_in_place else own.taken())
+                large = len(context.original_shape) > 1 and not context.full_name.endswith("router/w")
+                return next_getter(own if large else own.taken())
 
-            x, attend.pages = carry
             with hk.custom_getter(take):
-                x, routed = module(x, positions, functools.partial(_at, attend, layer), dtype)
-            return (x, attend.pages), routed
+                x, cache, routed = module(carry[0], positions, layer, attend, carry[1], dtype)
+            return (x, cache), routed
 
-        (x, attend.pages), routed = lax.scan(compute, (x, attend.pages), jnp.arange(self._config.num_layers))
-        return x, routed
-
-
-def _at(attend: Any, layer: jax.Array, _: object, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    mixed: jax.Array = attend(layer, query, key, value)
-    return mixed
+        (x, cache), routed = lax.scan(compute, (x, cache), jnp.arange(self._config.num_layers))
+        return x, cache, routed
 
 
 class Embedding(hk.Module):
@@ -142,18 +126,39 @@ class Embedding(hk.Module):
         self._partition = partition
 
     def _table(self) -> Table:
-        c = self._config
-        init = hk.initializers.TruncatedNormal(1.0 / c.embedding_multiplier_scale)
-        return cast(Table, hk.get_parameter("embeddings", [c.vocab_size, c.emb_size], jnp.float32, init=init))
+        return cast(Table, hk.get_parameter("embeddings", [self._config.vocab_size, self._config.emb_size]))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[B, T] int32 -> [B, T, D] float32, times the embedding multiplier."""
-        rows = self._partition.lookup(self._table(), tokens).astype(jnp.float32)
-        return rows * self._config.embedding_multiplier_scale
+        partition, table = self._partition, self._table()
+
+        def local(table: Table, tokens: jax.Array) -> jax.Array:
+            over = partition.axes("vocab")
+            size = table.shape[0]
+            first = lax.axis_index(over) * size if over else 0
+            ours = (tokens >= first) & (tokens < first + size)
+            rows = jnp.where(ours[..., None], partition.kernels.lookup(table, tokens - first), 0)
+            rows = partition.sum(rows, over)
+            columns = partition.axes("table_embed")
+            return lax.all_gather(rows, columns, axis=2, tiled=True) if columns else rows
+
+        specs = (partition.table_spec(table), partition.spec((None, None)))
+        rows = partition.on_parts(local, specs, partition.spec((None, None, None)))(table, tokens)
+        embedded: jax.Array = rows.astype(jnp.float32) * self._config.embedding_multiplier_scale
+        return embedded
 
     def logits(self, hidden: jax.Array, valid: jax.Array) -> jax.Array:
-        """[..., D], [...] -> [..., V] float32, times the output multiplier."""
-        logits = self._partition.tied_logits(hidden, valid, self._table())
+        """[..., D], [...] -> [..., V] float32, times the output multiplier; V is split as the table's."""
+        partition, table = self._partition, self._table()
+        lead: Axes = (None,) * (hidden.ndim - 1)
+
+        def local(hidden: jax.Array, valid: jax.Array, table: Table) -> jax.Array:
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            product = partition.kernels.logits(flat, valid.reshape(-1), table).reshape(*hidden.shape[:-1], -1)
+            return partition.sum(product, partition.axes("table_embed"))
+
+        specs = (partition.spec((*lead, "table_embed")), partition.spec(lead), partition.table_spec(table))
+        logits: jax.Array = partition.on_parts(local, specs, partition.spec((*lead, "vocab")))(hidden, valid, table)
         return logits * self._config.output_multiplier_scale
 
 
@@ -171,6 +176,7 @@ class LanguageModel(hk.Module):
         tokens: jax.Array,
         positions: jax.Array,
         attend: Attend,
+        cache: Cache,
         read: Callable[[jax.Array], jax.Array],
         dtype: jnp.dtype | type,
     ) -> Output:
@@ -179,18 +185,19 @@ class LanguageModel(hk.Module):
         Args:
           tokens: [B, T] int32.
           positions: [B, T] int32, counted from 0 in each sequence; -1 marks padding, whose outputs mean nothing.
-          attend: keeps keys and values, and attends to them.
+          attend: keeps keys and values in the cache, and attends to them.
+          cache: of all layers.
           read: picks the positions whose logits are wanted, [B, T, D] -> [..., D].
           dtype: in which products are taken and keys and values are kept. What is added up from layer to layer is
             float32 all the same; with bfloat16 that keeps the error at that of xAI's code.
         """
         embedding = Embedding(self._config, self._partition)
         x = self._partition.constrain(embedding(tokens), ("batch", None, None))
-        x, routed = self._transformer(x, positions, attend, dtype)
+        x, cache, routed = self._transformer(x, positions, attend, cache, dtype)
         valid = positions >= 0
-        hidden = read(RMSNorm(self._partition, "rms_norm")(x, valid).astype(dtype))
+        hidden = read(RMSNorm(self._config, self._partition, "rms_norm")(x, valid).astype(dtype))
         valid = read(valid[..., None])[..., 0]
-        return Output(embedding.logits(hidden, valid), routed)
+        return Output(embedding.logits(hidden, valid), routed, cache)
 
 
 def forward(
@@ -199,20 +206,24 @@ def forward(
     tokens: jax.Array,
     positions: jax.Array,
     attend: Attend,
+    cache: Cache = None,
     *,
     read: Callable[[jax.Array], jax.Array] = lambda hidden: hidden,
     dtype: jnp.dtype | type = jnp.float32,
 ) -> Output:
     """`LanguageModel` applied, for use inside `hk.transform`. Its parameters are those of `parameter_table(config)`."""
-    return LanguageModel(config, partition, Transformer(config, partition))(tokens, positions, attend, read, dtype)
+    model = LanguageModel(config, partition, Transformer(config, partition))
+    return model(tokens, positions, attend, cache, read, dtype)
 
 
 def causal_forward(config: GrokConfig, tokens: jax.Array, *, kernels: Kernels = PORTABLE) -> Output:
     """Logits [B, T, V] of whole sequences [B, T] on one device, nothing cached: for training and as an oracle."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
-    def attend(_: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        query, key = rotate(query, positions), rotate(key, positions)
-        return causal_attention(query, key, value, config.attn_output_multiplier)
+    def attend(
+        cache: Cache, _: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        query, key = (rotate(x, positions, config.rope_base) for x in (query, key))
+        return causal_attention(query, key, value, config.attn_output_multiplier, config.attn_logit_cap), cache
 
     return forward(config, Partition.create(config, kernels=kernels), tokens, positions, attend)

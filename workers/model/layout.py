@@ -113,5 +113,4 @@ def units(config: GrokConfig) -> dict[str, int]:
         "embed": config.emb_size,
         "router_embed": config.emb_size,
         "table_embed": config.emb_size,
-        "expert": config.num_experts,
     }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import haiku as hk
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.sharding import PartitionSpec
 
 from workers.kernels.weights import Weight
@@ -14,8 +16,8 @@ from workers.model.linear import LinearWeight
 from workers.model.parameters import Axes
 from workers.model.partition import Partition
 
-WIDEN_AXES: Axes = ("expert", "embed", "ffn")
-NARROW_AXES: Axes = ("expert", "ffn", "embed")
+WIDEN_AXES: Axes = (None, "embed", "ffn")
+NARROW_AXES: Axes = (None, "ffn", "embed")
 
 
 class Router(hk.Module):
@@ -27,11 +29,16 @@ class Router(hk.Module):
         self._partition = partition
 
     def __call__(self, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[M, D] float, [M] bool -> gates [M, S] float32, experts [M, S] int32, probabilities [M, E] float32."""
-        c = self._config
-        init = hk.initializers.TruncatedNormal(1.0 / c.emb_size**0.5)
-        weight = hk.get_parameter("w", [c.emb_size, c.num_experts], jnp.float32, init=init)
-        return self._partition.route(x, valid, weight, c.num_selected_experts)
+        """[M, D] float, [M] bool -> gates [M, S] float32, experts [M, S] int32, probabilities [M, E] float32; all of them on
+        every device."""
+        c, partition = self._config, self._partition
+        weight = hk.get_parameter("w", [c.emb_size, c.num_experts])
+        route: Callable[..., Any] = functools.partial(partition.kernels.route, selected=c.num_selected_experts)
+        if not partition.axes("router_embed"):  # else the compiler sums over the devices
+            whole = (PartitionSpec(),) * 3
+            route = partition.on_parts(route, whole, whole)
+        routed: tuple[jax.Array, jax.Array, jax.Array] = route(x, valid, weight)
+        return routed
 
 
 class Experts(hk.Module):
@@ -57,13 +64,12 @@ class Experts(hk.Module):
         Returns:
           [M, D] float32. Products are taken in x's dtype.
         """
-        c = self._config
+        c, partition = self._config, self._partition
         widen, narrow = (c.num_experts, c.emb_size, c.ffn_size), (c.num_experts, c.ffn_size, c.emb_size)
         gate = LinearWeight("linear")(widen)
         up = LinearWeight("linear_v")(widen)
         down = LinearWeight("linear_1")(narrow)
-        partition = self._partition
-        rows = PartitionSpec(None, partition.axes("embed") or None)
+        rows = partition.spec((None, "embed"))
         specs = (
             rows,
             *(PartitionSpec(),) * 3,
@@ -84,16 +90,13 @@ class Experts(hk.Module):
         up: Weight,
         down: Weight,
     ) -> jax.Array:
-        """One device's part: all rows, this device's experts and slices of their weights, one sum over devices."""
+        """One device's part: all rows, slices of all experts' weights, one sum over devices."""
         partition = self._partition
-        expert_axes, embed_axes = partition.axes("expert"), partition.axes("embed")
-        first = lax.axis_index(expert_axes) * gate.shape[0] if expert_axes else jnp.int32(0)
+        embed_axes = partition.axes("embed")
 
         def reduce(products: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             gated, lifted = products
             return partition.sum(gated, embed_axes), partition.sum(lifted, embed_axes)
 
-        mixed = partition.kernels.experts(
-            x, gates, experts, valid, first, gate, up, down, reduce if embed_axes else None
-        )
-        return partition.sum(mixed, (*partition.axes("ffn"), *expert_axes))
+        mixed = partition.kernels.experts(x, gates, experts, valid, gate, up, down, reduce if embed_axes else None)
+        return partition.sum(mixed, partition.axes("ffn"))

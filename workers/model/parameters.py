@@ -12,6 +12,10 @@ from workers.model.config import GrokConfig
 
 Axes = tuple[str | None, ...]
 
+#: The module that holds the parameters of all layers, stacked.
+LAYERS = "decoder_layers"
+EMBEDDING = "language_model/in_out_embed/embeddings"
+
 #: Groups of rows with scales of their own, where the release has them.
 SCALE_GROUPS = 8
 #: Rows of such a group of a weight in 4 bits.
@@ -28,6 +32,7 @@ class ParameterInfo:
       axes: one logical axis a dimension; `workers.model.partition` maps them to mesh axes.
       quantized: whether the release stores it as int8 with scales.
       grouped: whether the release has several groups of rows a column (8), not one.
+      layer: which decoder layer's it is; None outside of them.
     """
 
     path: str
@@ -35,11 +40,19 @@ class ParameterInfo:
     axes: Axes
     quantized: bool = False
     grouped: bool = False
+    layer: int | None = None
 
     @property
     def size(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Module and name in the model's tree, where the parameters of all layers lie stacked."""
+        path = self.path if self.layer is None else self.path.replace(f"decoder_layer_{self.layer}", LAYERS)
+        module, name = path.rsplit("/", 1)
+        return module, name
 
 
 def parameter_table(config: GrokConfig) -> tuple[ParameterInfo, ...]:
@@ -47,24 +60,26 @@ def parameter_table(config: GrokConfig) -> tuple[ParameterInfo, ...]:
     d, f, e, c = config.emb_size, config.ffn_size, config.num_experts, config.key_size
     q, kv = config.num_q_heads * c, config.num_kv_heads * c
     table = [
-        ParameterInfo("language_model/in_out_embed/embeddings", (config.vocab_size, d), ("vocab", "table_embed")),
+        ParameterInfo(EMBEDDING, (config.vocab_size, d), ("vocab", "table_embed")),
         ParameterInfo("language_model/rms_norm/scale", (d,), (None,)),
     ]
     for layer in sorted(range(config.num_layers), key=str):
         prefix = f"transformer/decoder_layer_{layer}"
-        attention = f"{prefix}/multi_head_attention"
         table += [
-            ParameterInfo(f"{prefix}/moe/linear/w", (e, d, f), ("expert", "embed", "ffn"), True),
-            ParameterInfo(f"{prefix}/moe/linear_1/w", (e, f, d), ("expert", "ffn", "embed"), True, True),
-            ParameterInfo(f"{prefix}/moe/linear_v/w", (e, d, f), ("expert", "embed", "ffn"), True),
-            ParameterInfo(f"{attention}/key/w", (d, kv), ("embed", "kv_heads"), True),
-            ParameterInfo(f"{attention}/linear/w", (q, d), ("q_heads", "embed"), True, True),
-            ParameterInfo(f"{attention}/query/w", (d, q), ("embed", "q_heads"), True),
-            ParameterInfo(f"{attention}/value/w", (d, kv), ("embed", "kv_heads"), True),
-            *(
-                ParameterInfo(f"{prefix}/{norm}/scale", (d,), (None,))
-                for norm in ("rms_norm", "rms_norm_1", "rms_norm_2", "rms_norm_3")
-            ),
-            ParameterInfo(f"{prefix}/router/w", (d, e), ("router_embed", None)),
+            ParameterInfo(f"{prefix}/{name}", shape, axes, quantized, grouped, layer)
+            for name, shape, axes, quantized, grouped in (
+                ("moe/linear/w", (e, d, f), (None, "embed", "ffn"), True, False),
+                ("moe/linear_1/w", (e, f, d), (None, "ffn", "embed"), True, True),
+                ("moe/linear_v/w", (e, d, f), (None, "embed", "ffn"), True, False),
+                ("multi_head_attention/key/w", (d, kv), ("embed", "kv_heads"), True, False),
+                ("multi_head_attention/linear/w", (q, d), ("q_heads", "embed"), True, True),
+                ("multi_head_attention/query/w", (d, q), ("embed", "q_heads"), True, False),
+                ("multi_head_attention/value/w", (d, kv), ("embed", "kv_heads"), True, False),
+                ("rms_norm/scale", (d,), (None,), False, False),
+                ("rms_norm_1/scale", (d,), (None,), False, False),
+                ("rms_norm_2/scale", (d,), (None,), False, False),
+                ("rms_norm_3/scale", (d,), (None,), False, False),
+                ("router/w", (d, e), ("router_embed", None), False, False),
+            )
         ]
     return tuple(table)

@@ -19,10 +19,8 @@ from workers.messages.plan import MAX_DRAFT, EngineShape
 from workers.model.config import GrokConfig
 from workers.model.grok import Output, forward
 from workers.model.partition import Partition
-from workers.runtime.kv_cache import LayerPages, PagedAttend
+from workers.runtime.kv_cache import Cache, paged_attend
 from workers.runtime.slots import DRAWS, FORCED, LENGTH, PAGES, POSITION, SLOT, positions, sampling_rows
-
-Pages = tuple[LayerPages, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +34,7 @@ class State:
       sampling: of all slots.
     """
 
-    pages: Pages
+    pages: Cache
     tokens: jax.Array
     sampling: SamplingState
 
@@ -73,11 +71,11 @@ class Programs:
           computed, [L, E] int32.
         """
         packed = self._replicate(packed)
-        output, pages = self._forward(params, state.pages, state.tokens[:, None], packed, lambda hidden: hidden[:, 0])
+        output = self._forward(params, state.pages, state.tokens[:, None], packed, lambda hidden: hidden[:, 0])
         rows = sampling_rows(packed, packed[:, POSITION] + 1, packed[:, DRAWS] == 1)
         samples = self._replicate(_force(self._sample(output.logits, state.sampling, rows), packed))
         tokens = jnp.where(rows.active, samples[:, 0], state.tokens)
-        return self._next(state, pages, tokens, rows, samples[:, 0]), samples, self._count(output, packed, 1)
+        return self._next(state, output.cache, tokens, rows, samples[:, 0]), samples, self._count(output, packed, 1)
 
     def _verify(self, params: Params, state: State, packed: jax.Array) -> Step:
         """One token for each active slot, and for a slot with a draft as many more as it guessed right.
@@ -89,7 +87,7 @@ class Programs:
         length = 1 + MAX_DRAFT
         given = packed[:, -length:]
         given = given.at[:, 0].set(jnp.where(given[:, 0] < 0, state.tokens, given[:, 0]))
-        output, pages = self._forward(params, state.pages, given, packed, lambda hidden: hidden)
+        output = self._forward(params, state.pages, given, packed, lambda hidden: hidden)
         where = positions(packed, length)
         flat = jnp.repeat(packed, length, axis=0)
         rows = sampling_rows(flat, where.reshape(-1) + 1, (where >= 0).reshape(-1) & (flat[:, DRAWS] == 1))
@@ -102,7 +100,7 @@ class Programs:
         last = jnp.take_along_axis(drawn, taken[:, None], axis=1)[:, 0]
         first = sampling_rows(packed, packed[:, POSITION] + 1, packed[:, DRAWS] == 1)
         tokens = jnp.where(first.active, last, state.tokens)
-        return self._next(state, pages, tokens, first, drawn[:, 0]), samples, self._count(output, packed, length)
+        return self._next(state, output.cache, tokens, first, drawn[:, 0]), samples, self._count(output, packed, length)
 
     def _prefill(self, params: Params, state: State, packed: jax.Array) -> Step:
         """A chunk of one prompt a group; rows that draw leave their first token in the state.
@@ -115,13 +113,13 @@ class Programs:
         def read(hidden: jax.Array) -> jax.Array:
             return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
-        output, pages = self._forward(params, state.pages, self._chunk(packed), packed, read)
+        output = self._forward(params, state.pages, self._chunk(packed), packed, read)
         rows = sampling_rows(packed, packed[:, POSITION] + packed[:, LENGTH], packed[:, DRAWS] == 1)
         samples = self._replicate(_force(self._sample(output.logits, state.sampling, rows), packed))
         target = jnp.where(rows.active, packed[:, SLOT], self._shape.slots)
         tokens = state.tokens.at[target].set(samples[:, 0], mode="drop")
         count = self._count(output, packed, self._shape.chunk)
-        return self._next(state, pages, tokens, rows, samples[:, 0]), samples, count
+        return self._next(state, output.cache, tokens, rows, samples[:, 0]), samples, count
 
     def _score(self, params: Params, state: State, packed: jax.Array) -> tuple[State, jax.Array, jax.Array]:
         """A chunk as in `_prefill`, with the logits of all its positions.
@@ -131,9 +129,13 @@ class Programs:
           [groups, chunk, L, E] float32.
         """
         packed = self._replicate(packed)
-        output, pages = self._forward(params, state.pages, self._chunk(packed), packed, lambda hidden: hidden)
+        output = self._forward(params, state.pages, self._chunk(packed), packed, lambda hidden: hidden)
         probabilities = jnp.moveaxis(output.routed.probabilities, 0, 2)
-        return dataclasses.replace(state, pages=pages), self._replicate(output.logits), self._replicate(probabilities)
+        return (
+            dataclasses.replace(state, pages=output.cache),
+            self._replicate(output.logits),
+            self._replicate(probabilities),
+        )
 
     def _set_row(self, array: jax.Array, slot: jax.Array, row: jax.Array) -> jax.Array:
         """`array` [slots, ...] with `row` [...] at `slot`."""
@@ -143,16 +145,16 @@ class Programs:
         return packed[:, packed.shape[1] - self._shape.chunk :]
 
     def _forward(
-        self, params: Params, pages: Pages, tokens: jax.Array, packed: jax.Array, read: Callable[[jax.Array], jax.Array]
-    ) -> tuple[Output, Pages]:
+        self, params: Params, pages: Cache, tokens: jax.Array, packed: jax.Array, read: Callable[[jax.Array], jax.Array]
+    ) -> Output:
         where = positions(packed, tokens.shape[1])
         table = packed[:, PAGES : PAGES + self._shape.table_width]
-        attend = PagedAttend(list(pages), table, where, self._config.attn_output_multiplier, self._partition)
+        attend = paged_attend(self._config, self._partition, table, where)
         model: Any = hk.without_apply_rng(
             hk.transform(functools.partial(forward, self._config, self._partition, dtype=self._dtype, read=read))
         )
-        output: Output = model.apply(params, tokens, where, attend)
-        return output, tuple(attend.pages)
+        output: Output = model.apply(params, tokens, where, attend, pages)
+        return output
 
     def _sample(self, logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
         """Packed samples [B, ...]; each device samples a part of the rows, filled up to as many for each."""
@@ -164,7 +166,7 @@ class Programs:
         split = PartitionSpec(mesh.axis_names)
         # Logits lie split by vocabulary, sampling wants whole rows: one all_to_all, so that no device ever holds [B, V].
         # Between CPU hosts that is slower than what XLA does by itself.
-        exchanged = partition.kernels.scan_layers and partition.axes("vocab") == mesh.axis_names
+        exchanged = partition.kernels.accelerator and partition.axes("vocab") == mesh.axis_names
 
         def local(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
             if exchanged:
@@ -175,11 +177,11 @@ class Programs:
         sampled = partition.on_parts(local, (lying, PartitionSpec(), split), split)(logits, state, rows)
         return self._replicate(sampled[:count])
 
-    def _next(self, state: State, pages: Pages, tokens: jax.Array, rows: SamplingRows, drawn: jax.Array) -> State:
+    def _next(self, state: State, pages: Cache, tokens: jax.Array, rows: SamplingRows, drawn: jax.Array) -> State:
         """The state after a call. Drawn tokens count where penalties will ask for them."""
         # On every device for itself, or the compiler adds up tables of counts over devices.
         whole = PartitionSpec()
-        local = _count_one_by_one if self._partition.kernels.scan_layers else _scatter
+        local = _count_one_by_one if self._partition.kernels.accelerator else _scatter
         count = self._partition.on_parts(local, (whole,) * 4, whole)
         counted = rows.active & (rows.flags & PENALIZED != 0)
         sampling = dataclasses.replace(state.sampling, counts=count(state.sampling.counts, counted, rows.slot, drawn))

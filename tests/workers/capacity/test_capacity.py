@@ -22,7 +22,8 @@ from workers.capacity.prediction import active_parameters, expected_experts, sum
 from workers.capacity.report import configuration, describe
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.loader import load_parameters
-from workers.kernels.interface import SCANNED
+from workers.kernels.cpu.kernels import native_kernels
+from workers.kernels.interface import ACCELERATOR
 from workers.messages.plan import EngineShape
 from workers.model.config import GrokConfig
 from workers.model.partition import Partition
@@ -137,25 +138,34 @@ def test_the_page_answers_the_questions() -> None:
     assert "rules: tensor" in text
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4", "bfloat16"])
-def test_parameters_and_pages_take_what_was_planned(weights: str) -> None:
-    """On plain JAX, where every array is as large as its values; XLA on CPUs keeps int4 in bytes."""
+@pytest.mark.parametrize(
+    ("platform", "weights", "activations"),
+    [
+        ("gpu", "int8", "bfloat16"),
+        ("gpu", "int4", "bfloat16"),
+        ("gpu", "bfloat16", "bfloat16"),
+        ("cpu", "int8", "float32"),
+    ],
+)
+def test_parameters_and_pages_take_what_was_planned(platform: str, weights: str, activations: str) -> None:
+    """As accelerators keep them, and packed for native kernels; XLA on CPUs keeps int4 in bytes."""
     checkpoint = open_checkpoint(GOLDEN / "text-s1")
     config = checkpoint.config
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), AXES)
-    partition = Partition.create(config, mesh, "batch", SCANNED)
-    params, _ = load_parameters(checkpoint, partition, weights=weights, dtype=jnp.bfloat16)
+    partition = Partition.create(config, mesh, "batch", native_kernels() if platform == "cpu" else ACCELERATOR)
+    dtype = jnp.dtype(activations)
+    params, _ = load_parameters(checkpoint, partition, weights=weights, dtype=dtype)
     shape = EngineShape(8, partition.batch_groups, 40, 8, 16, 96)
-    program_set = ProgramSet(config, shape, partition, params, jnp.bfloat16, jnp.bfloat16)
+    program_set = ProgramSet(config, shape, partition, params, dtype, jnp.bfloat16)
     runtime = Runtime(program_set, partition)
     runtime.set_parameters(params)
     planned = memory(
-        config, layout_of(config, 2, 2, "batch"), Precision(weights), "gpu",
+        config, layout_of(config, 2, 2, "batch"), Precision(weights, activations), platform,
         slots=8, pages=40, page_size=8, chunk=16,
     )  # fmt: skip
     held = runtime.device_bytes
     int4 = sum(leaf.addressable_shards[0].data.size // 2 for leaf in jax.tree.leaves(params) if leaf.dtype == jnp.int4)
-    assert held["parameters"] / 4 - int4 == pytest.approx(planned.weights, rel=0.01)
+    assert held["parameters"] / 4 - int4 == planned.weights
     assert held["kv_pages"] / 4 == planned.kv_pages
     assert held["sampling"] / 4 == pytest.approx(planned.sampling, rel=0.01)
 

@@ -103,6 +103,7 @@ def test_two_files_exchanged_are_noticed(copy: pathlib.Path) -> None:
         ({"emb_size": "128"}, "emb_size='128' is not an integer"),
         ({"eos_token": 5000}, "eos_token=5000 is outside the vocabulary of 1024"),
         ({"attn_output_multiplier": 0}, "attn_output_multiplier=0"),
+        ({"attn_logit_cap": 50}, "attn_logit_cap=50.0 exceeds 40.0"),
     ],
 )
 def test_a_wrong_configuration_is_explained(copy: pathlib.Path, change: dict[str, object], message: str) -> None:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import pathlib
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
-from tests.conftest import DEMO
 from tools.checkpoint_writer import write_array, write_quantized
-from workers.checkpoint.checkpoint import open_checkpoint
-from workers.checkpoint.loader import AHEAD, LoadProgress, load_parameters
-from workers.kernels.interface import SCANNED
 from workers.model.config import GrokConfig
 from workers.model.parameters import parameter_table
-from workers.model.partition import Partition
-from workers.runtime.mesh import make_mesh
 
 pytestmark = pytest.mark.slow
 
@@ -69,23 +61,3 @@ def test_extra_memory_is_under_15_percent_of_the_shard(tmp_path: pathlib.Path) -
     print(f"{loaded:,} bytes loaded, {extra:,} extra at the peak")
     assert loaded > 150_000_000
     assert extra < 0.15 * loaded
-
-
-def test_layers_that_are_stacked_are_not_kept_beside_the_stack() -> None:
-    checkpoint = open_checkpoint(DEMO)
-    partition = Partition.create(checkpoint.config, make_mesh(4, 2), "batch", SCANNED)
-    before, most = _live_bytes(), 0
-
-    def report(_: LoadProgress) -> None:
-        nonlocal most
-        most = max(most, _live_bytes() - before)
-
-    params, _ = load_parameters(checkpoint, partition, report=report)
-    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    largest = max(file.values.nbytes for info, file in checkpoint.tensors if "decoder_layer" in info.path)
-    assert kept <= most <= kept + (AHEAD + 1) * largest
-
-
-def _live_bytes() -> int:
-    gc.collect()
-    return sum(array.nbytes for array in jax.live_arrays())

@@ -14,7 +14,7 @@ from tests.conftest import GOLDEN
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.host.kernel_selection import negotiate, select_kernels
 from workers.kernels.cpu.kernels import INSTRUCTION_SETS, native_kernels, use_instruction_set
-from workers.kernels.interface import PORTABLE, SCANNED
+from workers.kernels.interface import ACCELERATOR, PORTABLE
 from workers.kernels.tpu.kernels import TPU
 from workers.messages.specs import MeshSpec, ModelSpec
 
@@ -39,9 +39,9 @@ def test_cpu_hosts_compute_natively_what_fits() -> None:
 
 
 def test_accelerators_compute_all_layers_in_one_loop() -> None:
-    for platform, kernels in (("gpu", SCANNED), ("tpu", TPU)):
+    for platform, kernels in (("gpu", ACCELERATOR), ("tpu", TPU)):
         assert select_kernels(MODEL, dataclasses.replace(MESH, platform=platform), CHECKPOINT) is kernels
-        assert kernels.scan_layers
+        assert kernels.accelerator
 
 
 def test_unrounded_weights_are_refused_where_nothing_computes_them() -> None:

@@ -27,7 +27,7 @@ def _attend(
     queries: jax.Array, key_pages: Pages, value_pages: Pages, table: jax.Array, positions: jax.Array
 ) -> jax.Array:
     read = portable.read_pages(key_pages, value_pages)
-    return paged_attention(queries, read, KV_HEADS, PAGE, table, positions, SCALE)
+    return paged_attention(queries, read, KV_HEADS, PAGE, table, positions, SCALE, CAP)
 
 
 def _weight(quantized: bool) -> Weight:
@@ -69,7 +69,7 @@ def test_a_row_gives_the_same_bits_wherever_and_beside_whomever_it_stands() -> N
     assert len(seen) == 1
 
 
-PAGE, HEADS, KV_HEADS, SIZE, PAGES, SCALE = 4, 4, 2, 8, 200, 0.7
+PAGE, HEADS, KV_HEADS, SIZE, PAGES, SCALE, CAP = 4, 4, 2, 8, 200, 0.7, 25.0
 
 
 def _paged(
@@ -102,7 +102,7 @@ def test_paged_attention_is_causal_attention() -> None:
     for row, (n, kv) in enumerate(zip(lengths, sequences, strict=True)):
         full = np.zeros((1, n, HEADS, SIZE), np.float32)
         full[0, -5:] = queries[row]
-        want = causal_attention(jnp.asarray(full), jnp.asarray(kv[:1]), jnp.asarray(kv[1:]), SCALE)
+        want = causal_attention(jnp.asarray(full), jnp.asarray(kv[:1]), jnp.asarray(kv[1:]), SCALE, CAP)
         np.testing.assert_allclose(got[row], np.asarray(want)[0, -5:], rtol=2e-5, atol=2e-5)
 
 

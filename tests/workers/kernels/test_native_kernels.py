@@ -14,8 +14,9 @@ import pytest
 
 from workers.kernels.cpu.kernels import native_kernels, use_instruction_set
 from workers.kernels.kv_pages import Pages
-from workers.kernels.packed import PackedTable, PackedWeight, pack, pack_table, rows_of
-from workers.kernels.weights import QuantizedWeight, dequantize
+from workers.kernels.packed import PackedTable, PackedWeight, rows_of
+from workers.kernels.packing import pack, pack_table
+from workers.kernels.weights import LayerWeight, QuantizedWeight, dequantize
 from workers.kernels.xla import portable
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -85,15 +86,37 @@ def test_experts_are_those_of_plain_jax(rows: int) -> None:
     down = _quantized(rng, count, hidden, size, groups=4)
     x = rng.standard_normal((rows, size)).astype(np.float32) * 0.1
     gates = rng.random((rows, 2)).astype(np.float32)
-    chosen = np.stack([rng.permutation(count + 2)[:2] for _ in range(rows)]).astype(np.int32)  # some are not here
+    chosen = np.stack([rng.permutation(count)[:2] for _ in range(rows)]).astype(np.int32)
     valid = rng.random(rows) < 0.8
-    first = jnp.int32(1)
     given = [jnp.asarray(array) for array in (x, gates, chosen, valid)]
-    want = portable.experts(given[0], given[1], given[2], given[3], first, gate, up, down, None)
+    want = portable.experts(given[0], given[1], given[2], given[3], gate, up, down, None)
     got = jax.jit(functools.partial(KERNELS.experts, reduce=None))(
-        x, gates, chosen, valid, first, _packed(gate), _packed(up), _packed(down)
+        x, gates, chosen, valid, _packed(gate), _packed(up), _packed(down)
     )
     _close(got, np.asarray(want), products=3)
+
+
+def test_a_layers_weights_are_read_among_those_of_all() -> None:
+    rng = np.random.default_rng(7)
+    layers, count, size, hidden = 3, 2, 72, 100
+    x = rng.standard_normal((5, size)).astype(np.float32)
+    gates, chosen, valid = (
+        np.full((5, 2), 0.5, np.float32),
+        np.tile(np.array([[0, 1]], np.int32), (5, 1)),
+        np.ones(5, bool),
+    )
+    gate, up = (_packed(_quantized(rng, layers, count, size, hidden, groups=1)) for _ in range(2))
+    down = _packed(_quantized(rng, layers, count, hidden, size, groups=4))
+    projected = _packed(_quantized(rng, layers, size, 12, groups=1))
+    for layer in range(layers):
+        among = [LayerWeight(weight, jnp.int32(layer)) for weight in (gate, up, down, projected)]
+        alone = [weight.taken() for weight in among]
+        for weights in zip(among, alone, strict=True):
+            assert weights[0].shape == weights[1].shape
+        mixed = [KERNELS.experts(x, gates, chosen, valid, *weights[:3], None) for weights in (among, alone)]
+        products = [KERNELS.project(jnp.asarray(x), jnp.asarray(valid), (weights[3],)) for weights in (among, alone)]
+        np.testing.assert_array_equal(mixed[0], mixed[1])
+        np.testing.assert_array_equal(products[0][0], products[1][0])
 
 
 @pytest.mark.parametrize("width", [90, 1100])
@@ -114,8 +137,8 @@ def test_norms_and_routes_are_those_of_plain_jax() -> None:
     x, residual = rng.standard_normal((2, 20, 70)).astype(np.float32) * 3
     scale, valid = rng.random(70).astype(np.float32), np.ones(20, bool)
     np.testing.assert_allclose(
-        np.asarray(jax.jit(KERNELS.norm)(x, valid, scale, residual)),
-        np.asarray(portable.norm(*map(jnp.asarray, (x, valid, scale, residual)))),
+        np.asarray(KERNELS.norm(x, valid, scale, residual, epsilon=0.1)),
+        np.asarray(portable.norm(*map(jnp.asarray, (x, valid, scale, residual)), epsilon=0.1)),
         rtol=1e-5,
         atol=1e-5,
     )
@@ -143,7 +166,7 @@ def _attention(
     positions = (np.array(starts)[:, None] + np.arange(length)).astype(np.int32)
     positions[-1, -1] = -1  # padding
     arrays = [jnp.asarray(p).astype(dtype) for p in pages]
-    attend = jax.jit(functools.partial(kernels, scale=0.3))
+    attend = jax.jit(functools.partial(kernels, scale=0.3, cap=25.0, rope_base=2e4))
     return tuple(np.asarray(a, np.float32) for a in attend(query, key, value, *arrays, table, positions))
 
 
@@ -183,7 +206,7 @@ def test_a_row_gives_the_same_bits_in_any_company() -> None:
         x[at], chosen[at], gates[at] = mine, (2, 1), (0.5, 0.25)
         valid = rng.random(rows) < 0.8
         valid[at] = True
-        mixed = KERNELS.experts(x, gates, chosen, valid, jnp.int32(0), gate, up, down, None)
+        mixed = KERNELS.experts(x, gates, chosen, valid, gate, up, down, None)
         logits = KERNELS.logits(jnp.asarray(x), jnp.asarray(valid), table)
         seen.add(np.asarray(mixed)[at].tobytes() + np.asarray(logits)[at].tobytes())
     assert len(seen) == 1
@@ -201,7 +224,7 @@ def test_attention_gives_the_same_bits_one_position_at_a_time_and_all_at_once() 
         rng.standard_normal((1, length, h, SIZE)).astype(np.float32) for h in (HEADS, KV_HEADS, KV_HEADS)
     )
     positions = (start + np.arange(length, dtype=np.int32))[None]
-    attend = functools.partial(KERNELS.attend, scale=0.3)
+    attend = functools.partial(KERNELS.attend, scale=0.3, cap=30.0, rope_base=1e4)
     together, _, _ = attend(query, key, value, *map(jnp.asarray, pages), table, positions)
     keys: Pages = jnp.asarray(pages[0])
     values: Pages = jnp.asarray(pages[1])

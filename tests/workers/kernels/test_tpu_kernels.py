@@ -82,7 +82,11 @@ def test_attention_is_that_of_plain_jax(length: int, quantized: bool, tolerance:
         keys, values = QuantizedPages(whole.swapaxes(2, 3), scales), QuantizedPages(whole, scales)
         pages = QuantizedPages(whole.swapaxes(0, 1), scales.swapaxes(0, 1))
         heads_first = (pages, pages)
-    want, *_ = portable.attend(query, key, value, keys, values, table, positions, 0.0884)
+    want, *_ = portable.attend(
+        query, key, value, keys, values, table, positions, scale=0.0884, cap=25.0, rope_base=500.0
+    )
     with pltpu.force_tpu_interpret_mode():
-        got, *_ = attention.attend(query, key, value, *heads_first, table, positions, 0.0884)
+        got, *_ = attention.attend(
+            query, key, value, *heads_first, table, positions, scale=0.0884, cap=25.0, rope_base=500.0
+        )
     np.testing.assert_allclose(got, want, atol=tolerance)

@@ -39,12 +39,18 @@ def _load(directory: pathlib.Path, mesh: Mesh, rules: str = "tensor", weights: s
     return params
 
 
-def test_parameters_have_the_names_of_xais_tree() -> None:
-    config = GrokConfig.load(GOLDEN / "nano-s1" / "config.json")
-    model: Any = hk.without_apply_rng(hk.transform(lambda tokens: causal_forward(config, tokens)))
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    names = {f"{module}/{name}": value.shape for module, values in params.items() for name, value in values.items()}
-    assert names == {info.path: info.shape for info in parameter_table(config)}
+def test_the_model_takes_each_parameter_of_the_table() -> None:
+    checkpoint = open_checkpoint(GOLDEN / "nano-s1")
+    params = parameter_shapes(checkpoint, Partition.create(checkpoint.config, _mesh(1, 1)))
+    model: Any = hk.without_apply_rng(hk.transform(lambda tokens: causal_forward(checkpoint.config, tokens)))
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    jax.eval_shape(model.apply, params, tokens)
+    places = {info.place for info in parameter_table(checkpoint.config)}
+    assert places == {(module, name) for module, values in params.items() for name in values}
+    for module, name in places:
+        without = params | {module: {key: value for key, value in params[module].items() if key != name}}
+        with pytest.raises(ValueError, match="Initializer must be specified"):
+            jax.eval_shape(model.apply, without, tokens)
 
 
 @pytest.mark.parametrize("weights", ["int8", "float32"])
@@ -95,7 +101,7 @@ def test_what_does_not_divide_is_not_split() -> None:
     config = GrokConfig.load(GOLDEN / "nano-s1" / "config.json")  # 8 KV heads, experts 192 wide
     partition = Partition.create(config, _mesh(1, 3))
     assert partition.spec(("embed", "kv_heads")) == PartitionSpec(None, None)
-    assert partition.spec(("expert", "embed", "ffn")) == PartitionSpec(None, None, ("data", "model"))
+    assert partition.spec((None, "embed", "ffn")) == PartitionSpec(None, None, ("data", "model"))
     assert partition.scale_groups(8, "ffn") == 24
 
 
@@ -106,8 +112,9 @@ def test_a_loaded_weight_has_the_files_values_on_any_mesh(data: int, model: int,
     checkpoint = open_checkpoint(GOLDEN / "nano-s1")
     params = _load(GOLDEN / "nano-s1", _mesh(data, model), rules)
     for info, file in checkpoint.tensors:
-        module, name = info.path.rsplit("/", 1)
-        loaded = params[module][name]
+        module, name = info.place
+        kept = params[module][name]
+        loaded = jax.tree.map(lambda leaf, layer=info.layer: leaf if layer is None else leaf[layer], kept)
         if file.scales is None:
             np.testing.assert_array_equal(np.asarray(loaded), file.map(file.values))
             continue
@@ -118,10 +125,10 @@ def test_a_loaded_weight_has_the_files_values_on_any_mesh(data: int, model: int,
 
 def test_each_device_holds_only_its_part() -> None:
     params = _load(GOLDEN / "nano-s1", _mesh(2, 2))
-    weight = params["transformer/decoder_layer_0/moe/linear_1"]["w"]
+    weight = params["transformer/decoder_layers/moe/linear_1"]["w"]
     assert isinstance(weight, QuantizedWeight)
-    assert {shard.data.shape for shard in weight.weight.addressable_shards} == {(8, 48, 128)}
-    assert {shard.data.shape for shard in weight.scales.addressable_shards} == {(8, 2, 128)}
+    assert {shard.data.shape for shard in weight.weight.addressable_shards} == {(2, 8, 48, 128)}
+    assert {shard.data.shape for shard in weight.scales.addressable_shards} == {(2, 8, 2, 128)}
 
 
 @pytest.mark.parametrize("weights", ["int8", "float32"])

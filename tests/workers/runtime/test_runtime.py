@@ -7,6 +7,7 @@ import itertools
 import json
 import pathlib
 import random
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from workers.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from workers.checkpoint.loader import load_parameters
 from workers.engine.scheduler import Counts, Scheduler
 from workers.kernels.cpu.kernels import native_kernels
-from workers.kernels.interface import PORTABLE, SCANNED, Kernels
+from workers.kernels.interface import ACCELERATOR, PORTABLE, Kernels
 from workers.messages.plan import Chunk, EngineShape, Plan, Sampling, SlotStart, Token
 from workers.messages.request import Request
 from workers.model.config import GrokConfig
@@ -35,10 +36,12 @@ VOCAB = CHECKPOINT.config.vocab_size
 NATIVE = native_kernels()
 
 
-def make_runtime(data: int, model: int, rules: str, kernels: Kernels) -> Runtime:
-    """An engine with the trained golden model."""
+def make_runtime(
+    data: int, model: int, rules: str, kernels: Kernels, config: GrokConfig = CHECKPOINT.config
+) -> Runtime:
+    """An engine with the trained golden model, or with its weights under another configuration."""
     mesh = Mesh(np.array(jax.devices()[: data * model]).reshape(data, model), ("data", "model"))
-    partition = Partition.create(CHECKPOINT.config, mesh, rules, kernels)
+    partition = Partition.create(config, mesh, rules, kernels)
     params, _ = load_parameters(CHECKPOINT, partition)
     shape = EngineShape(
         slots=8,
@@ -49,7 +52,7 @@ def make_runtime(data: int, model: int, rules: str, kernels: Kernels) -> Runtime
         context=96,
         batch_invariant=kernels.batch_invariant,
     )
-    runtime = Runtime(ProgramSet(CHECKPOINT.config, shape, partition, params), partition)
+    runtime = Runtime(ProgramSet(config, shape, partition, params), partition)
     runtime.set_parameters(params)
     runtime.warm_up()
     return runtime
@@ -62,9 +65,9 @@ def make_runtime(data: int, model: int, rules: str, kernels: Kernels) -> Runtime
         (2, 1, "batch", PORTABLE),
         (2, 2, "tensor", NATIVE),
         (2, 1, "batch", NATIVE),
-        (2, 1, "batch", SCANNED),
+        (2, 1, "batch", ACCELERATOR),
     ],
-    ids=["tensor", "batch", "tensor-native", "batch-native", "batch-stacked"],
+    ids=["tensor", "batch", "tensor-native", "batch-native", "batch-accelerator"],
 )
 def runtime(request: pytest.FixtureRequest) -> Runtime:
     """Engines whose rows lie on all devices, and whose rows are split over two groups."""
@@ -243,6 +246,16 @@ def _logits(runtime: Runtime, prompt: tuple[int, ...], cuts: list[int]) -> np.nd
         chunk = Chunk(0, start, prompt[start:end], last=False)
         parts.append(runtime.score(Plan(1, (start_,) if start == 0 else (), ((chunk,),), ()))[0])
     return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("change", [{"attn_logit_cap": 2.0}, {"rope_base": 300.0}, {"norm_epsilon": 0.5}], ids=str)
+def test_kernels_compute_with_the_numbers_of_the_configuration(change: dict[str, Any]) -> None:
+    prompt = tuple(range(50, 80))
+    config = dataclasses.replace(CHECKPOINT.config, **change)
+    native, plain = (_logits(make_runtime(1, 1, "tensor", k, config), prompt, [16]) for k in (NATIVE, PORTABLE))
+    released = _logits(make_runtime(1, 1, "tensor", PORTABLE), prompt, [16])
+    np.testing.assert_allclose(native, plain, atol=0.02 * plain.std())
+    assert np.abs(plain - released).max() > 0.1 * released.std()
 
 
 def test_native_kernels_give_the_same_bits_wherever_a_prompt_is_cut() -> None:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from workers.kernels.interface import Arrays, Kernels
-from workers.kernels.packed import Array, PackedTable, PackedWeight, empty, packed_shape, rows_of
+from workers.kernels.packed import PackedTable, PackedWeight, rows_of
+from workers.kernels.packing import Array, empty, packed_shape
 from workers.kernels.sampling import PACKED_WIDTH, SamplingRows, SamplingState, uniforms
-from workers.kernels.weights import Weight
-from workers.kernels.xla.paged_attention import LOGIT_CAP
+from workers.kernels.weights import LayerWeight, Weight
 
 #: From the one that any machine has to the fastest.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512-vnni")
@@ -84,9 +84,12 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _norm(x: jax.Array, valid: jax.Array, scale: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+def _norm(
+    x: jax.Array, valid: jax.Array, scale: jax.Array, residual: jax.Array | None = None, *, epsilon: float
+) -> jax.Array:
     more = () if residual is None else (residual,)
-    normed: jax.Array = jax.ffi.ffi_call("grokmesh_norm", _float32(*x.shape))(x, valid, scale, *more)
+    call = jax.ffi.ffi_call("grokmesh_norm", _float32(*x.shape))
+    normed: jax.Array = call(x, valid, scale, *more, epsilon=np.float32(epsilon))
     return normed
 
 
@@ -103,21 +106,14 @@ def _route(x: jax.Array, valid: jax.Array, weight: jax.Array, selected: int) -> 
 
 def _project(x: jax.Array, valid: jax.Array, weights: tuple[Weight, ...]) -> Arrays:
     """Weights with as many groups of rows share a call, and x is prepared once for all of them."""
-    packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
-    if len(packed) != len(weights):
-        raise TypeError("the native kernels take packed weights")
+    packed, layer = _stacked(weights)
     results: dict[int, jax.Array] = {}
     for groups in {w.scales.shape[-2] for w in packed}:
         chosen = [i for i, w in enumerate(packed) if w.scales.shape[-2] == groups]
         shapes = tuple(_float32(x.shape[0], packed[i].scales.shape[-1]) for i in chosen)
         flat = [array for i in chosen for array in (packed[i].values, packed[i].scales)]
-        results.update(
-            zip(
-                chosen,
-                jax.ffi.ffi_call("grokmesh_dense", shapes)(x, valid, *flat, rounded=packed[0].rounded),
-                strict=True,
-            )
-        )
+        call = jax.ffi.ffi_call("grokmesh_dense", shapes)
+        results.update(zip(chosen, call(x, valid, layer, *flat, rounded=packed[0].rounded), strict=True))
     return tuple(results[i] for i in range(len(packed)))
 
 
@@ -126,19 +122,33 @@ def _experts(
     gates: jax.Array,
     experts: jax.Array,
     valid: jax.Array,
-    first: jax.Array,
-    gate: PackedWeight,
-    up: PackedWeight,
-    down: PackedWeight,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
     reduce: None,
 ) -> jax.Array:
     if reduce is not None:
         raise ValueError("packed weights can't be split along the embedding")
-    weights = [array for w in (gate, up, down) for array in (w.values, w.scales)]
-    mixed: jax.Array = jax.ffi.ffi_call("grokmesh_experts", _float32(*x.shape))(
-        x, gates, experts, valid, jnp.asarray(first, jnp.int32), *weights, rounded=gate.rounded
-    )
+    packed, layer = _stacked((gate, up, down))
+    flat = [array for weight in packed for array in (weight.values, weight.scales)]
+    call = jax.ffi.ffi_call("grokmesh_experts", _float32(*x.shape))
+    mixed: jax.Array = call(x, gates, experts, valid, layer, *flat, rounded=packed[0].rounded)
     return mixed
+
+
+def _stacked(weights: tuple[Weight, ...]) -> tuple[list[PackedWeight], jax.Array]:
+    """Weights of all layers, and the layer whose ones they are."""
+    layer = jnp.zeros((), jnp.int32)
+    packed = []
+    for weight in weights:
+        if isinstance(weight, LayerWeight):
+            every, layer = weight.stacked, weight.layer
+        else:
+            every = jax.tree.map(lambda leaf: leaf[None], weight)
+        if not isinstance(every, PackedWeight):
+            raise TypeError("the native kernels take packed weights")
+        packed.append(every)
+    return packed, layer
 
 
 def _lookup(table: PackedTable, tokens: jax.Array) -> jax.Array:
@@ -159,7 +169,10 @@ def _attend(
     value_pages: jax.Array,
     table: jax.Array,
     positions: jax.Array,
+    *,
     scale: float,
+    cap: float,
+    rope_base: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     results = (
         _float32(*query.shape),
@@ -167,8 +180,9 @@ def _attend(
         jax.ShapeDtypeStruct(value_pages.shape, value_pages.dtype),
     )
     call = jax.ffi.ffi_call("grokmesh_attend", results, input_output_aliases={3: 1, 4: 2})
+    arrays = (query, key, value, key_pages, value_pages, table, positions)
     mixed, key_pages, value_pages = call(
-        query, key, value, key_pages, value_pages, table, positions, scale=np.float32(scale), cap=np.float32(LOGIT_CAP)
+        *arrays, scale=np.float32(scale), cap=np.float32(cap), rope_base=np.float32(rope_base)
     )
     return mixed, key_pages, value_pages
 

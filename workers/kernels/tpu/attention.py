@@ -8,7 +8,7 @@ from jax.experimental.pallas.ops.tpu.paged_attention.paged_attention_kernel impo
 
 from workers.kernels import kv_pages
 from workers.kernels.kv_pages import Pages
-from workers.kernels.xla.paged_attention import LOGIT_CAP, paged_attention
+from workers.kernels.xla.paged_attention import paged_attention
 from workers.kernels.xla.rotary import rotate
 
 #: Positions that the kernel takes at a time.
@@ -23,7 +23,10 @@ def attend(
     value_pages: Pages,
     table: jax.Array,
     positions: jax.Array,
+    *,
     scale: float,
+    cap: float,
+    rope_base: float,
 ) -> tuple[jax.Array, Pages, Pages]:
     """As `workers.kernels.xla.portable.attend`, but both kinds of pages are [K, P, page, C].
 
@@ -35,9 +38,9 @@ def attend(
     page = jnp.take_along_axis(table, place // size, axis=1)  # [B, T]
     page = jnp.where(positions >= 0, page, 0)
     at = (every, page, place % size)
-    key_pages = kv_pages.write(key_pages, at, rotate(key, positions).transpose(2, 0, 1, 3))
+    key_pages = kv_pages.write(key_pages, at, rotate(key, positions, rope_base).transpose(2, 0, 1, 3))
     value_pages = kv_pages.write(value_pages, at, value.transpose(2, 0, 1, 3))
-    rotated = rotate(query, positions)
+    rotated = rotate(query, positions, rope_base)
     if query.shape[1] == 1 and isinstance(key_pages, jax.Array):
         per_block = max(1, _BLOCK // size)
         mixed = decode_attention(
@@ -46,7 +49,7 @@ def attend(
             value_pages,
             place[:, 0] + 1,
             jnp.pad(table, ((0, 0), (0, -table.shape[1] % per_block))),
-            attn_logits_soft_cap=LOGIT_CAP,
+            attn_logits_soft_cap=cap,
             pages_per_compute_block=per_block,
         )
         return mixed[:, None], key_pages, value_pages
@@ -60,5 +63,5 @@ def attend(
         )
         return keys.transpose(1, 0, 3, 2), values.transpose(1, 0, 2, 3)
 
-    mixed = paged_attention(rotated, read, heads, size, table, positions, scale)
+    mixed = paged_attention(rotated, read, heads, size, table, positions, scale, cap)
     return mixed, key_pages, value_pages

@@ -8,10 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-#: Grok-1 caps attention logits to (-LOGIT_CAP, LOGIT_CAP) by a tanh.
-LOGIT_CAP = 30.0
-
-#: Keeps the quotient of padding, 0 / 0, at 0; real sums are at least exp(-60).
+#: Keeps the quotient of padding, 0 / 0, at 0; real sums are at least exp(-2 cap).
 SMALLEST = 1e-37
 
 #: Positions that one turn of the loop reads.
@@ -30,11 +27,12 @@ def paged_attention(
     page_table: jax.Array,
     positions: jax.Array,
     scale: float,
+    cap: float,
 ) -> jax.Array:
-    """softmax(30 tanh(q.k * scale / 30)) v over all positions of a sequence up to the query's own.
+    """softmax(cap tanh(q.k * scale / cap)) v over all positions of a sequence up to the query's own.
 
     Reads blocks of pages up to the last one that any row needs. As the cap bounds the logits, the softmax needs no
-    running maximum: shifted by the cap, exponentials stay within [exp(-60), 1]. A block that is past a row's last
+    running maximum: shifted by the cap, exponentials stay within [exp(-2 cap), 1]. A block that is past a row's last
     position adds exact zeros to it, so that a row's result does not depend on the other rows.
 
     Args:
@@ -44,6 +42,7 @@ def paged_attention(
       page_table: [B, N] int32, the page of each stretch of `page` positions of a row.
       positions: [B, T] int32, -1 for padding, whose result is zero.
       scale: factor of the logits.
+      cap: logits are bent to (-cap, cap) by a tanh; at most MOST_CAP.
 
     Returns:
       [B, T, H, C] float32.
@@ -58,9 +57,9 @@ def paged_attention(
         weighted, total = sums
         keys, values = read(lax.dynamic_slice_in_dim(table, i * per_block, per_block, axis=1))
         logits = jnp.einsum("btkgc,bkcs->bkgts", grouped, keys.astype(jnp.float32)) * scale
-        logits = LOGIT_CAP * jnp.tanh(logits / LOGIT_CAP)
+        logits = cap * jnp.tanh(logits / cap)
         visible = i * span + jnp.arange(span) <= positions[:, :, None]  # [B, T, span]
-        weights = jnp.where(visible[:, None, None], jnp.exp(logits - LOGIT_CAP), 0.0)
+        weights = jnp.where(visible[:, None, None], jnp.exp(logits - cap), 0.0)
         return weighted + jnp.einsum("bkgts,bksc->bkgtc", weights, values.astype(jnp.float32)), total + weights.sum(-1)
 
     shape = (batch, kv_heads, q_heads // kv_heads, length)

@@ -15,17 +15,17 @@ from workers.kernels.xla.grouped_matmul import grouped_matmul
 from workers.kernels.xla.paged_attention import ReadPages, paged_attention
 from workers.kernels.xla.rotary import rotate
 
-NORM_EPSILON = 1e-5
-
 #: (x [M, K] sorted by group, weight [G, K, N], group_sizes [G]) -> [M, N]
 GroupedMatmul = Callable[[jax.Array, Weight, jax.Array], jax.Array]
 
 
-def norm(x: jax.Array, valid: jax.Array, scale: jax.Array, residual: jax.Array | None = None) -> jax.Array:
-    """x / sqrt(mean(x^2) + 1e-5) * scale over the last dimension (https://arxiv.org/abs/1910.07467), in float32."""
+def norm(
+    x: jax.Array, valid: jax.Array, scale: jax.Array, residual: jax.Array | None = None, *, epsilon: float
+) -> jax.Array:
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last dimension (https://arxiv.org/abs/1910.07467), in float32."""
     del valid
     wide = x.astype(jnp.float32)
-    normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + NORM_EPSILON) * scale
+    normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon) * scale
     return normed if residual is None else residual + normed
 
 
@@ -50,7 +50,6 @@ def experts(
     gates: jax.Array,
     experts: jax.Array,
     valid: jax.Array,
-    first: jax.Array,
     gate: Weight,
     up: Weight,
     down: Weight,
@@ -58,13 +57,12 @@ def experts(
     *,
     multiply: GroupedMatmul = grouped_matmul,
 ) -> jax.Array:
-    """Sum over the selected experts that are here of gate * down(gelu(gate(x)) * up(x)); see `Kernels.experts`."""
-    selected, here = experts.shape[1], gate.shape[0]
-    flat = experts.reshape(-1) - first  # [M * S]
-    ours = jnp.repeat(valid, selected) & (flat >= 0) & (flat < here)
-    flat = jnp.where(ours, flat, here)
-    order = jnp.argsort(flat, stable=True)  # rows by expert, those of no expert here last
-    sizes = jnp.bincount(flat, length=here + 1)[:here].astype(jnp.int32)
+    """Sum over the selected experts of gate * down(gelu(gate(x)) * up(x)); see `Kernels.experts`."""
+    selected, count = experts.shape[1], gate.shape[0]
+    counted = jnp.repeat(valid, selected)  # [M * S]
+    flat = jnp.where(counted, experts.reshape(-1), count)
+    order = jnp.argsort(flat, stable=True)  # rows by expert, padding last
+    sizes = jnp.bincount(flat, length=count + 1)[:count].astype(jnp.int32)
     taken = x[order // selected]  # [M * S, D]
 
     gated = multiply(taken, gate, sizes)  # [M * S, F]
@@ -75,7 +73,7 @@ def experts(
     results = multiply(hidden, down, sizes)  # [M * S, D]
 
     results = jnp.zeros_like(results).at[order].set(results, unique_indices=True)
-    results = jnp.where(ours[:, None], results, 0.0).reshape(*experts.shape, -1)  # [M, S, D]
+    results = jnp.where(counted[:, None], results, 0.0).reshape(*experts.shape, -1)  # [M, S, D]
     return jnp.sum(results * gates[..., None], axis=1)
 
 
@@ -98,7 +96,10 @@ def attend(
     value_pages: Pages,
     table: jax.Array,
     positions: jax.Array,
+    *,
     scale: float,
+    cap: float,
+    rope_base: float,
 ) -> tuple[jax.Array, Pages, Pages]:
     """Rotates queries and keys, writes keys and values to their pages, attends to all pages.
 
@@ -111,7 +112,8 @@ def attend(
       value_pages: [P, K, page, C].
       table: [B, N], the page of each stretch of positions.
       positions: [B, T], -1 for padding.
-      scale: factor of the logits.
+      scale, cap: factor of the logits, and what bounds them then; see `paged_attention`.
+      rope_base: see `rotate`.
 
     Returns:
       [B, T, H, C] float32, and the updated pages.
@@ -121,10 +123,11 @@ def attend(
     page = jnp.take_along_axis(table, place // size, axis=1)  # [B, T]
     page = jnp.where(positions >= 0, page, 0)
     every = slice(None)
-    key_pages = kv_pages.write(key_pages, (page, every, every, place % size), rotate(key, positions))
+    key_pages = kv_pages.write(key_pages, (page, every, every, place % size), rotate(key, positions, rope_base))
     value_pages = kv_pages.write(value_pages, (page, every, place % size), value)
     read = read_pages(key_pages, value_pages)
-    mixed = paged_attention(rotate(query, positions), read, key.shape[2], size, table, positions, scale)
+    rotated = rotate(query, positions, rope_base)
+    mixed = paged_attention(rotated, read, key.shape[2], size, table, positions, scale, cap)
     return mixed, key_pages, value_pages
 
 

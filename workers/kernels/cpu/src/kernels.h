@@ -74,7 +74,7 @@ struct Kernels {
   void (*multiply)(const Matrix&, const char* prepared, int64_t prepared_stride, int64_t rows, int64_t first,
                    int64_t last, float* y, int64_t y_stride);
   void (*attend)(const Pages&, const Stretch&, float cap);
-  void (*norm)(const float* x, const float* scale, float* y, int64_t size);
+  void (*norm)(const float* x, const float* scale, float epsilon, float* y, int64_t size);
   void (*gated)(const float* gate, const float* up, float* y, int64_t size);  // gelu(gate) * up
   // softmax over `experts` of x [size] . weight [size, experts]
   void (*route)(const float* x, const float* weight, int64_t size, int64_t experts, float* probabilities);

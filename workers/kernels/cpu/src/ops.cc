@@ -62,7 +62,7 @@ class Prepared {
 
 int64_t strips(int64_t columns) { return ceil_div(columns, kStrip); }
 
-// values [..., blocks, strips, 4 * block], scales [..., G, N] of weights with `rows` rows.
+// values [L, ..., blocks, strips, 4 * block], scales [L, ..., G, N] of all layers' weights with `rows` rows.
 struct Packed {
   const int8_t* values;
   const char* scales;
@@ -90,7 +90,7 @@ int64_t columns_per_task(int64_t columns, int64_t threads) {
 }
 
 // x [M, D] -> norm(x) * scale, added to a residual [M, D] if there is one. Rows that are not valid give zeros.
-ffi::Error norm(ffi::ThreadPool pool, F32 x, Mask valid, F32 scale, ffi::RemainingArgs more, Result y) {
+ffi::Error norm(ffi::ThreadPool pool, F32 x, Mask valid, F32 scale, float epsilon, ffi::RemainingArgs more, Result y) {
   const int64_t size = scale.element_count(), rows = x.element_count() / size;
   const float* residual = nullptr;
   if (more.size()) {
@@ -105,7 +105,7 @@ ffi::Error norm(ffi::ThreadPool pool, F32 x, Mask valid, F32 scale, ffi::Remaini
         std::memset(out, 0, size * 4);
         continue;
       }
-      chosen->norm(x.typed_data() + r * size, scale.typed_data(), out, size);
+      chosen->norm(x.typed_data() + r * size, scale.typed_data(), epsilon, out, size);
       if (residual)
         for (int64_t i = 0; i < size; i++) out[i] += residual[r * size + i];
     }
@@ -148,8 +148,8 @@ void multiply_to_rows(const Matrix& w, const Prepared& x, const std::vector<int6
   for (int64_t i = 0; i < count; i++) std::memcpy(y + rows[i] * w.columns + first, block.data() + i * width, width * 4);
 }
 
-// x [M, K] times several weights of as many groups; rows that are not valid give zeros.
-ffi::Error dense(ffi::ThreadPool pool, F32 x, Mask valid, bool rounded, ffi::RemainingArgs weights, ffi::RemainingRets results) {
+// x [M, K] times one layer's matrices of several weights of as many groups; rows that are not valid give zeros.
+ffi::Error dense(ffi::ThreadPool pool, F32 x, Mask valid, S32 layer, bool rounded, ffi::RemainingArgs weights, ffi::RemainingRets results) {
   const int64_t depth = x.dimensions().back();
   const std::vector<int64_t> rows = valid_rows(valid);
   std::vector<Packed> packed;
@@ -180,7 +180,7 @@ ffi::Error dense(ffi::ThreadPool pool, F32 x, Mask valid, bool rounded, ffi::Rem
                       return;
                     }
                     const auto [i, n] = tasks[task];
-                    multiply_to_rows(packed[i].at(0), prepared, rows, n, std::min(n + per_task, packed[i].columns), out[i]);
+                    multiply_to_rows(packed[i].at(layer.typed_data()[0]), prepared, rows, n, std::min(n + per_task, packed[i].columns), out[i]);
                   });
   for (size_t i = 0; i < packed.size(); i++) clear_invalid(valid, packed[i].columns, out[i]);
   return ffi::Error::Success();
@@ -208,25 +208,25 @@ ffi::Error logits(ffi::ThreadPool pool, F32 x, Mask valid, S8 table, F32 scales,
   return ffi::Error::Success();
 }
 
-// The part of a mixture of experts that this device's experts [first, first + E) contribute: x [M, D] -> [M, D].
-ffi::Error experts(ffi::ThreadPool pool, F32 x, F32 gates, S32 chosen_experts, Mask valid, S32 first, S8 gate_w, BF16 gate_s, S8 up_w,
+// One layer's mixture of experts: x [M, D] -> [M, D]. Weights are [L, E, ...].
+ffi::Error experts(ffi::ThreadPool pool, F32 x, F32 gates, S32 chosen_experts, Mask valid, S32 layer, S8 gate_w, BF16 gate_s, S8 up_w,
                    BF16 up_s, S8 down_w, BF16 down_s, bool rounded, Result y) {
   const int64_t rows = x.dimensions()[0], size = x.dimensions()[1], selected = gates.dimensions()[1];
-  const int64_t here = gate_w.dimensions()[0], hidden = gate_s.dimensions().back();
+  const int64_t count = gate_w.dimensions()[1], hidden = gate_s.dimensions().back(), first = layer.typed_data()[0] * count;
   const Packed gate(gate_w, gate_s, size, rounded), up(up_w, up_s, size, rounded), down(down_w, down_s, hidden, rounded);
   if (!gate.fits || !up.fits || !down.fits || gate.layout.groups != up.layout.groups) return misfit("the experts");
   // Places sorted by expert; an expert's rows keep their order.
-  std::vector<std::vector<int64_t>> places(here);
+  std::vector<std::vector<int64_t>> places(count);
   for (int64_t i = 0; i < rows * selected; i++) {
-    const int64_t e = chosen_experts.typed_data()[i] - first.typed_data()[0];
-    if (valid.typed_data()[i / selected] && 0 <= e && e < here) places[e].push_back(i);
+    const int64_t e = chosen_experts.typed_data()[i];
+    if (valid.typed_data()[i / selected] && 0 <= e && e < count) places[e].push_back(i);
   }
   struct Group {
     int64_t expert, begin, count;
   };
   std::vector<Group> groups;
   std::vector<int64_t> sorted, position(rows * selected, -1);
-  for (int64_t e = 0; e < here; e++) {
+  for (int64_t e = 0; e < count; e++) {
     if (places[e].empty()) continue;
     groups.push_back({e, static_cast<int64_t>(sorted.size()), static_cast<int64_t>(places[e].size())});
     for (int64_t i : places[e]) {
@@ -251,8 +251,8 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, F32 gates, S32 chosen_experts, M
           const int64_t n = task % wide_tasks * wide, width = std::min(wide, hidden - n);
           std::vector<float> blocks(2 * g.count * width);
           float *gated = blocks.data(), *lifted = gated + g.count * width;
-          chosen->multiply(gate.at(g.expert), inputs.at(g.begin), inputs.stride(), g.count, n, n + width, gated, width);
-          chosen->multiply(up.at(g.expert), inputs.at(g.begin), inputs.stride(), g.count, n, n + width, lifted, width);
+          chosen->multiply(gate.at(first + g.expert), inputs.at(g.begin), inputs.stride(), g.count, n, n + width, gated, width);
+          chosen->multiply(up.at(first + g.expert), inputs.at(g.begin), inputs.stride(), g.count, n, n + width, lifted, width);
           for (int64_t r = 0; r < g.count; r++)
             chosen->gated(gated + r * width, lifted + r * width, middle.get() + (g.begin + r) * hidden + n, width);
         } else if (phase == 2) {
@@ -260,7 +260,7 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, F32 gates, S32 chosen_experts, M
         } else if (phase == 3) {
           const Group& g = groups[task / narrow_tasks];
           const int64_t n = task % narrow_tasks * narrow, last = std::min(n + narrow, size);
-          chosen->multiply(down.at(g.expert), middles.at(g.begin), middles.stride(), g.count, n, last,
+          chosen->multiply(down.at(first + g.expert), middles.at(g.begin), middles.stride(), g.count, n, last,
                            result.get() + g.begin * size + n, size);
         } else {
           for (int64_t r = task * 16; r < std::min(rows, task * 16 + 16); r++) {
@@ -279,26 +279,31 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, F32 gates, S32 chosen_experts, M
   return ffi::Error::Success();
 }
 
-// cos and sin of position * 10000^(-2 i / size) [positions][size], grown as positions come.
+// cos and sin of position * base^(-2 i / size) [positions][size], grown as positions come.
 class Rotations {
  public:
-  static std::shared_ptr<const std::vector<float>> get(int64_t size, int64_t positions) {
+  static std::shared_ptr<const std::vector<float>> get(int64_t size, float base, int64_t positions) {
     static std::mutex mutex;
-    static std::vector<std::pair<int64_t, std::shared_ptr<const std::vector<float>>>> tables;
+    struct Known {
+      int64_t size;
+      float base;
+      std::shared_ptr<const std::vector<float>> table;
+    };
+    static std::vector<Known> tables;
     std::lock_guard<std::mutex> lock(mutex);
-    for (auto& [known, table] : tables)
-      if (known == size && static_cast<int64_t>(table->size()) >= positions * size) return table;
+    for (const Known& known : tables)
+      if (known.size == size && known.base == base && static_cast<int64_t>(known.table->size()) >= positions * size) return known.table;
     const int64_t rows = std::max<int64_t>(1024, 2 * positions);
     auto table = std::make_shared<std::vector<float>>(rows * size);
     for (int64_t i = 0; i < size / 2; i++) {
-      const float frequency = 1.0f / std::pow(10000.0f, static_cast<float>(2 * i) / static_cast<float>(size));
+      const float frequency = 1.0f / std::pow(base, static_cast<float>(2 * i) / static_cast<float>(size));
       for (int64_t p = 0; p < rows; p++) {
         const float angle = static_cast<float>(p) * frequency;
         (*table)[p * size + i] = std::cos(angle);
         (*table)[p * size + size / 2 + i] = std::sin(angle);
       }
     }
-    tables.emplace_back(size, table);
+    tables.push_back({size, base, table});
     return table;
   }
 };
@@ -320,7 +325,7 @@ uint16_t to_bfloat16(float x) {
 
 // See workers/kernels/xla/paged_attention.py. Pages are updated in place: XLA is told that results are the arguments.
 ffi::Error attend(ffi::ThreadPool pool, F32 q, F32 k, F32 v, ffi::AnyBuffer, ffi::AnyBuffer, S32 table, S32 positions, float scale,
-                  float cap, Result y, ffi::Result<ffi::AnyBuffer> key_pages, ffi::Result<ffi::AnyBuffer> value_pages) {
+                  float cap, float rope_base, Result y, ffi::Result<ffi::AnyBuffer> key_pages, ffi::Result<ffi::AnyBuffer> value_pages) {
   const int64_t batch = q.dimensions()[0], length = q.dimensions()[1], heads = q.dimensions()[2], size = q.dimensions()[3];
   const int64_t kv_heads = k.dimensions()[2], group = heads / kv_heads, page = value_pages->dimensions()[2], width = table.dimensions()[1];
   const bool narrow = key_pages->element_type() == ffi::BF16;
@@ -330,7 +335,7 @@ ffi::Error attend(ffi::ThreadPool pool, F32 q, F32 k, F32 v, ffi::AnyBuffer, ffi
   int64_t most = 0;
   for (int64_t i = 0; i < batch * length; i++) most = std::max<int64_t>(most, at[i] + 1);
   if (most > width * page) return misfit("positions and pages");
-  const auto rotations = Rotations::get(size, most);
+  const auto rotations = Rotations::get(size, rope_base, most);
   std::unique_ptr<float[]> turned(new float[batch * length * heads * size]);
 
   struct Part {  // queries [begin, begin + count) of a sequence and one head, over positions [first, last)
@@ -441,10 +446,10 @@ extern "C" bool grokmesh_use(const char* name) {
   return false;
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_norm, grokmesh::norm, BIND.Arg<grokmesh::F32>().Arg<grokmesh::Mask>().Arg<grokmesh::F32>().RemainingArgs().Ret<grokmesh::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_norm, grokmesh::norm, BIND.Arg<grokmesh::F32>().Arg<grokmesh::Mask>().Arg<grokmesh::F32>().Attr<float>("epsilon").RemainingArgs().Ret<grokmesh::F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_route, grokmesh::route,
                               BIND.Arg<grokmesh::F32>().Arg<grokmesh::Mask>().Arg<grokmesh::F32>().Ret<grokmesh::F32>().Ret<grokmesh::F32>().Ret<grokmesh::S32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_dense, grokmesh::dense, BIND.Arg<grokmesh::F32>().Arg<grokmesh::Mask>().Attr<bool>("rounded").RemainingArgs().RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_dense, grokmesh::dense, BIND.Arg<grokmesh::F32>().Arg<grokmesh::Mask>().Arg<grokmesh::S32>().Attr<bool>("rounded").RemainingArgs().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_logits, grokmesh::logits,
                               BIND.Arg<grokmesh::F32>().Arg<grokmesh::Mask>().Arg<grokmesh::S8>().Arg<grokmesh::F32>().Ret<grokmesh::F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_experts, grokmesh::experts,
@@ -453,5 +458,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_experts, grokmesh::experts,
                                   .Arg<grokmesh::S8>().Arg<grokmesh::BF16>().Attr<bool>("rounded").Ret<grokmesh::F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_attend, grokmesh::attend,
                               BIND.Arg<grokmesh::F32>().Arg<grokmesh::F32>().Arg<grokmesh::F32>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-                                  .Arg<grokmesh::S32>().Arg<grokmesh::S32>().Attr<float>("scale").Attr<float>("cap")
+                                  .Arg<grokmesh::S32>().Arg<grokmesh::S32>().Attr<float>("scale").Attr<float>("cap").Attr<float>("rope_base")
                                   .Ret<grokmesh::F32>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
