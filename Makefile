@@ -81,7 +81,7 @@ build/fuzz/.installed:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/fuzz atheris==3.0.0
 	@touch $@
 
-audit: install build/audit/.installed ## known vulnerabilities of what is installed, as the package index tells them
+audit: install build/audit/.installed ## known vulnerabilities of what is installed, as the package index lists them
 	build/audit/bin/pip-audit --disable-pip --require-hashes -r requirements.lock
 
 build/audit/.installed:

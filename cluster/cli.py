@@ -1,4 +1,4 @@
-"""The `grokmesh` command: finds the command that is asked for, and tells in one line what went wrong."""
+"""The `grokmesh` command: runs the command that is asked for, and reports errors in one line."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ STOP_SECONDS = 120.0
 
 #: Seconds that a service has until its gateway listens.
 LISTEN_SECONDS = 150.0
-#: How the messages begin by which a service tells how far it is.
+#: Prefixes of the messages by which a service reports its progress.
 LISTENING, SERVING = "gateway at", "serving"
 
 
@@ -214,7 +214,7 @@ def _message(line: str) -> str:
 
 
 def terminate(pid: int) -> None:
-    """Tells a service to drain and end."""
+    """Asks a service to drain and end."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
 
@@ -237,7 +237,7 @@ def replaceable(address: str) -> int:
 
 
 def stop(address: str) -> None:
-    """Tells the service at `address` to drain, and waits until it has ended. Raises DaemonError."""
+    """Asks the service at `address` to drain, and waits until it has ended. Raises DaemonError."""
     pid = running(address)
     if pid is None:
         raise DaemonError(f"no service of yours runs at {address} on this machine")

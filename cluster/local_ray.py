@@ -53,7 +53,7 @@ def prepare_environment() -> None:
 
 
 def _own_folder() -> pathlib.Path:
-    """A folder for Ray's files that is this user's alone. Ray's own, /tmp/ray, is that of whoever had it first."""
+    """A folder for Ray's files that is this user's alone. Ray's own, /tmp/ray, belongs to the user that had it first."""
     name = f"grokmesh-{os.getuid()}"
     for base in (tempfile.gettempdir(), "/tmp"):
         folder = pathlib.Path(base) / name

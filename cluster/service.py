@@ -1,4 +1,4 @@
-"""`grokmesh serve`: Ray, replicas and gateway in one process, until told to stop."""
+"""`grokmesh serve`: Ray, replicas and gateway in one process, until it is stopped."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def serve(config: Config, path: pathlib.Path, *, replace: bool = False) -> None:
       config: what to serve.
       path: of the configuration, for errors.
       replace: take over from the service that runs at the address: once this one's replicas are ready, the two listen side
-        by side, and the other is told to drain.
+        by side, and the other is asked to drain.
 
     Raises:
       ConfigError, KeysError, CheckpointError, TokenizerError: before anything is started, if the model can't be served so.
@@ -190,7 +190,7 @@ class _Service:
             _LOG.info(daemon.SERVING if ready else "not serving: no replica is ready")
 
     async def _take_over(self, predecessor: int) -> None:
-        """Listens beside the predecessor, tells it to end, and takes its place in the notes when it has."""
+        """Listens beside the predecessor, asks it to end, and takes its place in the notes when it has."""
         await self._gateway.start()
         await self._gateway.set_ready(True)
         _LOG.info("ready to replace process %d, which drains now", predecessor)

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a command that calls a service."""
     parser.add_argument("--address", default=DEFAULT_ADDRESS, help="of the gateway (default: %(default)s)")
     parser.add_argument(
-        "--tls-ca", type=pathlib.Path, help="PEM file of who signed its certificate; then TLS is spoken"
+        "--tls-ca", type=pathlib.Path, help="PEM file of the authority that signed its certificate; then TLS is spoken"
     )
     parser.add_argument(
         "--tls-certificate", type=pathlib.Path, help="PEM file of your own certificate, if it wants one"

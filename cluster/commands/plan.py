@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-cache", choices=KV_CACHES, default="bfloat16", help="type (default: %(default)s)")
     parser.add_argument("--step-ms", type=float, help="longest that a step of all of them should take")
     parser.add_argument("--json", action="store_true", help="figures instead of text")
-    parser.add_argument("--compile", action="store_true", help="have the real programs compiled for it, as a witness")
+    parser.add_argument("--compile", action="store_true", help="have the real programs compiled for it too")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -63,16 +63,16 @@ def run(arguments: argparse.Namespace) -> int:
     except DoesNotFitError as error:
         print(json.dumps({"fits": False, "reason": str(error)}) if arguments.json else f"No: {error}")
         return 1
-    witnesses = _witnesses(found) if arguments.compile else []
+    reports = _witnesses(found) if arguments.compile else []
     if arguments.json:
         shown = {"fits": True, **as_json(found)}
         if arguments.compile:
-            shown["compiled"] = [dataclasses.asdict(witness) for witness in witnesses]
+            shown["compiled"] = [dataclasses.asdict(report) for report in reports]
         print(json.dumps(shown, indent=1))
     else:
         print(describe(found))
-        print("\n".join(line for witness in witnesses for line in _witness_lines(found, witness)))
-    return 0 if all(witness.fits for witness in witnesses) else 1
+        print("\n".join(line for report in reports for line in _report_lines(found, report)))
+    return 0 if all(report.fits for report in reports) else 1
 
 
 def _model(name: str) -> GrokConfig:
@@ -112,21 +112,21 @@ def _witnesses(found: CapacityPlan) -> list[AotReport]:
         raise hw.HardwareError(f"--compile: {error}") from error
 
 
-def _witness_lines(found: CapacityPlan, witness: AotReport) -> list[str]:
-    lines = [f"What does the compiler say of {witness.program}? ({witness.versions}, {witness.seconds:.0f} s)", ""]
-    if not witness.peak:
-        return [*lines, f"  -> no: {witness.problem}", ""]
+def _report_lines(found: CapacityPlan, report: AotReport) -> list[str]:
+    lines = [f"What does the compiler say of {report.program}? ({report.versions}, {report.seconds:.0f} s)", ""]
+    if not report.peak:
+        return [*lines, f"  -> no: {report.problem}", ""]
     memory = found.hardware.device.memory
     lines += [
-        f"  arguments {witness.arguments / GIB:.2f} GiB, temporaries {witness.temporaries / 2**20:.0f} MiB, "
-        f"peak {witness.peak / GIB:.2f} of {memory / GIB:.2f} GiB; planned were {found.best.memory.total / GIB:.2f}",
+        f"  arguments {report.arguments / GIB:.2f} GiB, temporaries {report.temporaries / 2**20:.0f} MiB, "
+        f"peak {report.peak / GIB:.2f} of {memory / GIB:.2f} GiB; planned were {found.best.memory.total / GIB:.2f}",
         *(
             f"  {name}: {traffic.count} a layer or step, largest {traffic.largest / 1e6:.2f} MB, "
             f"{traffic.total / 1e6:.2f} MB in all"
-            for name, traffic in witness.collectives.items()
+            for name, traffic in report.collectives.items()
         ),
-        f"  buffers as large as a weight: {', '.join(witness.weight_copies) or 'none'}",
-        f"  -> {'it fits' if witness.fits else 'it does not fit'}.",
+        f"  buffers as large as a weight: {', '.join(report.weight_copies) or 'none'}",
+        f"  -> {'it fits' if report.fits else 'it does not fit'}.",
         "",
     ]
     return lines

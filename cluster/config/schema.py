@@ -73,7 +73,7 @@ class GatewaySection:
       max_requests: requests that may be in it at once; more are turned away.
       queue_seconds: a request that would likely wait longer for a slot, or longer than its deadline leaves, is turned away.
       max_message_bytes: of a client's message.
-      drain_seconds: how long requests may go on after the service is told to stop.
+      drain_seconds: how long requests may go on after the service was asked to stop.
       failover_seconds: how long requests wait for a lost replica to be built again where no other serves. They go on then where
         they were, and their clients see nothing but a pause. If absent, at least two minutes, and a minute more than twice what
         the planner thinks that loading takes.
@@ -98,7 +98,7 @@ class GatewaySection:
 
 @dataclasses.dataclass(frozen=True)
 class TelemetrySection:
-    """What the service tells of itself.
+    """Metrics, logs and traces.
 
     Attributes:
       address: HTTP address of the gateway's metrics, of Prometheus' service discovery and of the status page; port 0 takes any.

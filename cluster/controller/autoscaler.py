@@ -1,4 +1,4 @@
-"""How many replicas there should be. Pure: it is told how things are and answers."""
+"""How many replicas there should be. Pure: load in, decision out."""
 
 from __future__ import annotations
 

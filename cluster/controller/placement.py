@@ -65,7 +65,7 @@ def group_options(mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[st
 
 
 class HostError(RuntimeError):
-    """What went wrong at one host, or with it. `raised` tells whether its worker said so itself."""
+    """What went wrong at one host, or with it. `raised`: whether its worker itself raised the error."""
 
     def __init__(self, rank: int, error: BaseException, *, raised: bool = False) -> None:
         super().__init__(f"host {rank}: {error}")
@@ -171,7 +171,7 @@ class Placement:
 
     async def stand_by(self, model: ModelSpec, engine: EngineSpec) -> None:
         """Starts a worker beside each one, which has everything imported and traced, and does nothing. It takes no resources of
-        its own, so it is told which accelerators are its host's part."""
+        its own, so the call passes the accelerators of its host."""
         environments = await asyncio.gather(*(host.environment.remote() for host in self.hosts))
         self._standbys = [_host(self.group, rank, num_cpus=0) for rank in range(self._mesh.hosts)]
         await asyncio.gather(

@@ -1,4 +1,4 @@
-"""Which hosts lose workers. Pure: it is told what happened and when."""
+"""Which hosts lose workers. Pure: losses and times in, decisions out."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class NotReadyError(RuntimeError):
 
 
 class Replica:
-    """One replica and its epochs. `state`, `epoch`, `hosts`, `failures` (in a row) and `last_failure` tell how it is."""
+    """One replica and its epochs. `state`, `epoch`, `hosts`, `failures` (in a row) and `last_failure` describe it."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class Replica:
                 self._placement.remove()
 
     async def _live(self) -> Exception | None:
-        """Runs an epoch to its end; returns why it failed, None if it was told to end."""
+        """Runs an epoch to its end; returns why it failed, None if it was asked to end."""
         self._restart.clear()
         self._strange = False
         self._serving = asyncio.Event()
@@ -354,7 +354,7 @@ class Replica:
 
 async def _first(*parts: Awaitable[object]) -> None:
     """Returns or raises as the first that ends does; the others are cancelled. Of several that end at once, the one with an
-    error tells more."""
+    error says more."""
     tasks = [asyncio.ensure_future(part) for part in parts]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

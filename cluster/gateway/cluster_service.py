@@ -38,7 +38,6 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
         self._metrics_url = metrics_url
 
     def status(self) -> cluster_pb2.GetStatusResponse:
-        """The status now."""
         return cluster_pb2.GetStatusResponse(
             replicas=[self._replica(replica) for replica in self._fleet.replicas],
             requests=self._requests(),
@@ -51,7 +50,6 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
     async def GetStatus(
         self, request: cluster_pb2.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> cluster_pb2.GetStatusResponse:
-        """The status now."""
         return self.status()
 
     async def Profile(

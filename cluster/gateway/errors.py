@@ -14,8 +14,8 @@ from grpc_status import rpc_status
 DOMAIN = "grokmesh"
 #: By which clients that let gRPC try again know when.
 _PUSHBACK = "grpc-retry-pushback-ms"
-#: A status travels in metadata, of which clients take 8 KiB: so many violations are told, and so many bytes of each and of the
-#: message.
+#: A status travels in metadata, of which clients take 8 KiB: so many violations are listed, with so many bytes of each and
+#: of the message.
 MOST_VIOLATIONS, PROBLEM_BYTES, MESSAGE_BYTES = 8, 256, 512
 
 

@@ -67,7 +67,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """The wrapped handler."""
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
@@ -106,7 +105,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             async with begin(context):
                 own = self._own[CURRENT.get().caller.name]
                 request = await _receive(context, parse, own, self._places)
-                # Closed before the outcome is told, also when the client leaves while a response is being sent.
+                # Closed before the outcome is sent, also when the client leaves while a response is being sent.
                 async with contextlib.aclosing(handler.unary_stream(request, context)) as responses:
                     async for response in responses:
                         yield response
@@ -160,7 +159,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     @contextlib.asynccontextmanager
     async def _told(self, context: Any) -> AsyncIterator[None]:
-        """What goes wrong is told as a status."""
+        """Turns what goes wrong into a status."""
         try:
             yield
         except TimeoutError:
@@ -248,7 +247,7 @@ class _Outcome:
             await self._context.abort_with_status(status)
 
     def _status(self, code: str, error: BaseException | None) -> grpc.Status | None:
-        """What the client is told, if it still listens."""
+        """The status that the client gets, if it still listens."""
         if isinstance(error, GatewayError):
             return error.status()
         if code != "INTERNAL":

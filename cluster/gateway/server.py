@@ -33,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
 
-#: Seconds that completions have to end which were told to go on elsewhere, and that calls have which are none.
+#: Seconds for completions that were asked to go on elsewhere, and for other calls, to end.
 END_SECONDS, IDLE_GRACE_SECONDS = 10.0, 1.0
 _POLL_SECONDS = 0.05
 #: Seconds between measurements of the loop's lag.
@@ -126,16 +126,16 @@ class Gateway:
         self._lag = asyncio.ensure_future(_measure_lag(self._stall_seconds))
 
     async def set_ready(self, ready: bool) -> None:
-        """Tells health checkers whether any replica serves."""
+        """Sets the health status: whether any replica serves."""
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in ("", GENERATION):
             await self._health.set(service, status)
 
     async def stop(self) -> None:
-        """Drains: health says NOT_SERVING, new completions get UNAVAILABLE, those in flight have `drain_seconds`, and are told
+        """Drains: health says NOT_SERVING, new completions get UNAVAILABLE, those in flight have `drain_seconds`, and are asked
         then to go on elsewhere.
 
-        Clients are told to connect anew; what they send on old connections meanwhile gRPC sends again by itself.
+        Clients are asked to connect anew; gRPC sends again what they meanwhile send on old connections.
         """
         self.admission.draining = True
         await self._health.enter_graceful_shutdown()

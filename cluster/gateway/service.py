@@ -85,7 +85,6 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def GenerateOnce(
         self, request: generation_pb2.GenerateOnceRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> generation_pb2.GenerateOnceResponse:
-        """Returns whole completions."""
         completion = request.completion
         async with self._sessions(completion, context, whole=True) as sessions:
             responses = await _all(_whole(session) for session in sessions)
@@ -131,7 +130,6 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def GetModel(
         self, request: generation_pb2.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> generation_pb2.GetModelResponse:
-        """The served model."""
         return self._model
 
     @contextlib.asynccontextmanager
@@ -144,9 +142,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         # Places are taken before any work, so that the limits of a key bound that too.
         with self._admission.admitted(caller, number):
             wait = self._router.wait(max(-MAX_PRIORITY, min(completion.priority, MAX_PRIORITY)))
-            self._admission.patience(wait, left)
+            self._admission.check_wait(wait, left)
             request = await to_request(completion, self._limits, self._texts, caller, call.request_id, whole=whole)
-            self._admission.patience(wait, left, self._router.forecast.own(request))
+            self._admission.check_wait(wait, left, self._router.forecast.own(request))
             stops = StopTexts.of(completion.stop)
             with contextlib.ExitStack() as stack:
                 sessions = []
@@ -199,7 +197,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         if session.timing is not None and session.arrivals is not None and not session.moved:
             # As tokens came, not as the client took them.
             decode, whole = session.arrivals[1] - session.arrivals[0], session.finish is not None
-            self._router.forecast.learn(session.request, session.drawn, session.timing.prefill, decode, whole=whole)
+            self._router.forecast.learn(session.request, session.generated, session.timing.prefill, decode, whole=whole)
         to_first = session.first_token - call.began
         self._latency.add(to_first)
         metrics.TIME_TO_FIRST_TOKEN.labels(*labels).observe(to_first)
@@ -228,7 +226,7 @@ def _must_be_read() -> Iterator[None]:
 
 def _charged(session: Session, code: str, *, whole: bool, first: bool) -> int:
     """Tokens that a session costs its key: positions that were computed for it before its first token, once, however often it
-    moved, and the tokens that were drawn. Nothing if the client got nothing because the service failed.
+    moved, and the tokens that were generated. Nothing if the client got nothing because the service failed.
 
     Args:
       session: that has ended.
@@ -239,10 +237,10 @@ def _charged(session: Session, code: str, *, whole: bool, first: bool) -> int:
     if code in ("UNAVAILABLE", "INTERNAL") and (whole or not session.tokens):
         return 0
     if session.timing is not None:
-        return session.timing.computed + session.drawn
+        return session.timing.computed + session.generated
     # Of one that its caller gave up before, it is not known how far it was.
     given_up = first and code in ("CANCELLED", "DEADLINE_EXCEEDED")
-    return session.drawn + (len(session.request.prompt) if given_up else 0)
+    return session.generated + (len(session.request.prompt) if given_up else 0)
 
 
 async def _whole(session: Session) -> generation_pb2.GenerateOnceResponse:

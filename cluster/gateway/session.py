@@ -31,7 +31,7 @@ class Delta:
 
 
 class Session:
-    """One completion: what was asked, what came, and what waits to be told to the client."""
+    """One completion: what was asked, what came, and what waits to be sent to the client."""
 
     def __init__(
         self, request: Request, stops: StopTexts, tokenizer: Tokenizer, stop_tokens: Collection[int] = ()
@@ -67,7 +67,7 @@ class Session:
                 await asyncio.sleep(0)
 
     @property
-    def drawn(self) -> int:
+    def generated(self) -> int:
         """Tokens that have arrived from a leader."""
         return len(self._received) - len(self.request.resumed)
 

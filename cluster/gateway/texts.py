@@ -54,7 +54,7 @@ class Done:
 
 
 class Texts:
-    """Gives work on texts to processes of their own. For one event loop. `charge` is told the tokens that it costs a key."""
+    """Runs work on texts in processes of their own. For one event loop. `charge` gets the tokens that it costs a key."""
 
     def __init__(self, tokenizer: Tokenizer, sandbox: Sandbox, charge: Callable[[Caller, int], None]) -> None:
         self.tokenizer = tokenizer
@@ -120,7 +120,6 @@ class Texts:
             self._charge(caller, round(job.result().seconds * TOKENS_PER_SECOND))
 
     def close(self) -> None:
-        """Takes no more work."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._encoders.shutdown(wait=False, cancel_futures=True)
         self._sandbox.close()

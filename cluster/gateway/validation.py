@@ -27,7 +27,7 @@ MAX_BIAS = 100.0
 MAX_REPETITION_PENALTY = 10.0
 MAX_PENALTY = 2.0
 MAX_COMPLETIONS = 16
-#: Most bytes of a whole answer: what gRPC's clients take unless they are told otherwise, less a reserve.
+#: Most bytes of a whole answer: what gRPC's clients take by default, less a reserve.
 MAX_ANSWER_BYTES = 4 * 1024 * 1024 - 64 * 1024
 #: Bytes of a token in an answer and of each alternative to it: fields' heads, an id of up to three bytes, a float.
 _TOKEN_BYTES, _ALTERNATIVE_BYTES = 13, 11
@@ -129,7 +129,7 @@ def _check_prompt(completion: generation_pb2.Completion, limits: Limits, wrong: 
             wrong("text", f"has {size} bytes; the context of {limits.context} tokens holds at most {limits.text_bytes}")
     elif not completion.tokens.ids:
         wrong("tokens", "is empty")
-    elif len(completion.tokens.ids) <= limits.context:  # more do not fit, which is told in its place
+    elif len(completion.tokens.ids) <= limits.context:  # more do not fit: that is another violation
         _check_ids("tokens", completion.tokens.ids, limits.model.vocab_size, wrong)
 
 
@@ -177,7 +177,7 @@ def _check_resumed(completion: generation_pb2.Completion, limits: Limits, wrong:
     if completion.n > 1:
         wrong("resume", "can't be set together with n")
     if not completion.sampling.HasField("seed"):
-        wrong("resume", "needs the seed that the responses told")
+        wrong("resume", "needs the seed that the responses carried")
     most = _most_tokens(completion, limits)
     if len(resumed) >= min(most, limits.context):
         wrong("resume", f"has {len(resumed)} tokens; must be fewer than max_tokens={most}")
@@ -280,7 +280,7 @@ def _check_sampling(params: generation_pb2.SamplingParams, vocab_size: int, wron
 
 
 def _sampling(completion: generation_pb2.Completion, model: GrokConfig, *, masked: bool) -> Sampling:
-    """How tokens are drawn; `masked` by a grammar, whose end is never forbidden."""
+    """How tokens are sampled; `masked` by a grammar, whose end is never forbidden."""
     params = completion.sampling
     allowed = set(params.allowed_tokens)
     return Sampling(

@@ -1,1 +1,1 @@
-"""What the control plane tells of itself."""
+"""Telemetry of the control plane."""

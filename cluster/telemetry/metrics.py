@@ -1,4 +1,4 @@
-"""What the gateway tells Prometheus. Names that begin with gen_ai follow OpenTelemetry's conventions for generative AI."""
+"""The gateway's metrics. Names that begin with gen_ai follow OpenTelemetry's conventions for generative AI."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TIME_TO_FIRST_TOKEN = Histogram(
 )
 TIME_PER_OUTPUT_TOKEN = Histogram(
     "gen_ai_server_time_per_output_token_seconds",
-    "Mean time between a request's tokens after the first, told once a request.",
+    "Mean time between a request's tokens after the first, once a request.",
     _GEN_AI,
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5),
     registry=REGISTRY,

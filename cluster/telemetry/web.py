@@ -56,7 +56,6 @@ class WebServer:
             return int(self._runner.addresses[0][1])
 
     async def stop(self) -> None:
-        """Stops listening."""
         with contextlib.suppress(RuntimeError):  # never started
             await self._runner.cleanup()
 

@@ -69,7 +69,7 @@ def now(work: Coroutine[Any, Any, Result]) -> Result:
 async def _serve(address: str, seconds: float, keys: pathlib.Path | None, context: int) -> None:
     limits = Limits(MODEL, context, TOKENIZER.longest_piece)
     config = Config(ModelSpec("demo", str(DEMO)), gateway=GatewaySection(address))
-    router = Router(patience=0)
+    router = Router(max_wait=0)
     status: Any = unittest.mock.Mock()  # nobody asks for it
     sandbox = Sandbox("cluster.gateway.text_job", ARGUMENTS)
     gateway = Gateway(

@@ -1,1 +1,1 @@
-"""The compiler as witness: the model compiled ahead of time for devices that are not there."""
+"""The model compiled ahead of time for devices that are not there."""

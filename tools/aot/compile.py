@@ -133,7 +133,7 @@ def _mesh(hardware: Hardware, data: int, model: int) -> Any:
         devices = mesh_utils.create_device_mesh((data, model), described.devices, allow_split_physical_axes=True)
     else:
         if hardware.device.name != "H100":
-            raise NoCompilerError(f"the compiler is told of H100 only, not of {hardware.device.name}")
+            raise NoCompilerError(f"the compiler's target is H100 only, not {hardware.device.name}")
         per_host = hardware.devices // hardware.hosts
         described = topologies.get_topology_desc(
             platform="cuda", target_config=_H100, topology=f"1x{hardware.hosts}x{per_host}"
@@ -156,11 +156,11 @@ def main() -> int:
     asked: dict[str, Any] = json.load(sys.stdin)
     hardware = tpu_slice(asked["topology"]) if asked.get("topology") else gpu_hosts(asked["gpus"], asked["hosts"])
     try:
-        witness = _compile(asked, hardware)
+        report = _compile(asked, hardware)
     except NoCompilerError as error:
         print(error, file=sys.stderr)
         return NO_COMPILER
-    print(json.dumps(dataclasses.asdict(witness)))
+    print(json.dumps(dataclasses.asdict(report)))
     return 0
 
 

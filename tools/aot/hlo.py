@@ -1,4 +1,4 @@
-"""What a compiled program's text tells: which sums and gathers cross devices, and which buffers are as large as weights."""
+"""What a compiled program's text shows: which sums and gathers cross devices, and which buffers are as large as weights."""
 
 from __future__ import annotations
 

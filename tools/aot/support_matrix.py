@@ -73,48 +73,46 @@ def main() -> int:
     asked = rows()
 
     def ask(row: Row) -> AotReport:
-        witness = compile_in_subprocess(CONFIG, row.hardware, row.mesh, row.precision, row.program, row.engine)
-        print(_cells(row, witness), flush=True)
-        return witness
+        report = compile_in_subprocess(CONFIG, row.hardware, row.mesh, row.precision, row.program, row.engine)
+        print(_cells(row, report), flush=True)
+        return report
 
     with concurrent.futures.ThreadPoolExecutor(PROCESSES) as pool:
         found = list(zip(asked, pool.map(ask, asked), strict=True))
     TARGET.write_text(_page(found))
     RAW.parent.mkdir(parents=True, exist_ok=True)
     RAW.write_text(json.dumps([{"row": _cells(row, w), **dataclasses.asdict(w)} for row, w in found], indent=1))
-    worst = max(abs(_error(row, witness)) for row, witness in found if witness.peak)
+    worst = max(abs(_error(row, report)) for row, report in found if report.peak)
     surprises = [
-        _cells(row, witness)
-        for row, witness in found
-        if witness.fits != (row.planned.total <= row.hardware.device.memory)
+        _cells(row, report) for row, report in found if report.fits != (row.planned.total <= row.hardware.device.memory)
     ]
     print(f"{TARGET}: {len(found)} rows, the planner is off by at most {worst:.1%}", *surprises, sep="\n")
     return 0 if worst <= 0.03 and not surprises else 1
 
 
-def _error(row: Row, witness: AotReport) -> float:
-    return row.planned.total / witness.peak - 1
+def _error(row: Row, report: AotReport) -> float:
+    return row.planned.total / report.peak - 1
 
 
-def _cells(row: Row, witness: AotReport) -> str:
+def _cells(row: Row, report: AotReport) -> str:
     weights, cache = row.precision.weights, row.precision.kv_cache
     data, model, rules = row.mesh
     known = [str(row.hardware), f"{data} x {model} {rules}", f"{weights}, {cache}", row.program, str(row.engine.slots)]
-    if not witness.peak:
-        cells = ["", *known, "no", "", "", f"{row.planned.total / GIB:.2f}", "", "", witness.problem[:80], "", ""]
+    if not report.peak:
+        cells = ["", *known, "no", "", "", f"{row.planned.total / GIB:.2f}", "", "", report.problem[:80], "", ""]
         return " | ".join(cells).strip()
-    largest = max((traffic.largest for traffic in witness.collectives.values()), default=0)
-    copies = ", ".join(f"{count} {what}" for what, count in witness.weight_copies.items()) or "none"
+    largest = max((traffic.largest for traffic in report.collectives.values()), default=0)
+    copies = ", ".join(f"{count} {what}" for what, count in report.weight_copies.items()) or "none"
     cells = [
-        "", *known, "yes" if witness.fits else "no", f"{witness.peak / GIB:.2f}", f"{witness.temporaries / 2**20:.0f}",
-        f"{row.planned.total / GIB:.2f}", f"{_error(row, witness):+.1%}", f"{largest / 1e6:.2f}", copies,
-        f"{witness.seconds:.0f}", "",
+        "", *known, "yes" if report.fits else "no", f"{report.peak / GIB:.2f}", f"{report.temporaries / 2**20:.0f}",
+        f"{row.planned.total / GIB:.2f}", f"{_error(row, report):+.1%}", f"{largest / 1e6:.2f}", copies,
+        f"{report.seconds:.0f}", "",
     ]  # fmt: skip
     return " | ".join(cells).strip()
 
 
 def _page(found: list[tuple[Row, AotReport]]) -> str:
-    versions = "; ".join(sorted({witness.versions for _, witness in found if witness.versions}))
+    versions = "; ".join(sorted({report.versions for _, report in found if report.versions}))
     head = ["hardware", "mesh", "weights, KV cache", "program", "sequences", "fits", "peak GiB", "temporaries MiB"]
     head += ["planned GiB", "planner's error", "largest collective MB", "weight-sized buffers", "seconds"]
     lines = [
@@ -132,7 +130,7 @@ def _page(found: list[tuple[Row, AotReport]]) -> str:
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
     ]
-    return "\n".join([*lines, *(_cells(row, witness) for row, witness in found)]) + "\n"
+    return "\n".join([*lines, *(_cells(row, report) for row, report in found)]) + "\n"
 
 
 if __name__ == "__main__":

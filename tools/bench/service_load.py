@@ -90,7 +90,7 @@ async def run_load(address: str, load: Load, *, api_key: str | None = None, tls:
     """Sends all requests and waits for their ends. Errors of requests are noted, not raised.
 
     Raises:
-      grpc.RpcError: the service does not tell of its model.
+      grpc.RpcError: the service does not describe its model.
     """
     rng = random.Random(load.seed)
     async with AsyncClient(address, api_key=api_key, tls=tls, attempts=1) as client:

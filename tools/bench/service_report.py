@@ -70,7 +70,7 @@ def table(summary: dict[str, Any]) -> str:
     """The figures as text, times in milliseconds."""
     lines = [
         f"{summary['requests']} requests in {summary['seconds']:.1f} s, errors: {summary['errors'] or 'none'}",
-        f"{summary['completion_tokens_per_second']:.1f} tokens/s drawn, {summary['prompt_tokens_per_second']:.1f} prompt "
+        f"{summary['completion_tokens_per_second']:.1f} tokens/s generated, {summary['prompt_tokens_per_second']:.1f} prompt "
         f"tokens/s, {summary['requests_per_second']:.2f} requests/s, goodput {summary['goodput_requests_per_second']:.2f}",
         f"{'ms':<22}" + "".join(f"{f'p{percent}':>10}" for percent in PERCENTILES),
     ]
@@ -99,6 +99,6 @@ def plot(samples: Sequence[Sample], path: pathlib.Path) -> None:
     gaps.set(title="time between tokens", xlabel="ms", ylabel="tokens")
     seconds = collections.Counter(int(at) for s in good for at in s.tokens)
     rate.step(range(max(seconds, default=0) + 1), [seconds[i] for i in range(max(seconds, default=0) + 1)])
-    rate.set(title="tokens drawn", xlabel="s", ylabel="tokens/s")
+    rate.set(title="tokens generated", xlabel="s", ylabel="tokens/s")
     figure.savefig(path)
     pyplot.close(figure)

@@ -12,7 +12,7 @@ from workers.model.weight_format import ITEM_BYTES, WeightFormat, release_source
 
 #: Bytes of a value, as the world counts them: without the scales of fewer bits.
 VALUE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int8-unrounded": 1.0, "int4": 0.5}
-#: Of programs on each device beside what they are told below: their code, and what the compiler keeps for itself.
+#: Of programs on each device beside what is counted below: their code, and what the compiler keeps for itself.
 PROGRAM_BYTES = 80 * 2**20
 #: Rows that prompts are filled up to, for each expert.
 BLOCK_ROWS = 256
@@ -48,12 +48,10 @@ class Memory:
 
     @property
     def weights(self) -> float:
-        """All parameters."""
         return self.experts + self.attention + self.table + self.rest
 
     @property
     def total(self) -> float:
-        """Everything."""
         return self.weights + self.kv_pages + self.sampling + self.programs
 
 

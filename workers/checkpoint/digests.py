@@ -1,7 +1,7 @@
 """Digests of the parts of a checkpoint that devices hold, so that a byte that changed on one host's disk is noticed.
 
-A part is named by its file, where the array begins in it, and its bounds: whoever reads it, on whatever host and for whatever
-replica, must get the same bytes.
+A part is named by its file, where the array begins in it, and its bounds: on every host and for every
+replica its bytes must be the same.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class _Job:
 def read_slice(
     location: Location, span: ArraySpan, bounds: Bounds, report: Callable[[int], None] = lambda _: None
 ) -> Array:
-    """The part `bounds` of an array in a file, as an array of its own; `report` is told of bytes as they come.
+    """The part `bounds` of an array in a file, as an array of its own; `report` is called with numbers of bytes as they come.
 
     Raises OSError.
     """

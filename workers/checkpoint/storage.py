@@ -52,7 +52,6 @@ class ObjectPath:
 
     @property
     def name(self) -> str:
-        """The last part."""
         return str(self).rpartition("/")[2]
 
     @property
@@ -89,7 +88,6 @@ class ObjectPath:
         return int(self._try(lambda: obstore.head(self._store, self._key))["size"])
 
     def read_bytes(self) -> bytes:
-        """All of it."""
         return self.read(0, self.size())
 
     def read_text(self) -> str:
@@ -143,7 +141,7 @@ def locate(text: str) -> Location:
 
 
 def size_of(location: Location) -> int:
-    """Bytes of a file."""
+    """Bytes of a file on a disk or in an object store."""
     return location.size() if isinstance(location, ObjectPath) else location.stat().st_size
 
 

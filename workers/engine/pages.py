@@ -39,7 +39,7 @@ class PagePool:
         self._tree: dict[tuple[_Cached | None, Tokens], _Cached] = {}
         self._by_page: dict[int, _Cached] = {}
         # Cached pages without owner, the longest unused first. A page is given back before the one that it follows, and
-        # whoever owns it owns that one too: so the first is never followed by another.
+        # its owner owns that one too: so the first is never followed by another.
         self._idle: collections.OrderedDict[int, None] = collections.OrderedDict()
         # Of each owner, how many of its pages others may share, and the last of them.
         self._published: dict[str, tuple[int, _Cached]] = {}

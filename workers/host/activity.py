@@ -1,4 +1,4 @@
-"""Which ranks of a mesh use their processors: what tells a slow step from one that hangs, where processors do the computing."""
+"""Which ranks of a mesh use their processors: where these do the computing, that shows whether a step is slow or hangs."""
 
 from __future__ import annotations
 

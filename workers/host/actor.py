@@ -32,7 +32,7 @@ METRICS_PORTS = range(9500, 9564)
 _REACH_SECONDS = 3.0
 #: How often a worker looks whether Ray's node is still there. Ray itself looks every second.
 _ORPHAN_SECONDS = 0.1
-#: How Ray tells a process which of its host's accelerators are its own.
+#: The variables by which Ray assigns accelerators to a process.
 _ACCELERATORS = ("CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS", "TPU_CHIPS_PER_HOST_BOUNDS", "TPU_HOST_BOUNDS")
 
 
@@ -69,7 +69,7 @@ class Host:
             return [i for i, reached in enumerate(pool.map(_reaches, places)) if not reached]
 
     def environment(self) -> dict[str, str]:
-        """The environment that tells which accelerators this worker has."""
+        """The environment variables that assign accelerators to this worker."""
         return {name: os.environ[name] for name in _ACCELERATORS if name in os.environ}
 
     def prepare(self, model: ModelSpec, mesh: MeshSpec, engine: EngineSpec, environment: dict[str, str]) -> None:
@@ -97,7 +97,6 @@ class Host:
             time.sleep(0.01)
 
     def form(self, spec: RankSpec) -> dict[str, int]:
-        """See `Worker.form`."""
         logs.configure(replica=spec.replica, epoch=spec.epoch, rank=spec.rank)
         with self._preparing:  # its time may come before it is done
             settle(os.environ)
@@ -105,12 +104,10 @@ class Host:
         return self._worker.form()
 
     def warm_up(self) -> None:
-        """See `Worker.warm_up`."""
         assert self._worker is not None
         self._worker.warm_up()
 
     def serve(self) -> None:
-        """See `Worker.serve`."""
         assert self._worker is not None
         self._worker.serve()
 
@@ -126,7 +123,6 @@ class Host:
         return self._traces[name][path][start : start + length]
 
     def forget_trace(self, name: str) -> None:
-        """Drops a trace."""
         self._traces.pop(name, None)
 
     def dump_stacks(self) -> None:
@@ -154,5 +150,5 @@ def _end_with(parent: int) -> None:
 
 
 def _state(pid: int) -> str:
-    """The letter by which Linux tells what a process does."""
+    """The letter of a process's state in Linux."""
     return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

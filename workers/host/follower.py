@@ -22,7 +22,7 @@ PROBE_EVERY = 64
 
 
 def follow(runtime: Runtime, link: Link, epoch: int, profiler: Profiler) -> None:
-    """A follower's loop: carries out plans as they come, a few ahead of the devices, and tells the leader when they are done.
+    """A follower's loop: carries out plans as they come, a few ahead of the devices, and reports when they are done.
     Returns when the leader ends, and when its own devices fail: other ranks' devices then fail too, and which one was the first
     is for the leader to say, whose streams end in that order.
 
@@ -47,7 +47,7 @@ def follow(runtime: Runtime, link: Link, epoch: int, profiler: Profiler) -> None
 
 
 def _pulse(link: Link) -> None:
-    """Tells the leader that this process lives, while it does."""
+    """Sends the leader signs of life."""
     with contextlib.suppress(LinkError):
         while True:
             link.send(encode(Done(0, time.process_time())))

@@ -41,7 +41,7 @@ SETTLE_SECONDS = 0.002
 
 
 class Leader:
-    """Rank 0's loop. Each turn hears the gateways, plans, broadcasts and dispatches the plan, and only then reads the
+    """Rank 0's loop. Each turn reads what gateways sent, plans, broadcasts and dispatches the plan, and only then reads the
     tokens of the plan before, so that devices never wait for Python."""
 
     def __init__(
@@ -269,7 +269,7 @@ class Leader:
         self._waits.pop(request_id, None)
 
     def _timed(self, event: TokenEvent) -> TokenEvent:
-        """A request's first token tells what it waited for."""
+        """Observes what a request waited for, at its first token."""
         wait = self._waits.pop(event.request_id, None)
         if wait is None:
             return event
@@ -356,7 +356,6 @@ class Routing:
 
     @property
     def layer_groups(self) -> tuple[LayerGroup, ...]:
-        """All counts so far."""
         return tuple(
             LayerGroup(group.start, group.stop - 1, tuple(sums))
             for group, sums in zip(self._groups, self._counts, strict=True)

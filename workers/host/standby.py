@@ -49,7 +49,6 @@ class StandbyEngine:
             self._draw()
 
     def trace(self) -> None:
-        """Traces all programs."""
         for name in self.program_set.names:
             self.program_set.trace(name)
 

@@ -126,7 +126,6 @@ class GatewayLink:
             self.close()
 
     def close(self) -> None:
-        """Ends the stream."""
         self.open = False
         self._link.close()
 
@@ -140,7 +139,7 @@ class GatewayLink:
                     self.open = False
 
 
-#: What the leader's loop hears: a gateway's input (an empty one when it has joined), or None when it is gone. Without a gateway
+#: What the leader's loop gets: a gateway's input (an empty one when it has joined), or None when it is gone. Without a gateway
 #: it is only woken.
 Incoming = tuple[GatewayLink | None, LeaderInput | None]
 
@@ -238,12 +237,12 @@ class LeaderServer:
         try:
             link = Link(connection)
             # A timer, since a socket's timeout would begin anew with each byte.
-            patience = threading.Timer(HELLO_TIMEOUT, link.close)
-            patience.start()
+            timer = threading.Timer(HELLO_TIMEOUT, link.close)
+            timer.start()
             try:
                 hello = decode(Hello, link.receive(MAX_HELLO) or b"")
             finally:
-                patience.cancel()
+                timer.cancel()
             if hello.epoch != self._epoch or not hmac.compare_digest(hello.secret, self._secret):
                 raise LinkError("wrong epoch or secret")
             if hello.protocol != PROTOCOL:
@@ -302,7 +301,7 @@ class LeaderServer:
         self.inbox.put((gateway, None))
 
     def _pulse(self, gateway: GatewayLink) -> None:
-        """Tells a gateway that this process lives, while it does."""
+        """Sends a gateway signs of life."""
         while gateway.open:
             gateway.send(LeaderOutput(self._epoch))
             time.sleep(PULSE_SECONDS)

@@ -24,7 +24,7 @@ class Watchdog:
     longer, but do not hang. What the leader's own Python takes between two calls to the devices does not count.
 
     Steps of a kind compute as many prompt positions, within a factor of two: others say nothing of them. What a rank that hangs
-    does to its mesh can't be told from a slow step in any other way, as nothing returns.
+    does to its mesh can't be distinguished from a slow step in any other way, as nothing returns.
     """
 
     def __init__(self, bark: Callable[[str], None], working: Callable[[], bool] = lambda: False) -> None:

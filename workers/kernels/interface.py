@@ -60,7 +60,6 @@ class Kernels:
 
     @property
     def packed(self) -> bool:
-        """Whether weights are packed."""
         return self.pack is not None
 
 

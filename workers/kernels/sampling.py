@@ -16,7 +16,7 @@ CANDIDATES = 64
 #: What of the state a row's draw depends on: bits of `SamplingRows.flags`.
 BIASED, PENALIZED, MASKED = 1, 2, 4
 
-#: In `SamplingState.counts`: set for tokens of the prompt; the bits below count how often a token was drawn.
+#: In `SamplingState.counts`: set for tokens of the prompt; the bits below count how often a token was generated.
 IN_PROMPT = 1 << 30
 
 
@@ -36,7 +36,7 @@ class SamplingRows:
       min_p: float32 in [0, 1]; a token must be this part of the most likely one's probability; 0 keeps all.
       top_k: int32; 0 keeps all.
       repetition: float32 > 0; logits of tokens seen in prompt or completion are divided by it (or multiplied, below zero).
-      presence, frequency: float32; subtracted from the logits of drawn tokens, once and for each time.
+      presence, frequency: float32; subtracted from the logits of generated tokens, once and for each time.
     """
 
     slot: jax.Array

@@ -21,7 +21,6 @@ class AtLeast:
     least: float
 
     def problem(self, value: float) -> str:
-        """See Constraint."""
         kind = "a finite number of " if isinstance(value, float) else ""
         return "" if math.isfinite(value) and value >= self.least else f"must be {kind}at least {self.least:g}"
 
@@ -33,7 +32,6 @@ class MoreThan:
     bound: float
 
     def problem(self, value: float) -> str:
-        """See Constraint."""
         return "" if math.isfinite(value) and value > self.bound else f"must be a finite number above {self.bound:g}"
 
 
@@ -45,7 +43,6 @@ class Between:
     most: float
 
     def problem(self, value: float) -> str:
-        """See Constraint."""
         return "" if self.least <= value <= self.most else f"must be from {self.least:g} to {self.most:g}"
 
 
@@ -56,7 +53,6 @@ class OneOf:
     names: tuple[str, ...]
 
     def problem(self, value: str) -> str:
-        """See Constraint."""
         return "" if value in self.names else f"is unknown; use {', '.join(self.names)}"
 
 
@@ -65,6 +61,5 @@ class HostPort:
     """An address to listen at."""
 
     def problem(self, value: str) -> str:
-        """See Constraint."""
         host, _, port = value.rpartition(":")
         return "" if host and port.isdecimal() and int(port) <= 65535 else "is no host:port"

@@ -1,4 +1,4 @@
-"""What the mesh is told to do next: the words between scheduler and runtime."""
+"""What the mesh does next: the messages from scheduler to runtime, and back."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class EngineShape:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a request's tokens are drawn.
+    """How a request's tokens are sampled.
 
     Attributes:
       temperature: 0 takes the most likely token.
@@ -69,8 +69,8 @@ class Sampling:
       logit_bias: (token, value) pairs added to the logits.
       allowed_tokens: if there are any, all others are forbidden.
       repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or completion; 1 for none.
-      presence_penalty, frequency_penalty: taken from the logits of drawn tokens, once and for each time.
-      masked: whether plans bring masks of the tokens that may be drawn next.
+      presence_penalty, frequency_penalty: taken from the logits of generated tokens, once and for each time.
+      masked: whether plans bring masks of the tokens that may come next.
       top_logprobs: most likely alternatives that are reported with each token, up to ALTERNATIVES.
     """
 
@@ -130,7 +130,7 @@ class Mask:
 
 @dataclasses.dataclass(frozen=True)
 class Forced:
-    """The token that a slot draws next, whatever the logits say: one that was drawn before, on a mesh that is gone."""
+    """The token that a slot draws next, whatever the logits say: one that was generated before, on a mesh that is gone."""
 
     slot: int
     token: int

@@ -23,7 +23,7 @@ class Request:
       priority: requests of a higher one are admitted first.
       grammar: what its tokens must spell, as `workers.text.grammar` has it; empty for anything.
       owner: of the request. Of a priority, the requests of the owner with the fewest slots go first.
-      resumed: its first tokens, which an engine that is gone has drawn already; fewer than `max_tokens`.
+      resumed: its first tokens, which an engine that is gone has generated already; fewer than `max_tokens`.
     """
 
     id: str
@@ -53,8 +53,7 @@ class Constraint(Protocol):
         """A bit for each token, as in `workers.messages.plan.Mask`; at least one is set. For when it is ready without a
         problem."""
 
-    def accept(self, token: int) -> None:
-        """Takes the next token."""
+    def accept(self, token: int) -> None: ...
 
     def close(self) -> None:
         """Ends it: no more is asked."""
@@ -114,7 +113,7 @@ class Load:
 
 
 class Refused(Exception):  # noqa: N818
-    """A request that the engine does not take. `full` tells whether it may be sent again later."""
+    """A request that the engine does not take. `full`: whether it may be sent again later."""
 
     def __init__(self, reason: str, *, full: bool = False) -> None:
         super().__init__(reason)

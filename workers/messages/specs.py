@@ -1,4 +1,4 @@
-"""What a mesh is to be made of, and what a host is told when it joins one. Parts of it stand in `ray_config.yaml`."""
+"""What a mesh is made of, and what a host gets when it joins one. Parts of it stand in `ray_config.yaml`."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class RankSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """Where a host can be reached, told before it joins a mesh.
+    """Where a host can be reached, known before it joins a mesh.
 
     Attributes:
       address: in the cluster.

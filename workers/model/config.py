@@ -13,12 +13,10 @@ from typing import Any, Protocol
 class Readable(Protocol):
     """A file, wherever it is."""
 
-    def read_text(self) -> str:
-        """All of it."""
+    def read_text(self) -> str: ...
 
     @property
-    def parent(self) -> object:
-        """Where it is."""
+    def parent(self) -> object: ...
 
 
 #: Exponentials of logits that lie within twice this can be added in float32 without a running maximum.

@@ -44,7 +44,6 @@ class ParameterInfo:
 
     @property
     def size(self) -> int:
-        """Number of values."""
         return math.prod(self.shape)
 
     @property

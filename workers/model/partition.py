@@ -55,7 +55,7 @@ class Partition(Layout):
         return NamedSharding(self.mesh, self.spec(axes))
 
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
-        """`x`, told to lie as `axes` say."""
+        """`x`, laid out by `axes`."""
         return x if self.mesh is None else lax.with_sharding_constraint(x, self.sharding(axes))
 
     def on_parts(self, local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

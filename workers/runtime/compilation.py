@@ -55,7 +55,7 @@ def compile_all(
 
     Args:
       programs: each returns what `jax.stages.Lowered.compile` does.
-      report: told the fraction that is done.
+      report: called with the fraction that is done.
     """
     done: dict[str, Any] = {}
     threads = max(1, min(MAX_THREADS, os.cpu_count() or 1))

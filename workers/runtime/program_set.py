@@ -76,7 +76,6 @@ class ProgramSet:
 
     @property
     def names(self) -> list[str]:
-        """Names of the programs."""
         return list(self._calls)
 
     def trace(self, name: str) -> Any:

@@ -55,7 +55,7 @@ class Runtime:
         Args:
           program_set: of the engine.
           partition: that of the program_set, on devices.
-          report: told the fraction of the programs that are compiled.
+          report: called with the fraction of the programs that are compiled.
         """
         mesh = partition.mesh
         assert isinstance(mesh, Mesh)

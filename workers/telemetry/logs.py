@@ -28,7 +28,6 @@ class JsonFormatter(logging.Formatter):
         self._context = context
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
         time = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
         line: dict[str, Any] = {
             "time": time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -46,7 +45,7 @@ class JsonFormatter(logging.Formatter):
 
 def keep_small(descriptor: int, most: int) -> None:
     """If a process writes its log to a file of more than `most` bytes, moves what is there to `FILE.1` and begins again. Only
-    with a file that was opened to be appended to, as whoever else writes to it goes on. Raises OSError."""
+    with a file that was opened to be appended to, as other writers go on. Raises OSError."""
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_size <= most:
         return

@@ -1,4 +1,4 @@
-"""What a worker process tells Prometheus."""
+"""A worker's metrics."""
 
 from __future__ import annotations
 

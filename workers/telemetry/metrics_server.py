@@ -41,13 +41,13 @@ class MetricsServer(socketserver.ThreadingMixIn, WSGIServer):
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answers, within MAX_SECONDS: a socket's timeout would begin anew with each byte."""
-        patience = threading.Timer(MAX_SECONDS, _end, (request,))
-        patience.daemon = True
+        timer = threading.Timer(MAX_SECONDS, _end, (request,))
+        timer.daemon = True
         try:
-            patience.start()
+            timer.start()
             super().process_request_thread(request, client_address)
         finally:
-            patience.cancel()
+            timer.cancel()
             self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:

@@ -26,7 +26,7 @@ _LIMITS = LLParserLimits(max_items_in_row=50_000, step_max_items=200_000, verbos
 _TRIALS, _TRIAL_TOKENS, _TRIAL_SECONDS = 4, 24, 0.1
 #: Whole numbers beyond these may be rounded.
 _EXACT_INTEGERS = 2**53
-#: Longest problem that is told; llguidance repeats whole grammars.
+#: Longest problem that is reported; llguidance repeats whole grammars.
 _LONGEST_PROBLEM = 240
 
 
@@ -179,7 +179,6 @@ class Matcher:
         raise GrammarError("none of the tokens that may be drawn can follow")
 
     def accept(self, token: int) -> None:
-        """Takes the next token."""
         self._matcher.consume_token(token)
 
 

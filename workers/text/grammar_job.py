@@ -45,21 +45,17 @@ class RemoteConstraint:
 
     @property
     def ready(self) -> bool:
-        """See `Constraint.ready`."""
         return self._due == 0 or bool(self.problem)
 
     def mask(self) -> bytes:
-        """See `Constraint.mask`."""
         return self._mask
 
     def accept(self, token: int) -> None:
-        """See `Constraint.accept`."""
         self._due += 1
         self._asked.add(self)
         self._send(token.to_bytes(4, "little"))
 
     def close(self) -> None:
-        """See `Constraint.close`."""
         with self._lock:
             self.closed = True
             if self._stream is not None:
@@ -74,7 +70,7 @@ class RemoteConstraint:
         if self.closed:  # meanwhile
             self.close()
 
-    def hear(self, stream: Connection) -> bool:
+    def read(self, stream: Connection) -> bool:
         """Takes an answer. False if no more will come."""
         try:
             answer = stream.recv_bytes()
@@ -101,7 +97,7 @@ class RemoteConstraint:
 
 
 class Constraints:
-    """Gives constraints their processes, `most` at a time, and hears these. `on_answer` is called by another thread.
+    """Gives constraints their processes, `most` at a time, and reads their answers. `on_answer` is called by another thread.
 
     Of those that wait for a process, the first of the highest priority comes next whose owner has the fewest.
     """
@@ -163,7 +159,7 @@ class Constraints:
                 self._release(constraint)
                 self._tell()
                 continue
-            # Before anything is sent: that it ends is heard from now on.
+            # Before anything is sent: its end is noticed from now on.
             self._selector.register(stream, selectors.EVENT_READ, constraint)
             constraint.begin(stream)
 
@@ -172,7 +168,7 @@ class Constraints:
             for key, _ in self._selector.select():
                 stream: Any = key.fileobj
                 constraint: RemoteConstraint = key.data
-                if not constraint.hear(stream):
+                if not constraint.read(stream):
                     self._selector.unregister(stream)
                     constraint.end(stream)
                     self._release(constraint)

@@ -30,7 +30,7 @@ class Budget:
       seconds: of a processor, for each answer.
       total_seconds: of a processor, in all.
       mebibytes: of memory beyond what the template has.
-      niceness: how far it yields the processors to whoever serves.
+      niceness: how far it yields the processors to what serves.
     """
 
     seconds: float
@@ -110,7 +110,7 @@ class Sandbox:
 
 
 def hang_up(stream: Connection) -> None:
-    """Tells a child that no more will come: it ends once it has answered, and so does its stream."""
+    """Closes the input of a child: it ends once it has answered, and so does its stream."""
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(stream.fileno())) as end:
         end.shutdown(socket.SHUT_WR)
 
@@ -130,7 +130,6 @@ class JobStream:
         return received
 
     def send(self, answer: bytes) -> None:
-        """Sends a message."""
         self._stream.send_bytes(answer)
 
 

@@ -44,7 +44,6 @@ class Tokenizer:
         return list(self._processor.EncodeAsIds(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens."""
         return str(self._processor.DecodeIds([id for id in ids if not self.has_no_text(id)]))
 
     def has_no_text(self, id: int) -> bool:
@@ -72,7 +71,7 @@ class Tokenizer:
 class Detokenizer:
     """Turns a completion into text token by token. The pieces joined are the text that the completion adds to its prompt.
 
-    Each step decodes a short window: some tokens whose text was told (or is the prompt's), and those since. A character of
+    Each step decodes a short window: some tokens whose text was returned (or is the prompt's), and those since. A character of
     which only some bytes have come, each a token, stands as U+FFFD, one a byte, at the end of the window's text, and is held
     back.
     """

@@ -45,7 +45,7 @@ class Admission:
         finally:
             self._change(caller, -count)
 
-    def patience(self, wait: float, left: float | None, own: float = 0.0) -> None:
+    def check_wait(self, wait: float, left: float | None, own: float = 0.0) -> None:
         """Raises GatewayError (RESOURCE_EXHAUSTED) if a completion would wait too long.
 
         Args:

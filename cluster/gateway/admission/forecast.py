@@ -14,10 +14,10 @@ AGING = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Ahead:
-    """A request that is on a replica, and how many tokens of it have been drawn, without resumed ones."""
+    """A request that is on a replica, and how many tokens of it have been generated, without resumed ones."""
 
     request: Request
-    drawn: int
+    generated: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Capacity:
 
 class Forecast:
     """Learns what requests take once they have a slot: seconds a prompt position, seconds a token after the first, and how much
-    of `max_tokens` is drawn.
+    of `max_tokens` is generated.
 
-    What is on a replica is then played through: who comes next has a slot when one of those before it has ended, if they
+    The replica's queue is then played through: a request has a slot when one of those before it has ended, if they
     leave none.
     """
 
@@ -41,14 +41,14 @@ class Forecast:
         self._token: float | None = None
         self._used = 1.0
 
-    def learn(self, request: Request, drawn: int, prefill: float, decode: float, *, whole: bool = True) -> None:
-        """Notes a request: seconds until its first token, and from that to the last one of `drawn`, at least one. One that is
-        not whole, as its client left, tells how fast tokens come but not how many."""
+    def learn(self, request: Request, generated: int, prefill: float, decode: float, *, whole: bool = True) -> None:
+        """Notes a request: seconds until its first token, and from that to the last one of `generated`, at least one. One that
+        is not whole, as its client left, shows how fast tokens come but not how many."""
         self._position = _averaged(self._position, prefill / _positions(request))
-        if drawn > 1:
-            self._token = _averaged(self._token, decode / (drawn - 1))
+        if generated > 1:
+            self._token = _averaged(self._token, decode / (generated - 1))
         if whole:
-            self._used = _averaged(self._used, drawn / (request.max_tokens - len(request.resumed)))
+            self._used = _averaged(self._used, generated / (request.max_tokens - len(request.resumed)))
 
     def own(self, request: Request) -> float:
         """Seconds that a request will likely take once it has a slot."""
@@ -62,7 +62,9 @@ class Forecast:
         lengths = sum(len(a.request.prompt) + a.request.max_tokens * self._used for a in before) / len(before)
         together = max(1, min(capacity.slots, int(capacity.positions / lengths)))
         ends: list[float] = []
-        for one in sorted(before, key=lambda one: one.drawn == 0):  # those with tokens have a slot; the sort is stable
+        for one in sorted(
+            before, key=lambda one: one.generated == 0
+        ):  # those with tokens have a slot; the sort is stable
             began = heapq.heappop(ends) if len(ends) == together else 0.0
             heapq.heappush(ends, began + self._left(one))
         return ends[0] if len(ends) == together else 0.0
@@ -70,8 +72,8 @@ class Forecast:
     def _left(self, one: Ahead) -> float:
         """Seconds that a request still takes."""
         request = one.request
-        positions = 0 if one.drawn else _positions(request)
-        tokens = max(1.0, (request.max_tokens - len(request.resumed)) * self._used - one.drawn)
+        positions = 0 if one.generated else _positions(request)
+        tokens = max(1.0, (request.max_tokens - len(request.resumed)) * self._used - one.generated)
         return positions * (self._position or 0.0) + tokens * (self._token or 0.0)
 
 

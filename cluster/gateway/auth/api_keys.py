@@ -38,7 +38,7 @@ class Caller:
       name: of the key.
       scopes: of SCOPES.
       max_requests: completions that the key may have in the gateway at once; None for no limit of its own.
-      tokens_per_minute: prompt and drawn tokens that it may use, with a minute's worth at a time; None for no limit.
+      tokens_per_minute: prompt and generated tokens that it may use, with a minute's worth at a time; None for no limit.
       max_priority: the highest priority that it may ask for.
     """
 
@@ -51,7 +51,7 @@ class Caller:
 
 #: Callers where no keys are asked for. They complete prompts, and nothing else.
 ANONYMOUS = Caller("anonymous")
-#: The user who runs the service, on its own machine.
+#: The user of the service's process, on its own machine.
 LOCAL_ADMIN = Caller("local-admin", SCOPES, max_priority=MAX_PRIORITY)
 
 

@@ -25,7 +25,7 @@ def server_credentials(config: GatewaySection) -> grpc.ServerCredentials:
     reloading = Reloading(files, lambda: _read(certificate, key, client_ca), TlsError)
     known = reloading.get()
 
-    def changed() -> Any:  # None for no change, which gRPC's types don't tell
+    def changed() -> Any:  # None for no change, which gRPC's types omit
         nonlocal known
         before, known = known, reloading.get()
         return None if known is before else known

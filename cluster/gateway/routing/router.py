@@ -22,7 +22,7 @@ from workers.messages.request import Load
 _LOG = logging.getLogger(__name__)
 _LENGTH = struct.Struct(">I")
 
-#: Seconds that a leader has to listen after it was told to serve.
+#: Seconds within which a leader must listen once it serves.
 CONNECT_SECONDS = 30.0
 #: Seconds until a session is sent again that a replica could not take, as it had too many.
 REFUSED_SECONDS = 0.5
@@ -36,7 +36,7 @@ ALIVE_SECONDS = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class LeaderAddress:
-    """Where a replica's leader listens in an epoch, and the secret that it wants to hear."""
+    """Where a replica's leader listens in an epoch, and the secret that it asks for."""
 
     replica: int
     epoch: int
@@ -108,7 +108,7 @@ class ReplicaLink:
 
     async def run(self, on_proven: Callable[[], None]) -> None:
         """Delivers what the leader sends until the stream ends, or nothing comes for too long. `on_proven` is called when the
-        first load comes, which tells that the mesh computes."""
+        first load comes, which shows that the mesh computes."""
         self._on_proven = on_proven
         beside = [asyncio.ensure_future(work) for work in (self._watch(), self._tell_alive())]
         try:
@@ -118,7 +118,7 @@ class ReplicaLink:
                 task.cancel()
 
     async def _watch(self) -> None:
-        # Turns of this loop are counted, not seconds: when it was itself held up, what came meanwhile is heard first.
+        # Turns of this loop are counted, not seconds: when it was itself held up, what came meanwhile is read first.
         while self._silent < self._most_silent / PULSE_SECONDS:
             await asyncio.sleep(PULSE_SECONDS)
             self._silent += 1
@@ -182,14 +182,14 @@ class ReplicaLink:
 class Router:
     """Knows the ready replicas and sends each session to the least busy one.
 
-    While none is ready but one that was lost is being built again, sessions wait for it, at most `patience` seconds.
+    While none is ready but one that was lost is being built again, sessions wait for it, at most `max_wait` seconds.
     """
 
     def __init__(
-        self, patience: float, on_change: Callable[[int], None] = lambda _: None, silence: float = 1.5
+        self, max_wait: float, on_change: Callable[[int], None] = lambda _: None, silence: float = 1.5
     ) -> None:
         """Leaders that say nothing for `silence` seconds are lost."""
-        self._patience = patience
+        self._max_wait = max_wait
         self._silence = silence
         self._links: dict[int, ReplicaLink] = {}
         self._lost: set[int] = set()
@@ -213,12 +213,12 @@ class Router:
         return sum(not session.tokens for session in self._everywhere())
 
     def load(self, replica: int) -> Load:
-        """A replica's load as it last told it."""
+        """A replica's last reported load."""
         link = self._links.get(replica)
         return link.load if link else Load()
 
     def status(self, replica: int) -> Status:
-        """A replica's status as it last told it."""
+        """A replica's last reported status."""
         link = self._links.get(replica)
         return link.status if link else Status()
 
@@ -304,9 +304,9 @@ class Router:
         if link is None:
             return 0.0
         ahead = (
-            Ahead(session.request, session.drawn)
+            Ahead(session.request, session.generated)
             for session in link.sessions.values()
-            if session.drawn or session.request.priority >= priority  # a session that has tokens keeps its slot
+            if session.generated or session.request.priority >= priority  # a session that has tokens keeps its slot
         )
         return self.forecast.wait(ahead, Capacity(link.load.slots, link.load.positions))
 
@@ -368,7 +368,7 @@ class Router:
 
     def _place(self, session: Session) -> bool:
         if session.suspect and self._trial not in (None, session):
-            timer = asyncio.get_running_loop().call_later(self._patience, self._give_up, session)
+            timer = asyncio.get_running_loop().call_later(self._max_wait, self._give_up, session)
             self._untried[session.request.id] = session, timer
             return True
         link = self._least_busy()
@@ -379,7 +379,7 @@ class Router:
         if link is not None:
             link.submit(session)
         else:
-            self._wait(session, self._patience, self._give_up)
+            self._wait(session, self._max_wait, self._give_up)
         return True
 
     def _wait(self, session: Session, seconds: float, then: Callable[[Session], None]) -> None:
@@ -398,7 +398,7 @@ class Router:
     def _give_up(self, session: Session) -> None:
         self._stop_waiting(session)
         self._leave_trial(session)
-        session.deliver(unavailable(f"no replica came back within {self._patience:g} s"))
+        session.deliver(unavailable(f"no replica came back within {self._max_wait:g} s"))
 
     def _refused(self, session: Session, refusal: Refusal) -> None:
         """A replica did not take a session, or can't go on with it. One that was admitted before is not turned away because

@@ -42,7 +42,7 @@ class _Router(Router):
     """Knows of sessions what a test says."""
 
     def __init__(self) -> None:
-        super().__init__(patience=1)
+        super().__init__(max_wait=1)
         self.with_sessions: set[int] = set()
 
     def busy(self, replica: int) -> bool:

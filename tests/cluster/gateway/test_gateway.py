@@ -101,7 +101,7 @@ def test_each_wrong_field_is_named(prompt: str | list[int], options: Options, fi
 @pytest.mark.parametrize(
     ("ids", "change", "problem"),
     [
-        ([7, 8], {}, "needs the seed that the responses told"),
+        ([7, 8], {}, "needs the seed that the responses carried"),
         ([7] * 5, {"seed": 1}, "has 5 tokens; must be fewer than max_tokens=5"),
         ([2048], {"seed": 1}, "has token 2048; the vocabulary has 2048"),
         ([7], {"seed": 1, "stop_token_ids": [7]}, "has a token that ends it: that completion is whole"),
@@ -359,14 +359,14 @@ def test_a_key_owes_its_next_gateway_what_it_owed_the_last_one() -> None:
 
 def test_who_would_wait_too_long_is_turned_away_and_told_until_when() -> None:
     admission = Admission(16, queue_seconds=10)
-    admission.patience(9.0, None)
-    admission.patience(4.0, left=9.0 * MARGIN, own=5.0)
+    admission.check_wait(9.0, None)
+    admission.check_wait(4.0, left=9.0 * MARGIN, own=5.0)
     for wait, left, own, retry in ((12.5, None, 0.0, 2.5), (12.5, 99.0, 0.0, 2.5), (6.0, 9.0 * MARGIN, 5.0, 2.0)):
         with pytest.raises(GatewayError) as raised:
-            admission.patience(wait, left, own)
+            admission.check_wait(wait, left, own)
         assert raised.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert raised.value.retry_seconds == pytest.approx(retry)
-    admission.patience(0.0, left=1.0, own=5.0)  # nobody waits, so it may be lucky
+    admission.check_wait(0.0, left=1.0, own=5.0)  # nobody waits, so it may be lucky
 
 
 def test_a_status_carries_its_details() -> None:

@@ -19,7 +19,7 @@ from workers.telemetry.metrics_server import MAX_CONNECTIONS, MetricsServer, ser
 
 @pytest.fixture(params=["127.0.0.1", "::1"])
 def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[MetricsServer]:
-    """At an address of each kind, with little patience."""
+    """At an address of each kind, with short limits."""
     monkeypatch.setattr(metrics_server, "MAX_SECONDS", 0.5)
     registry = CollectorRegistry()
     Counter("plans", "Plans.", registry=registry).inc(3)

@@ -316,7 +316,7 @@ Global___RestartRequest: _TypeAlias = RestartRequest  # noqa: Y015
 
 @_typing.final
 class RestartResponse(_message.Message):
-    """Tells that a replica serves again."""
+    """A replica serves again."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ClusterServiceStub:
-    """Tells operators how the cluster is.
+    """The state of the cluster, for operators.
     """
 
     def __init__(self, channel):
@@ -53,7 +53,7 @@ class ClusterServiceStub:
 
 
 class ClusterServiceServicer:
-    """Tells operators how the cluster is.
+    """The state of the cluster, for operators.
     """
 
     def GetStatus(self, request, context):
@@ -106,7 +106,7 @@ def add_ClusterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ClusterService:
-    """Tells operators how the cluster is.
+    """The state of the cluster, for operators.
     """
 
     @staticmethod

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ClusterServiceStub:
-    """Tells operators how the cluster is."""
+    """The state of the cluster, for operators."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -46,7 +46,7 @@ class ClusterServiceStub:
 
 @_typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
-    """Tells operators how the cluster is."""
+    """The state of the cluster, for operators."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetStatusRequest, _cluster_pb2.GetStatusResponse]  # type: ignore[assignment]
@@ -61,7 +61,7 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Tells operators how the cluster is."""
+    """The state of the cluster, for operators."""
 
     @_abc_1.abstractmethod
     def GetStatus(

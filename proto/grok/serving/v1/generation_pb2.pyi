@@ -36,7 +36,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_STOP: _FinishReason.ValueType  # 2
     """A stop text appeared, or a token of `stop_token_ids`."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 3
-    """`max_tokens` were drawn."""
+    """`max_tokens` were generated."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why a completion ended."""
@@ -48,7 +48,7 @@ FINISH_REASON_EOS: FinishReason.ValueType  # 1
 FINISH_REASON_STOP: FinishReason.ValueType  # 2
 """A stop text appeared, or a token of `stop_token_ids`."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 3
-"""`max_tokens` were drawn."""
+"""`max_tokens` were generated."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
@@ -77,7 +77,7 @@ Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
-    """How tokens are drawn. Absent fields mean what is said with each."""
+    """How tokens are sampled. Absent fields mean what is said with each."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -122,7 +122,7 @@ class SamplingParams(_message.Message):
     response names.
     """
     min_p: _builtins.float
-    """From 0 to 1. Tokens whose probability is below this part of the most likely one's are not drawn. Absent: 0."""
+    """From 0 to 1. Tokens whose probability is below this part of the most likely one's are not sampled. Absent: 0."""
     repetition_penalty: _builtins.float
     """More than 0, up to 10. Divides the logits of tokens that prompt or completion hold already, or multiplies them where they
     are negative. Absent: 1.
@@ -137,7 +137,7 @@ class SamplingParams(_message.Message):
 
     @_builtins.property
     def allowed_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """If there are any (up to 4,096), no other tokens are drawn, but for the end token where a format ends."""
+        """If there are any (up to 4,096), no other tokens are sampled, but for the end token where a format ends."""
 
     def __init__(
         self,
@@ -244,7 +244,7 @@ class Completion(_message.Message):
     ignore_eos: _builtins.bool
     """Go on past the model's end token, up to `max_tokens`."""
     top_logprobs: _builtins.int
-    """How many of the most likely tokens to tell with each token, up to 8."""
+    """How many of the most likely tokens to return with each token, up to 8."""
     json_schema: _builtins.str
     """A JSON value that fits this JSON schema."""
     regex: _builtins.str
@@ -258,7 +258,7 @@ class Completion(_message.Message):
     lower one.
     """
     min_tokens: _builtins.int
-    """Tokens that there must be before the model's end token, or one of `stop_token_ids`, may be drawn. At most `max_tokens`. A
+    """Tokens that there must be before the model's end token, or one of `stop_token_ids`, may be sampled. At most `max_tokens`. A
     format that is at its end goes before.
     """
     @_builtins.property
@@ -355,7 +355,7 @@ Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
 
 @_typing.final
 class GeneratedToken(_message.Message):
-    """A drawn token."""
+    """A generated token."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -396,7 +396,7 @@ class Usage(_message.Message):
     prompt_tokens: _builtins.int
     """Tokens of the prompt."""
     completion_tokens: _builtins.int
-    """Tokens drawn."""
+    """Tokens generated."""
     def __init__(
         self,
         *,

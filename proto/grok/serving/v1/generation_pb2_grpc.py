@@ -72,7 +72,7 @@ class GenerationServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Streams a completion: one response for each step that has text or tokens to tell, the last with `finish_reason`.
+        """Streams a completion: one response for each step that has text or tokens, the last with `finish_reason`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,7 +38,7 @@ class GenerationServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> GenerationServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
-    """Streams a completion: one response for each step that has text or tokens to tell, the last with `finish_reason`."""
+    """Streams a completion: one response for each step that has text or tokens, the last with `finish_reason`."""
     GenerateOnce: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateOnceRequest, _generation_pb2.GenerateOnceResponse]
     """Returns a whole completion at once. Refused if it may take more than 4 MiB, which is what clients take."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
@@ -56,7 +56,7 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Streams a completion: one response for each step that has text or tokens to tell, the last with `finish_reason`."""
+    """Streams a completion: one response for each step that has text or tokens, the last with `finish_reason`."""
     GenerateOnce: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateOnceRequest, _generation_pb2.GenerateOnceResponse]  # type: ignore[assignment]
     """Returns a whole completion at once. Refused if it may take more than 4 MiB, which is what clients take."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
@@ -77,7 +77,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateResponse], _abc.AsyncIterator[_generation_pb2.GenerateResponse]]:
-        """Streams a completion: one response for each step that has text or tokens to tell, the last with `finish_reason`."""
+        """Streams a completion: one response for each step that has text or tokens, the last with `finish_reason`."""
 
     @_abc_1.abstractmethod
     def GenerateOnce(

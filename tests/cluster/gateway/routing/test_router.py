@@ -104,7 +104,7 @@ async def _ids(session: Session) -> list[int]:
 
 def test_a_session_goes_on_at_another_replica_with_what_it_has() -> None:
     async def play() -> None:
-        router, session = Router(patience=5), _session()
+        router, session = Router(max_wait=5), _session()
         async with _leading(router, 0, 1) as first, _leading(router, 1, 1) as second:
             router.start(session)
             assert _resumed(await first.hear()) == []
@@ -124,7 +124,7 @@ def test_a_session_goes_on_at_another_replica_with_what_it_has() -> None:
 @pytest.mark.parametrize("end", [_Leader.die, lambda leader: None], ids=["dead", "silent"])
 def test_sessions_wait_for_a_replica_that_is_built_again(end: Callable[[_Leader], None]) -> None:
     async def play() -> None:
-        router, session = Router(patience=5), _session()
+        router, session = Router(max_wait=5), _session()
         async with _leading(router, 0, 1) as first:
             router.start(session)
             first.draw(10)
@@ -152,7 +152,7 @@ def test_sessions_wait_for_a_replica_that_is_built_again(end: Callable[[_Leader]
 
 def test_a_leader_that_says_that_it_lives_is_believed() -> None:
     async def play() -> None:
-        router = Router(patience=5)
+        router = Router(max_wait=5)
         async with _leading(router, 0, 1) as leader:
             for _ in range(int(2 * SILENCE_SECONDS / PULSE_SECONDS)):
                 leader.say()
@@ -162,9 +162,9 @@ def test_a_leader_that_says_that_it_lives_is_believed() -> None:
     asyncio.run(play())
 
 
-def test_patience_ends() -> None:
+def test_a_wait_ends() -> None:
     async def play() -> None:
-        router, session = Router(patience=0.1), _session()
+        router, session = Router(max_wait=0.1), _session()
         async with _leading(router, 0, 1):
             router.start(session)
         with pytest.raises(GatewayError, match="no replica came back within"):
@@ -176,7 +176,7 @@ def test_patience_ends() -> None:
 
 def test_who_was_admitted_is_not_turned_away_by_a_full_replica() -> None:
     async def play() -> None:
-        router, session, newcomer = Router(patience=5), _session(), _session()
+        router, session, newcomer = Router(max_wait=5), _session(), _session()
         async with _leading(router, 0, 1) as first, _leading(router, 1, 1) as second:
             router.start(session)
             first.draw(10)
@@ -201,7 +201,7 @@ def test_a_session_that_breaks_every_replica_breaks_no_more_and_takes_no_others_
     """One of 16 breaks whatever computes it. All go on elsewhere once; then each is tried alone, until it has come on."""
 
     async def play() -> int:
-        router, guilty, epoch = Router(patience=5), "s7", 0
+        router, guilty, epoch = Router(max_wait=5), "s7", 0
         sessions = {
             name: Session(Request(name, (5, 6), 20, Sampling()), StopTexts.of(()), TOKENIZER)
             for name in (f"s{i}" for i in range(16))
@@ -235,7 +235,7 @@ def test_a_session_that_breaks_every_replica_breaks_no_more_and_takes_no_others_
 
 def test_without_any_replica_there_is_nothing_to_wait_for() -> None:
     async def play() -> None:
-        router = Router(patience=5)
+        router = Router(max_wait=5)
         with pytest.raises(GatewayError, match="no replica is ready"):
             router.start(_session())
         async with _leading(router, 0, 1):

@@ -323,7 +323,7 @@ uint16_t to_bfloat16(float x) {
   return std::isnan(x) ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// See workers/kernels/xla/paged_attention.py. Pages are updated in place: XLA is told that results are the arguments.
+// See workers/kernels/xla/paged_attention.py. Pages are updated in place: results alias the arguments.
 ffi::Error attend(ffi::ThreadPool pool, F32 q, F32 k, F32 v, ffi::AnyBuffer, ffi::AnyBuffer, S32 table, S32 positions, float scale,
                   float cap, float rope_base, Result y, ffi::Result<ffi::AnyBuffer> key_pages, ffi::Result<ffi::AnyBuffer> value_pages) {
   const int64_t batch = q.dimensions()[0], length = q.dimensions()[1], heads = q.dimensions()[2], size = q.dimensions()[3];
