@@ -106,12 +106,15 @@ class TelemetrySection:
       log_prompts: whether logs and traces hold what clients ask and get.
       stall_seconds: for developers: when the gateway's loop, or the leader's beside its devices, stands still for longer, the
         log names what held it. 0.01 finds what disturbs others; it costs some percent of a processor.
+      plan_log: for developers: directory in which leaders record each plan and its tokens, for `python -m tools.replay`. The
+        record holds what clients ask and get, as tokens, and grows without end.
     """
 
     address: Annotated[str, HostPort()] = "127.0.0.1:9464"
     traces_endpoint: str | None = None
     log_prompts: bool = False
     stall_seconds: Annotated[float | None, Between(0.001, 60)] = None
+    plan_log: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -288,6 +288,7 @@ class Replica:
                 compilation_cache=config.cluster.compilation_cache or None,
                 silence_seconds=config.cluster.silence_seconds,
                 stall_seconds=config.telemetry.stall_seconds,
+                plan_log=config.telemetry.plan_log,
             )
             for rank in range(len(endpoints))
         ]

@@ -9,6 +9,8 @@ import os
 import pathlib
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from cluster.cli import main
 from grok.serving.v1 import cluster_pb2, generation_pb2, generation_pb2_grpc
 from grokmesh import AsyncClient, Client, Completion, Options, completion_request
 from tests.conftest import DEMO
+from tests.support.ports import free_port
 from tests.support.service import Service, read_metrics, running
 from tools.load import cases, run
 from workers.checkpoint.checkpoint import open_checkpoint
@@ -41,9 +44,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def service(folder: pathlib.Path) -> Iterator[Service]:
-    """The demo: two hosts of two devices."""
+    """The demo: two hosts of two devices. The leaders log their plans."""
     mesh = {"hosts": 2, "devices_per_host": 2, "data": 2, "model": 2}
-    with running(folder, mesh=mesh) as service:
+    telemetry = {"address": f"127.0.0.1:{free_port('127.0.0.1')}", "plan_log": str(folder / "plans")}
+    with running(folder, mesh=mesh, telemetry=telemetry) as service:
         yield service
 
 
@@ -78,6 +82,14 @@ def test_hosts_form_one_mesh_and_read_half_of_the_checkpoint_each(service: Servi
     total = open_checkpoint(DEMO).nbytes
     for host in replica.hosts:
         assert 0.5 * total <= host.bytes_read <= 0.52 * total
+
+
+def test_one_process_computes_the_tokens_of_a_plan_log_again(client: Client, folder: pathlib.Path) -> None:
+    client.complete(PROMPT, max_tokens=20, seed=5, n=3)
+    (log,) = (folder / "plans").iterdir()
+    done = subprocess.run([sys.executable, "-P", "-m", "tools.replay", str(log)], capture_output=True, text=True)
+    assert re.match(r"\d\d+ plans came to the same tokens", done.stdout), done.stdout + done.stderr
+    assert done.returncode == 0
 
 
 def test_health_and_reflection_answer(service: Service) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from tests.support.ports import free_port
 from workers.engine.scheduler import Scheduler
 from workers.host.leader import Leader
+from workers.host.plan_log import PlanLog
 from workers.host.streams import LeaderServer, LinkError
 from workers.messages.plan import EngineShape, Plan, StepTokens, Token
 from workers.model.config import GrokConfig
@@ -22,10 +23,11 @@ from workers.text.sandbox import Sandbox
 
 
 class FakeRuntime:
-    """Draws token 5 for everything, at once or as often as steps take `seconds`."""
+    """Draws `token` for everything, at once or as often as steps take `seconds`."""
 
-    def __init__(self, shape: EngineShape, seconds: float = 0.0) -> None:
+    def __init__(self, shape: EngineShape, seconds: float = 0.0, token: int = 5) -> None:
         self.shape = shape
+        self._token = token
         self._seconds = seconds
         self.config = GrokConfig(num_layers=2)
         self.host_computes = True
@@ -38,7 +40,7 @@ class FakeRuntime:
         """Its tokens."""
         time.sleep(self._seconds)
         plan: Plan = pending.plan
-        token = Token(5, -1.0, ())
+        token = Token(self._token, -1.0, ())
         last = [chunk for chunks in plan.prefills for chunk in chunks if chunk.last]
         decoded = ((token,) * plan.steps,) * len(plan.decode)
         drafted = ((token,),) * len(plan.drafts)
@@ -62,6 +64,7 @@ def leading(
     stall_seconds: float | None = None,
     stalled: Callable[[str], None] = print,
     ended: Callable[[LinkError], None] = lambda _: None,
+    plan_log: PlanLog | None = None,
 ) -> Iterator[str]:
     """The address of a leader of epoch 1, whose secret is b"s", that serves while the block runs; steps take `seconds`. Only
     with a `sandbox` does it follow grammars."""
@@ -74,7 +77,7 @@ def leading(
 
     def lead() -> None:
         stalls = StallWatch("the leader's loop", stall_seconds, stalled)
-        leader = Leader(runtime, scheduler, server, 1, lambda: 0, Profiler(), constraints, stalls, prefill_slowdown=2.0)
+        leader = Leader(runtime, scheduler, server, 1, lambda: 0, Profiler(), constraints, stalls, 2.0, plan_log)
         try:
             leader.run()
         except LinkError as error:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from workers.engine.prefill_budget import PrefillBudget
 from workers.engine.scheduler import Counts, Scheduler
 from workers.host.follower import probe
+from workers.host.plan_log import PlanLog
 from workers.host.streams import GatewayLink, Incoming, LeaderServer, LinkError
 from workers.host.watchdog import Watchdog
 from workers.messages.frames import LayerGroup, LeaderOutput, Refusal, RefusalKind, Status
@@ -55,6 +56,7 @@ class Leader:
         constraints: Constraints,
         stalls: StallWatch,
         prefill_slowdown: float,
+        plan_log: PlanLog | None = None,
     ) -> None:
         self._runtime = runtime
         self._scheduler = scheduler
@@ -64,6 +66,7 @@ class Leader:
         self._profiler = profiler
         self._constraints = constraints
         self._stalls = stalls
+        self._plan_log = plan_log
         self._opening: dict[str, tuple[Request, RemoteConstraint]] = {}
         self._budget = PrefillBudget(runtime.shape.chunk, prefill_slowdown)
         self._counted = Counts()
@@ -97,7 +100,7 @@ class Leader:
             clock.lap("plan")
             dispatched = None
             if plan is not None:
-                self._server.broadcast(plan)
+                self._broadcast(plan)
                 clock.lap("broadcast")
                 self._profiler.step()
                 self._count(plan)
@@ -127,7 +130,7 @@ class Leader:
     def _prove(self) -> None:
         self._scheduler.submit(CANARY)
         while (plan := self._scheduler.plan()) is not None:
-            self._server.broadcast(plan)
+            self._broadcast(plan)
             self._count(plan)
             pending = self._execute(plan)
             with self._waiting(plan):
@@ -148,6 +151,11 @@ class Leader:
         activity.note(0, time.process_time())
         return self._runtime.host_computes and activity.working()
 
+    def _broadcast(self, plan: Plan) -> None:
+        if self._plan_log is not None:
+            self._plan_log.plan(plan)
+        self._server.broadcast(plan)
+
     def _execute(self, plan: Plan) -> Pending:
         self._watchdog.dispatched(plan)
         with self._waiting(plan):
@@ -166,6 +174,8 @@ class Leader:
 
     def _complete(self, plan: Plan, tokens: StepTokens) -> list[TokenEvent]:
         self._watchdog.done(plan)
+        if self._plan_log is not None:
+            self._plan_log.tokens(tokens)
         self._routing.add(tokens.expert_tokens)
         return [event for event in self._scheduler.complete(tokens) if event.request_id != CANARY.id]
 

@@ -7,11 +7,13 @@ import dataclasses
 import functools
 import logging
 import os
+import pathlib
 import time
 from typing import TYPE_CHECKING, Any
 
 from workers.engine.scheduler import Scheduler
 from workers.host.environment import bypass_proxies
+from workers.host.plan_log import LoggedEngine, PlanLog
 from workers.host.streams import LeaderServer, connect, wait_for_listener
 from workers.messages.frames import Hello
 from workers.messages.specs import COMPILING, JOINING, LOADING, PREPARING, WARMING_UP, Progress, RankSpec
@@ -175,8 +177,21 @@ class Worker:
             slowdown = a.engine.prefill_slowdown
             constraints = Constraints(self._sandbox, runtime.shape.slots + SPARE_GRAMMARS, self._server.wake)
             stalls = StallWatch("the leader's loop", a.stall_seconds, _LOG.warning)
+            log = None
+            if a.plan_log:
+                path = pathlib.Path(a.plan_log) / f"replica{a.replica}-epoch{a.epoch}.plans"
+                log = PlanLog(path, LoggedEngine(a.model, a.mesh, a.engine, runtime.kernels))
             leader = Leader(
-                runtime, scheduler, self._server, a.epoch, compilations, self.profiler, constraints, stalls, slowdown
+                runtime,
+                scheduler,
+                self._server,
+                a.epoch,
+                compilations,
+                self.profiler,
+                constraints,
+                stalls,
+                slowdown,
+                log,
             )
             leader.run()
         finally:

@@ -103,7 +103,7 @@ class RankSpec:
       leader: `host:port` where the leader listens; empty for nowhere.
       compilation_cache: directory of compiled programs kept between starts, or None.
       silence_seconds: see `cluster.config.schema.ClusterSection`.
-      stall_seconds: see `cluster.config.schema.TelemetrySection`.
+      stall_seconds, plan_log: see `cluster.config.schema.TelemetrySection`.
     """
 
     replica: int
@@ -118,6 +118,7 @@ class RankSpec:
     compilation_cache: str | None
     silence_seconds: float = 1.5
     stall_seconds: float | None = None
+    plan_log: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
