@@ -8,7 +8,6 @@ import math
 import pathlib
 import re
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -37,7 +36,6 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     require(prometheus="prometheus", promtool="prometheus")
     with monitored(tmp_path_factory.mktemp("monitored")) as stage:
         wait_until(lambda: len(stage.query('up{job="grokmesh"} == 1')) == 3, 30)
-        time.sleep(12)  # rates need samples
         yield stage
 
 
@@ -109,13 +107,13 @@ def test_prometheus_finds_gateway_and_workers_by_itself(stage: Stage) -> None:
 def test_every_panel_has_data(stage: Stage) -> None:
     empty = []
     for name, expression in _expressions():
-        # A quantile has no value while nothing happens: a moment later something has.
-        for _ in range(10):
-            values = [float(series["value"][1]) for series in stage.query(expression)]
-            if any(map(math.isfinite, values)):
-                break
-            time.sleep(0.5)
-        else:
+        # Rates need samples, and a quantile has no value while nothing happens.
+        def has_data(expression: str = expression) -> bool:
+            return any(math.isfinite(float(series["value"][1])) for series in stage.query(expression))
+
+        try:
+            wait_until(has_data, 20)
+        except AssertionError:
             empty.append((name, expression))
     assert empty == []
 

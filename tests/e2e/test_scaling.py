@@ -196,7 +196,7 @@ def test_a_successor_takes_over_and_no_request_fails(tmp_path: pathlib.Path) -> 
         try:
             daemon.follow(successor, log, START_SECONDS)
             assert service.process.wait(timeout=60) == 0
-            time.sleep(1.0)
+            wait_until(lambda: any(model == "demo-2" for model, _ in finished), 10)
             stop.set()
             for thread in threads:
                 thread.join()

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +28,7 @@ from grokmesh import AsyncClient, Client, Completion, Options, completion_reques
 from tests.conftest import DEMO
 from tests.support.ports import free_port
 from tests.support.service import Service, read_metrics, running
+from tests.support.waiting import wait_until
 from tools.load import cases, run
 from workers.checkpoint.checkpoint import open_checkpoint
 
@@ -407,8 +407,7 @@ def test_a_host_may_fail_in_mid_stream_and_the_client_never_knows(
     ]
     for thread in threads:
         thread.start()
-    service.wait_for(lambda status: status.replicas[0].running == 2, seconds=5)
-    time.sleep(0.2)
+    wait_until(lambda: all(seen), 10)
     os.kill(replica.hosts[rank].pid, fault)
     service.wait_for(lambda status: status.replicas[0].state != cluster_pb2.REPLICA_STATE_READY, seconds=10)
     late = client.complete(PROMPT, **{**options, "max_tokens": 3})  # who comes now waits

@@ -85,6 +85,7 @@ class Leader:
 
     def run(self) -> None:
         """Serves until a follower is lost, which raises LinkError; gateways only once all hosts have computed a token."""
+        self._watchdog.start()
         self._prove()
         pending: Pending | None = None
         clock = _Clock()

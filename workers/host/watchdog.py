@@ -27,21 +27,35 @@ class Watchdog:
     does to its mesh can't be distinguished from a slow step in any other way, as nothing returns.
     """
 
-    def __init__(self, bark: Callable[[str], None], working: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        bark: Callable[[str], None],
+        working: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._bark = bark
         self._working = working
+        self._clock = clock
         self._seconds: dict[int, collections.deque[float]] = collections.defaultdict(
             lambda: collections.deque(maxlen=REMEMBERED)
         )
         self._dispatched: dict[int, float] = {}
         self._last_done = 0.0
         self._waiting: tuple[Plan, float] | None = None
-        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+
+    def start(self) -> None:
+        """Checks again and again, in a thread of its own."""
+
+        def watch() -> None:
+            while not self.check():
+                time.sleep(CHECK_SECONDS)
+
+        threading.Thread(target=watch, daemon=True, name="watchdog").start()
 
     @contextlib.contextmanager
     def waiting(self, plan: Plan) -> Iterator[None]:
         """The devices are asked to begin a plan's step, or to end it, while the block runs."""
-        self._waiting = plan, time.monotonic()
+        self._waiting = plan, self._clock()
         try:
             yield
         finally:
@@ -49,11 +63,11 @@ class Watchdog:
 
     def dispatched(self, plan: Plan) -> None:
         """Notes that the devices have a plan."""
-        self._dispatched[plan.number] = time.monotonic()
+        self._dispatched[plan.number] = self._clock()
 
     def done(self, plan: Plan) -> None:
         """Notes that a plan's step is done, which began when it was dispatched and the one before was done."""
-        now = time.monotonic()
+        now = self._clock()
         self._seconds[_kind(plan)].append(now - max(self._dispatched.pop(plan.number), self._last_done))
         self._last_done = now
 
@@ -64,16 +78,16 @@ class Watchdog:
             return UNKNOWN_SECONDS
         return 3 * seen[math.ceil(0.99 * len(seen)) - 1] + 1.0
 
-    def _watch(self) -> None:
-        while True:
-            time.sleep(CHECK_SECONDS)
-            waiting, working = self._waiting, self._working()
-            if waiting is None:
-                continue
-            seconds = time.monotonic() - waiting[1]
-            if seconds > UNKNOWN_SECONDS or (seconds > self.limit(waiting[0]) and not working):
-                self._bark(f"plan {waiting[0].number} has been running for {seconds:.1f} s; a rank must hang")
-                return
+    def check(self) -> bool:
+        """Barks if the devices take too long; whether they do."""
+        waiting, working = self._waiting, self._working()
+        if waiting is None:
+            return False
+        seconds = self._clock() - waiting[1]
+        if seconds < UNKNOWN_SECONDS and (working or seconds < self.limit(waiting[0])):
+            return False
+        self._bark(f"plan {waiting[0].number} has been running for {seconds:.1f} s; a rank must hang")
+        return True
 
 
 def _kind(plan: Plan) -> int:

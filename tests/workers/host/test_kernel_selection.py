@@ -38,7 +38,7 @@ def test_cpu_hosts_compute_natively_what_fits() -> None:
     assert select_kernels(MODEL, dataclasses.replace(MESH, rules="xai"), CHECKPOINT) is PORTABLE
 
 
-def test_accelerators_compute_all_layers_in_one_loop() -> None:
+def test_accelerators_have_kernels_of_their_own() -> None:
     for platform, kernels in (("gpu", ACCELERATOR), ("tpu", TPU)):
         assert select_kernels(MODEL, dataclasses.replace(MESH, platform=platform), CHECKPOINT) is kernels
         assert kernels.accelerator

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
-
 import pytest
 
 from tests.support.waiting import wait_until
@@ -12,60 +9,76 @@ from workers.host.watchdog import ENOUGH, UNKNOWN_SECONDS, Watchdog
 from workers.messages.plan import Chunk, DecodeRow, Plan
 
 
+class _Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def _plan(prompt: int) -> Plan:
     return Plan(1, (), ((Chunk(0, 0, (3,) * prompt, True),),) if prompt else (), (DecodeRow(0, 1),))
 
 
-def _seen(watchdog: Watchdog, plan: Plan, seconds: float) -> None:
+def _see(watchdog: Watchdog, clock: _Clock, plan: Plan, seconds: float) -> None:
     for _ in range(ENOUGH):
         watchdog.dispatched(plan)
         with watchdog.waiting(plan):
-            time.sleep(seconds)
+            clock.now += seconds
         watchdog.done(plan)
 
 
 def test_a_step_is_judged_by_those_of_its_kind() -> None:
-    watchdog = Watchdog(pytest.fail)
+    clock = _Clock()
+    watchdog = Watchdog(pytest.fail, clock=clock)
     decode, prompt = _plan(0), _plan(100)
-    _seen(watchdog, decode, 0.01)
-    assert 1.03 <= watchdog.limit(decode) < 1.5
+    _see(watchdog, clock, decode, 0.01)
+    assert watchdog.limit(decode) == pytest.approx(1.03)
     assert watchdog.limit(prompt) == UNKNOWN_SECONDS
-    _seen(watchdog, prompt, 0.05)
-    assert 1.15 <= watchdog.limit(_plan(127)) < 1.6
+    _see(watchdog, clock, prompt, 0.05)
+    assert watchdog.limit(_plan(127)) == pytest.approx(1.15)
     assert watchdog.limit(_plan(128)) == UNKNOWN_SECONDS
 
 
-def test_a_step_that_never_ends_is_told_once() -> None:
-    told: list[str] = []
-    barked = threading.Event()
-
-    def bark(reason: str) -> None:
-        told.append(reason)
-        barked.set()
-
-    watchdog = Watchdog(bark)
-    plan = _plan(0)
-    _seen(watchdog, plan, 0.001)
+def test_a_step_that_never_ends_is_reported() -> None:
+    clock, reports = _Clock(), list[str]()
+    watchdog, plan = Watchdog(reports.append, clock=clock), _plan(0)
+    _see(watchdog, clock, plan, 0.01)
     watchdog.dispatched(plan)
-    time.sleep(1.2)  # that the leader itself is busy says nothing of the devices
-    assert not told
+    clock.now += 60  # that the leader itself is busy says nothing of the devices
+    assert not watchdog.check()
     with watchdog.waiting(plan):
-        assert barked.wait(2.0)
-        time.sleep(0.2)
-    assert len(told) == 1
-    assert "plan 1 has been running for" in told[0]
+        clock.now += 1.0
+        assert not watchdog.check()
+        clock.now += 0.1
+        assert watchdog.check()
+    assert reports == ["plan 1 has been running for 1.1 s; a rank must hang"]
 
 
 def test_a_step_that_is_slow_is_none_that_hangs() -> None:
-    told: list[str] = []
-    working = threading.Event()
-    working.set()
-    watchdog = Watchdog(told.append, working.is_set)
-    plan = _plan(0)
-    _seen(watchdog, plan, 0.001)
+    clock, reports, working = _Clock(), list[str](), [True]
+    watchdog, plan = Watchdog(reports.append, lambda: working[0], clock), _plan(0)
+    _see(watchdog, clock, plan, 0.01)
     watchdog.dispatched(plan)
     with watchdog.waiting(plan):
-        time.sleep(watchdog.limit(plan) + 0.5)
-        assert not told
-        working.clear()
-        wait_until(lambda: bool(told), 5)
+        clock.now += UNKNOWN_SECONDS - 0.1
+        assert not watchdog.check()
+        working[0] = False
+        assert watchdog.check()
+        working[0] = True
+        assert len(reports) == 1
+        clock.now += 0.2
+        assert watchdog.check()  # however much they work
+
+
+def test_it_checks_by_itself() -> None:
+    reports = list[str]()
+    clock = _Clock()
+    watchdog = Watchdog(reports.append, clock=clock)
+    watchdog.start()
+    with watchdog.waiting(_plan(0)):
+        clock.now += UNKNOWN_SECONDS
+        wait_until(lambda: bool(reports), 5)

@@ -61,6 +61,12 @@ class _Leader:
         self._writer.transport.abort()
 
 
+async def _turns() -> None:
+    """Lets everything happen that waits for nothing but the loop."""
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
 @contextlib.asynccontextmanager
 async def _leading(router: Router, replica: int, epoch: int) -> AsyncIterator[_Leader]:
     """A replica that has become ready."""
@@ -72,7 +78,7 @@ async def _leading(router: Router, replica: int, epoch: int) -> AsyncIterator[_L
     leader = await joined.get()
     assert decode(Hello, await leader.frame()).epoch == epoch
     leader.say()
-    await asyncio.sleep(0.01)
+    await _turns()
     assert not ready.is_set(), "that it lives is not enough"
     leader.say(load=Load())
     await ready.wait()
@@ -111,7 +117,8 @@ def test_a_session_goes_on_at_another_replica_with_what_it_has() -> None:
             first.draw(10, 11)
             await session.next_deltas()
             first.draw(12)
-            await asyncio.sleep(0.05)
+            while session.generated < 3:
+                await asyncio.sleep(0)
             first.die()
             assert _resumed(await second.hear()) == [10, 11, 12]  # the last one has not been told to the client
             second.draw(13, 14, 15, last=True)
