@@ -31,8 +31,9 @@ try:
     digests = worker.form()
     formed = worker.progress
     worker.warm_up()
+    taken = [phase for phase in phases if not phase.startswith((COMPILING, "kernels"))]
     print(json.dumps({
-        "phases": [p for p in phases if not p.startswith((COMPILING, "kernels"))], "digests": len(digests), "devices": formed.devices, "read": formed.bytes_read,
+        "phases": taken, "digests": len(digests), "devices": formed.devices, "read": formed.bytes_read,
         "total": formed.bytes_total, "ready": worker.progress.phase, "late": worker._compilations_while_serving(),
         "tokens": worker.runtime.device_bytes["kv_pages"] > 0,
     }))
