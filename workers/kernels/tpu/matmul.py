@@ -73,27 +73,6 @@ def _multiply(
     whole = tile_groups == scale_groups or tile_groups % _FEWEST == 0
     scales_of_tiles = weight.scales if whole else weight.scales[..., None, :]
 
-    def kernel(owner: Any, active: Any, x: Any, values: Any, scales: Any, out: Any, total: Any) -> None:
-        del owner
-        k = pl.program_id(2)
-
-        @pl.when(k == 0)
-        def _() -> None:
-            total[...] = jnp.zeros_like(total)
-
-        @pl.when(pl.program_id(1) < active[0])
-        def _() -> None:
-            grouped = values[0].reshape(tile_groups, tile_depth // tile_groups, tile_columns).astype(jnp.float32)
-            # Rounded to bfloat16 as in `dequantize`: that is part of the model.
-            factors = scales[0].reshape(tile_groups, 1, tile_columns).astype(jnp.float32)
-            wide = (grouped * factors).astype(jnp.bfloat16)
-            matrix = wide.reshape(tile_depth, tile_columns).astype(x.dtype)
-            total[...] += jnp.dot(x[...], matrix, preferred_element_type=jnp.float32)
-
-        @pl.when(k == turns - 1)
-        def _() -> None:
-            out[...] = total[...]
-
     def turn(b: Any, k: Any, active: Any) -> Any:
         return jnp.where(b < active[0], k, turns - 1)
 
@@ -122,7 +101,7 @@ def _multiply(
         scratch_shapes=[pltpu.VMEM((block, tile_columns), jnp.float32)],
     )
     call = pl.pallas_call(
-        kernel,
+        functools.partial(_multiply_tile, tile_groups=tile_groups, turns=turns),
         grid_spec=spec,
         out_shape=jax.ShapeDtypeStruct((x.shape[0], columns), jnp.float32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
@@ -130,6 +109,32 @@ def _multiply(
     )
     product: jax.Array = call(owner, active, x, weight.weight, scales_of_tiles)
     return product
+
+
+def _multiply_tile(
+    owner: Any, active: Any, x: Any, values: Any, scales: Any, out: Any, total: Any, *, tile_groups: int, turns: int
+) -> None:
+    """Adds one tile's product to `total`, and writes that after the last of `turns` tiles of the depth."""
+    del owner
+    k = pl.program_id(2)
+
+    @pl.when(k == 0)
+    def _() -> None:
+        total[...] = jnp.zeros_like(total)
+
+    @pl.when(pl.program_id(1) < active[0])
+    def _() -> None:
+        _, tile_depth, tile_columns = values.shape
+        grouped = values[0].reshape(tile_groups, tile_depth // tile_groups, tile_columns).astype(jnp.float32)
+        # Rounded to bfloat16 as in `dequantize`: that is part of the model.
+        factors = scales[0].reshape(tile_groups, 1, tile_columns).astype(jnp.float32)
+        wide = (grouped * factors).astype(jnp.bfloat16)
+        matrix = wide.reshape(tile_depth, tile_columns).astype(x.dtype)
+        total[...] += jnp.dot(x[...], matrix, preferred_element_type=jnp.float32)
+
+    @pl.when(k == turns - 1)
+    def _() -> None:
+        out[...] = total[...]
 
 
 def project(
