@@ -91,9 +91,9 @@ def main() -> None:
         stack.callback(ray.shutdown)
         node: Any = ray._private.worker.global_worker.node
         stack.callback(_end_session, node.get_session_dir_path())
-        print(cluster.address, flush=True)
+        print("address:", cluster.address, flush=True)
         for _ in sys.stdin:
-            print(sum(found["Alive"] for found in ray.nodes()), flush=True)
+            print("nodes:", sum(found["Alive"] for found in ray.nodes()), flush=True)
 
 
 def _end_session(directory: str) -> None:

@@ -87,16 +87,20 @@ def _autoscaling_cluster() -> Iterator[tuple[str, Callable[[], int]]]:
     assert process.stdout is not None
     lines = process.stdout
 
+    def read(name: str) -> str:
+        """What the next line of that name says; Ray writes warnings between them."""
+        line = next((line for line in lines if line.startswith(name)), "")
+        assert line, "the cluster has ended"
+        return line.removeprefix(name).strip()
+
     def nodes() -> int:
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
-        return int(lines.readline())
+        return int(read("nodes:"))
 
     try:
-        address = lines.readline().strip()
-        assert address, "the cluster did not start"
-        yield address, nodes
+        yield read("address:"), nodes
     finally:
         process.stdin.close()
         try:
