@@ -27,31 +27,31 @@ _SIMPLE: dict[Any, st.SearchStrategy[Any]] = {
 
 
 @functools.cache
-def _values(hint: Any) -> st.SearchStrategy[Any]:
+def values(hint: Any) -> st.SearchStrategy[Any]:
     """Values of a type; of a dataclass, each of its fields has any."""
     if hint in _SIMPLE:
         return _SIMPLE[hint]
     if dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)
-        return st.builds(hint, **{field.name: _values(hints[field.name]) for field in dataclasses.fields(hint)})  # type: ignore[arg-type]
+        return st.builds(hint, **{field.name: values(hints[field.name]) for field in dataclasses.fields(hint)})  # type: ignore[arg-type]
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return st.sampled_from(hint)
     if isinstance(hint, type) and issubclass(hint, tuple):  # a NamedTuple
-        return st.builds(hint, *map(_values, typing.get_type_hints(hint).values()))
+        return st.builds(hint, *map(values, typing.get_type_hints(hint).values()))
     kind, parts = typing.get_origin(hint), typing.get_args(hint)
     if kind is tuple and parts[1:] == (...,):
-        return st.lists(_values(parts[0]), max_size=2).map(tuple)
+        return st.lists(values(parts[0]), max_size=2).map(tuple)
     if kind is tuple:
-        return st.tuples(*map(_values, parts))
+        return st.tuples(*map(values, parts))
     if kind is frozenset:
-        return st.frozensets(_values(parts[0]), max_size=2)
-    return st.one_of(*map(_values, parts))  # a union
+        return st.frozensets(values(parts[0]), max_size=2)
+    return st.one_of(*map(values, parts))  # a union
 
 
 @pytest.mark.parametrize("kind", FRAMES)
 @given(data=st.data())
 def test_a_frame_arrives_as_it_was_sent(kind: type, data: st.DataObject) -> None:
-    frame = data.draw(_values(kind))
+    frame = data.draw(values(kind))
     assert decode(kind, encode(frame)) == frame
 
 
