@@ -95,6 +95,20 @@ def left_budgets(address: str) -> tuple[dict[str, tuple[int, float]], float]:
     return {}, 0.0
 
 
+def ask_to_forget(address: str) -> None:
+    """Has the service at `address` remove its weights caches when it ends."""
+    _note(address).with_suffix(".forget").touch()
+
+
+def asked_to_forget(address: str) -> bool:
+    """Whether that was asked since the last time that this was."""
+    try:
+        _note(address).with_suffix(".forget").unlink()
+    except OSError:
+        return False
+    return True
+
+
 def _budgets(address: str) -> pathlib.Path:
     return _note(address).with_suffix(".budgets")
 

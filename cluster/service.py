@@ -22,6 +22,7 @@ from cluster.capacity import with_failover, with_pages
 from cluster.config.schema import Config, ConfigError, check_model
 from cluster.controller.fleet import Fleet
 from cluster.controller.integrity import Digests
+from cluster.controller.placement import forget_weights
 from cluster.controller.replica import Replica
 from cluster.gateway.admission.latency import RecentLatency
 from cluster.gateway.auth.api_keys import Keys
@@ -166,6 +167,8 @@ class _Service:
             await self._web.stop()
             await self._gateway.stop()
             daemon.leave_budgets(self._config.gateway.address, self._gateway.admission.budgets())
+            if daemon.asked_to_forget(self._config.gateway.address) and self._config.model.weights_cache is not None:
+                await asyncio.to_thread(forget_weights, self._config.model.weights_cache)
         finally:
             for task in tasks:
                 task.cancel()

@@ -12,9 +12,12 @@ HELP = "drain and end the service that runs on this machine"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     access.add_arguments(parser)
+    parser.add_argument("--forget", action="store_true", help="remove the weights caches of all hosts, too")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.forget:
+        daemon.ask_to_forget(arguments.address)
     daemon.stop(arguments.address)
     print(f"the service at {arguments.address} has ended")
     return 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import logging
+import shutil
 from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
@@ -15,11 +17,13 @@ from ray.util.placement_group import (
     placement_group_table,
     remove_placement_group,
 )
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.config.schema import ClusterSection
 from workers.host.actor import Host
 from workers.messages.specs import Endpoint, EngineSpec, MeshSpec, ModelSpec
+
+_LOG = logging.getLogger(__name__)
 
 #: Calls that a worker answers at once: the one that computes, and progress beside it.
 _CONCURRENCY = 4
@@ -29,6 +33,8 @@ START_SECONDS, STANDBY_SECONDS = 60.0, 10.0
 SILENT_SECONDS = 1.5
 #: As short as that when it only decides which host is to be blamed.
 BRIEF_SECONDS = 0.5
+#: Seconds that hosts have to remove their weights caches.
+FORGET_SECONDS = 30.0
 #: Seconds to wait for hosts other than those that are to be avoided.
 AVOID_SECONDS = 5.0
 
@@ -256,6 +262,25 @@ async def _reserve(options: dict[str, Any], seconds: float | None) -> PlacementG
         remove_placement_group(group)
         raise
     return group
+
+
+def forget_weights(directory: str) -> None:
+    """Removes the weights cache of every host that is there."""
+    removed = [
+        _forget.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            directory
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    done, late = ray.wait(removed, num_returns=len(removed), timeout=FORGET_SECONDS)
+    if late:
+        _LOG.warning("%d of %d hosts may have kept %s", len(late), len(done) + len(late), directory)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _forget(directory: str) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def spares_beside(mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[str]) -> bool:

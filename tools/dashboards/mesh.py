@@ -123,6 +123,12 @@ MESH = Dashboard(
                     ),
                 ),
                 Panel(
+                    "Weights from the cache",
+                    "What a host did not read from the checkpoint, as model.weights_cache had it. 0 after the first start, and where "
+                    "the cache is off, or was found broken.",
+                    "bytes", _each("grokmesh_worker_cached_weight_bytes", _HOST),
+                ),
+                Panel(
                     "Memory of the devices",
                     "What a host's devices hold: parameters, KV pages, sampling state. Fixed from the start; if it does not leave "
                     "room, reduce engine.kv_pages or engine.slots.",

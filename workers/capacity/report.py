@@ -192,11 +192,14 @@ def _host_bytes(plan: CapacityPlan) -> float:
 
 def _load_lines(plan: CapacityPlan) -> list[str]:
     size = _host_bytes(plan)
+    kept = plan.best.memory.weights * plan.hardware.devices / plan.hardware.hosts
     return [
         "How long until it serves?",
         "",
         f"  each of {plan.hardware.hosts} hosts reads {size / 1e9:,.0f} GB: {size / DISK:,.0f} s from a disk of "
         f"{DISK / 1e9:g} GB/s, {size / OBJECT_STORE:,.0f} s from an object store at {OBJECT_STORE / 1e9:g} GB/s",
+        f"  with model.weights_cache in memory the next start reads nothing; it keeps {kept / 1e9:,.0f} GB on each host"
+        + (", which are the weights themselves" if plan.hardware.device.platform == "cpu" else ""),
         "",
     ]
 

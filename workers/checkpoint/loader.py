@@ -5,6 +5,9 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import functools
+import logging
+import os
+import pathlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +21,15 @@ from workers.checkpoint.errors import CheckpointError
 from workers.checkpoint.reading import Bounds
 from workers.checkpoint.tensor_file import TensorFile
 from workers.checkpoint.tensor_parts import TensorParts
+from workers.checkpoint.weights_cache import CacheError, WeightsCache, model_key
 from workers.kernels.packed import PackedTable, PackedWeight
 from workers.kernels.packing import Array, empty
 from workers.kernels.weights import QuantizedWeight, Table, Weight
 from workers.model.parameters import ParameterInfo
 from workers.model.partition import Partition
 from workers.model.weight_format import Source, StoredWeight, WeightFormat
+
+_LOG = logging.getLogger(__name__)
 
 #: Haiku's nested dictionary; parameters of layers lie stacked, [L, ...].
 Params = dict[str, dict[str, Weight | Table]]
@@ -46,6 +52,8 @@ class LoadProgress:
         #: Bytes that this host reads in all.
         self.total = 0
         self.read = 0
+        #: Bytes that lay in the weights cache.
+        self.mapped = 0
         self.tensors = 0
         #: Of each part of an array that a device holds, by its name; see `digests`.
         self.digests: dict[str, int] = {}
@@ -68,6 +76,7 @@ def load_parameters(
     weights: str = "int8",
     dtype: jnp.dtype | type = jnp.float32,
     report: Callable[[LoadProgress], None] = lambda _: None,
+    cache: pathlib.Path | None = None,
 ) -> tuple[Params, LoadProgress]:
     """Loads all parameters onto the partition's mesh. No host waits for another.
 
@@ -82,6 +91,7 @@ def load_parameters(
       dtype: of the activations, and of the embedding table, which is cast to it. Native kernels pack weights and table
         as they need them, whatever this and `weights` are.
       report: called after each tensor, and about once a second, by any thread.
+      cache: directory of this host's weights cache; see `weights_cache`.
 
     Returns:
       The parameters, and the final counts.
@@ -91,8 +101,54 @@ def load_parameters(
     """
     places = list(_places(checkpoint, partition, weights, dtype))
     progress = LoadProgress(report)
+    kept = _open_cache(cache, checkpoint, partition, weights, dtype, places) if cache else None
+    if kept is not None and kept.complete:
+        try:
+            return _map(places, kept, progress), progress
+        except CacheError as error:
+            _LOG.warning("weights cache: %s; the checkpoint is read", error)
+            kept.discard()
+            places, progress = list(_places(checkpoint, partition, weights, dtype)), LoadProgress(report)
     progress.total = sum(place.reader(file, progress).nbytes for place in places for _, file in place.tensors)
+    params = _read(places, kept, progress)
+    return params, progress
+
+
+def _open_cache(
+    directory: pathlib.Path,
+    checkpoint: Checkpoint,
+    partition: Partition,
+    weights: str,
+    dtype: jnp.dtype | type,
+    places: list[_Place],
+) -> WeightsCache | None:
+    """This host's weights cache; None, with a warning, if it can't be used."""
+    form = (weights, jnp.dtype(dtype).name, partition.kernels.packed, dict(partition.sizes), dict(partition.rules))
+    try:
+        return WeightsCache(directory, model_key(checkpoint, form), [place.parts for place in places])
+    except OSError as error:
+        _LOG.warning("no weights cache: %s", error)
+        return None
+
+
+def _map(places: list[_Place], cache: WeightsCache, progress: LoadProgress) -> Params:
+    """All parameters from the cache. Raises CacheError."""
     params: Params = {}
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for place in places:
+            list(pool.map(lambda check: check(), place.map(cache)))
+            progress.mapped += place.nbytes
+            place.put(params)
+            progress.add(tensors=len(place.tensors))
+    progress.digests.update(cache.digests)
+    return params
+
+
+def _read(places: list[_Place], cache: WeightsCache | None, progress: LoadProgress) -> Params:
+    """All parameters from the checkpoint, and into the cache if there is room. Raises CheckpointError."""
+    params: Params = {}
+    for place in places:
+        place.cache = cache
     with concurrent.futures.ThreadPoolExecutor(THREADS, "load") as pool:
         # No more at a time: what is being loaded lies beside what has been.
         running: collections.deque[tuple[_Place, concurrent.futures.Future[None]]] = collections.deque()
@@ -103,8 +159,7 @@ def load_parameters(
             progress.add(tensors=1)
             place.missing -= 1
             if not place.missing:
-                module, name = place.tensors[0][0].place
-                params.setdefault(module, {})[name] = place.placed()
+                place.put(params)
 
         try:
             for place in places:
@@ -116,8 +171,22 @@ def load_parameters(
                 finish()
         except BaseException:
             pool.shutdown(cancel_futures=True)
+            if cache is not None:
+                cache.abandon()
             raise
-    return params, progress
+    if cache is not None:
+        _keep(cache, places, progress)
+    return params
+
+
+def _keep(cache: WeightsCache, places: list[_Place], progress: LoadProgress) -> None:
+    """Keeps what was loaded for the next load, if all of it lies in the cache."""
+    try:
+        if all(place.cache for place in places):
+            cache.keep(progress.digests)
+    except OSError as error:
+        _LOG.warning("no weights cache: %s", error)
+    cache.abandon()
 
 
 def parameter_shapes(
@@ -170,12 +239,19 @@ class _Place:
         self.tensors = tensors
         self.stored = stored
         self.missing = len(tensors)
+        #: Where the arrays lie while they are filled, if not in this process's memory alone.
+        self.cache: WeightsCache | None = None
         self.shapes = [(*lead, *array.shape) for array in stored.arrays]
         self.shardings = [partition.sharding((*(None for _ in lead), *array.axes)) for array in stored.arrays]
         self._info = info
         self._partition = partition
         self._rounded = rounded
         self._lock = threading.Lock()
+        #: What a device holds of each array, with its layers.
+        self._local = [
+            ((len(tensors), *partition.local(array.shape, array.axes)), jnp.dtype(array.dtype))
+            for array in stored.arrays
+        ]
         #: Of each slice of the values that a device of this host holds, what is kept of it.
         self._buffers: dict[Bounds, list[Array]] = {}
 
@@ -189,10 +265,19 @@ class _Place:
             for device, index in found.items()
         }
 
+    @property
+    def parts(self) -> list[Bounds]:
+        """The slices of the values that devices of this host hold."""
+        return list(dict.fromkeys(self._devices.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays that this host holds."""
+        return sum(buffer.nbytes for buffers in self._buffers.values() for buffer in buffers)
+
     def reader(self, file: TensorFile, progress: LoadProgress) -> TensorParts:
         """Of one of the tensors."""
-        parts = list(dict.fromkeys(self._devices.values()))
-        return TensorParts(file, self.stored, parts, self._partition.kernels.pack, progress.add, progress.digests)
+        return TensorParts(file, self.stored, self.parts, self._partition.kernels.pack, progress.add, progress.digests)
 
     def load(self, layer: int, file: TensorFile, progress: LoadProgress) -> None:
         """Reads a tensor and puts what is kept of it among the layers. Raises CheckpointError."""
@@ -200,19 +285,48 @@ class _Place:
         try:
             for bounds in reader.parts:
                 made = reader.make(bounds)
-                for buffer, array in zip(self._room(bounds, made), made, strict=True):
+                for i, (buffer, array) in enumerate(zip(self._room(bounds), made, strict=True)):
                     buffer[layer] = array
+                    if self.cache is not None:
+                        self.cache.filled(self._name(bounds, i), layer, array)
         except OSError as error:
             raise CheckpointError(file.path, f"can't be read: {error}", tensor=self._info.path) from error
 
-    def _room(self, bounds: Bounds, made: tuple[Array, ...]) -> list[Array]:
+    def map(self, cache: WeightsCache) -> Iterator[Callable[[], None]]:
+        """Takes all arrays from the cache; gives checks of their layers, which raise CacheError. Raises CacheError."""
+        for bounds in self.parts:
+            names = [self._name(bounds, i) for i in range(len(self._local))]
+            self._buffers[bounds] = [cache.mapped(name, *local) for name, local in zip(names, self._local, strict=True)]
+            for name, array in zip(names, self._buffers[bounds], strict=True):
+                yield from (functools.partial(cache.check, name, i, layer) for i, layer in enumerate(array))
+
+    def _name(self, bounds: Bounds, array: int) -> str:
+        """Of an array's file."""
+        module, name = self._info.place
+        return f"{module.replace('/', '.')}.{name}.{array}.{self.parts.index(bounds)}"
+
+    def _room(self, bounds: Bounds) -> list[Array]:
         with self._lock:
             if bounds not in self._buffers:
-                self._buffers[bounds] = [empty((len(self.tensors), *array.shape), array.dtype) for array in made]
+                self._buffers[bounds] = [self._empty(bounds, i) for i in range(len(self._local))]
             return self._buffers[bounds]
 
-    def placed(self) -> Weight | Table:
-        """All layers on the devices, once all tensors are loaded."""
+    def _empty(self, bounds: Bounds, array: int) -> Array:
+        shape, dtype = self._local[array]
+        if self.cache is not None:
+            try:
+                return self.cache.room(self._name(bounds, array), shape, dtype)
+            except OSError as error:
+                _LOG.warning("no weights cache: %s", error)
+                self.cache = None
+        return empty(shape, dtype)
+
+    def put(self, params: Params) -> None:
+        """Adds the parameter, with all of its layers, to the model's tree."""
+        module, name = self._info.place
+        params.setdefault(module, {})[name] = self._placed()
+
+    def _placed(self) -> Weight | Table:
         arrays = []
         for i, (shape, sharding) in enumerate(zip(self.shapes, self.shardings, strict=True)):
             pieces = []

@@ -87,6 +87,13 @@ class ObjectPath:
 
         return int(self._try(lambda: obstore.head(self._store, self._key))["size"])
 
+    def version(self) -> str:
+        """What changes when the object is written again. Raises FileNotFoundError, or OSError."""
+        import obstore
+
+        found = self._try(lambda: obstore.head(self._store, self._key))
+        return f"{found['size']} {found['e_tag']} {found['last_modified']}"
+
     def read_bytes(self) -> bytes:
         return self.read(0, self.size())
 
@@ -143,6 +150,14 @@ def locate(text: str) -> Location:
 def size_of(location: Location) -> int:
     """Bytes of a file on a disk or in an object store."""
     return location.size() if isinstance(location, ObjectPath) else location.stat().st_size
+
+
+def version_of(location: Location) -> str:
+    """What changes when a file is written again. Raises OSError."""
+    if isinstance(location, ObjectPath):
+        return location.version()
+    found = location.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def read_into(location: Location, pieces: Iterable[tuple[int, memoryview]]) -> None:

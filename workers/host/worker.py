@@ -127,6 +127,7 @@ class Worker:
             seconds = time.monotonic() - began
             metrics.LOAD_SECONDS.set(seconds)
             metrics.CHECKPOINT_BYTES.inc(progress.read - self.progress.bytes_read)
+            metrics.CACHED_BYTES.set(progress.mapped)
             fraction = progress.tensors / tensors
             rate = progress.read / max(seconds, 1e-9)
             phase = LOADING if fraction < 1 else COMPILING
@@ -137,8 +138,15 @@ class Worker:
                 self._report(COMPILING, fraction)
 
         weights, dtype = self._spec.model.weights, standby.dtype
+        cache = self._spec.model.weights_cache
         load = functools.partial(
-            load_parameters, standby.checkpoint, partition, weights=weights, dtype=dtype, report=loaded
+            load_parameters,
+            standby.checkpoint,
+            partition,
+            weights=weights,
+            dtype=dtype,
+            report=loaded,
+            cache=pathlib.Path(cache) if cache else None,
         )
         with every_rank_writes(), concurrent.futures.ThreadPoolExecutor(1, "load") as pool:
             # Reading and packing weights leaves cores for the compiler, and the other way round.

@@ -33,6 +33,9 @@ class ModelSpec:
       activations: float32 or bfloat16.
       kv_cache: float32, bfloat16 or int8: how keys and values are kept; as activations if absent. int8 has a scale for each
         position of a head; on CPU hosts the fast kernels do not know it.
+      weights_cache: directory on each host, such as /dev/shm/grokmesh, in which it keeps its part of the weights as its kernels
+        read them, for the next epoch and the next start of the service; nothing is kept if absent. In memory it takes no
+        more of it on CPU hosts, and as much as the devices' weights on others. `grokmesh stop --forget` removes it.
     """
 
     name: str
@@ -40,6 +43,7 @@ class ModelSpec:
     weights: Annotated[str, OneOf(WEIGHTS)] = "int8"
     activations: Annotated[str, OneOf(ACTIVATIONS)] = "float32"
     kv_cache: Annotated[str | None, OneOf(KV_CACHES)] = None
+    weights_cache: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,9 @@ COMPILATIONS = Counter("grokmesh_worker_compilations", "XLA programs compiled by
 CHECKPOINT_BYTES = Counter(
     "grokmesh_worker_checkpoint_read_bytes", "Checkpoint bytes read by this host.", registry=REGISTRY
 )
+CACHED_BYTES = Gauge(
+    "grokmesh_worker_cached_weight_bytes", "Bytes of weights that lay in this host's weights cache.", registry=REGISTRY
+)
 LOAD_SECONDS = Gauge("grokmesh_worker_load_seconds", "Time that loading the checkpoint took so far.", registry=REGISTRY)
 DEVICE_BYTES = Gauge(
     "grokmesh_worker_device_memory_bytes", "Bytes on this host's devices.", ["kind"], registry=REGISTRY

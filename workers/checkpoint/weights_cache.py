@@ -1,0 +1,181 @@
+"""This host's shards as its kernels want them, in files that the next epoch and the next start of the service map.
+
+    DIRECTORY/MODEL/lock              held by each process that uses what is in MODEL
+    DIRECTORY/MODEL/SHARDS/index.json, and a file for each array
+
+MODEL names a checkpoint, the form of its weights and their layout on a mesh, SHARDS what this host holds of it. Loading fills
+the files of a folder of its own, which gets its name when all is there. The index has a checksum for each layer of each file.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+import threading
+import zlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from workers.checkpoint.checkpoint import Checkpoint
+from workers.checkpoint.storage import version_of
+from workers.kernels.packing import Array
+
+_LOG = logging.getLogger(__name__)
+
+#: Changes when files of an earlier version would be misread.
+VERSION = 1
+_INDEX, _LOCK, _PARTIAL = "index.json", "lock", ".partial"
+#: Headers that are asked for at a time.
+THREADS = 16
+
+#: Locks of what this process uses, which it holds until it ends.
+_HELD: list[int] = []
+
+
+class CacheError(ValueError):
+    """Files that are not what the index says, or not what this host holds."""
+
+
+@dataclasses.dataclass
+class _File:
+    """An array in a file: [layers, ...], with a checksum for each layer."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    checksums: list[int]
+
+
+def model_key(checkpoint: Checkpoint, form: object) -> str:
+    """The name of a checkpoint's bytes in some form. A file is the same while size and time of change are. Raises OSError."""
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        versions = list(pool.map(lambda tensor: version_of(tensor[1].path), checkpoint.tensors))
+    return _digest(VERSION, str(checkpoint.directory), checkpoint.config, versions, form)
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+class WeightsCache:
+    """The files of one host's shards. They are `complete`, to be mapped, or else to be filled."""
+
+    def __init__(self, directory: pathlib.Path, model: str, shards: object) -> None:
+        """Makes the folder, and removes what other models left there that no process uses. Raises OSError."""
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if directory.stat().st_uid != os.geteuid():
+            raise PermissionError(f"{directory} belongs to another user")
+        self._folder = directory / model / _digest(shards)
+        self._partial: pathlib.Path | None = None
+        self._begin = threading.Lock()
+        self._files: dict[str, _File] = {}
+        self.digests: dict[str, int] = {}
+        (directory / model).mkdir(mode=0o700, exist_ok=True)
+        _HELD.append(_locked(directory / model / _LOCK, fcntl.LOCK_SH))
+        for other in directory.iterdir():
+            if other.name != model:
+                _remove_unused(other, other / _LOCK)
+        for other in (directory / model).glob(f"*{_PARTIAL}"):
+            _remove_unused(other, other / _LOCK)
+        self.complete = self._read_index()
+
+    def _read_index(self) -> bool:
+        try:
+            index = json.loads((self._folder / _INDEX).read_text())
+            self._files = {
+                name: _File(tuple(file["shape"]), file["dtype"], file["checksums"])
+                for name, file in index["files"].items()
+            }
+            self.digests = {str(name): int(value) for name, value in index["digests"].items()}
+        except FileNotFoundError:
+            return False
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _LOG.warning("%s: %s; the checkpoint is read", self._folder / _INDEX, error)
+            self.discard()
+            return False
+        return True
+
+    def discard(self) -> None:
+        """Removes files that are wrong; what is loaded then fills new ones."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self.complete, self._files, self.digests = False, {}, {}
+
+    def mapped(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An array, as it lies in its file, whose bytes are to be checked. Raises CacheError."""
+        file = self._files.get(name)
+        if file is None or (file.shape, file.dtype) != (shape, jnp.dtype(dtype).name):
+            raise CacheError(f"{name} is missing, or another array")
+        try:
+            array: Array = np.memmap(self._folder / name, jnp.dtype(dtype), "r", shape=shape)
+        except (OSError, ValueError) as error:
+            raise CacheError(f"{name}: {error}") from error
+        return array
+
+    def check(self, name: str, layer: int, array: Array) -> None:
+        """Raises CacheError if a layer of an array has other bytes than were written."""
+        if _checksum(array) != self._files[name].checksums[layer]:
+            raise CacheError(f"{name} has other bytes than were written")
+
+    def room(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An array to be filled, layer by layer, in a file of its own. Raises OSError if there is no space."""
+        with self._begin:
+            if self._partial is None:
+                partial = self._folder.with_name(f"{self._folder.name}.{os.getpid()}{_PARTIAL}")
+                partial.mkdir(mode=0o700)
+                _HELD.append(_locked(partial / _LOCK, fcntl.LOCK_EX))
+                self._partial = partial
+        dtype = jnp.dtype(dtype)
+        with (self._partial / name).open("wb") as file:
+            # Without it, a full memory would show only as the signal that ends the process.
+            os.posix_fallocate(file.fileno(), 0, max(int(np.prod(shape)) * dtype.itemsize, 1))
+        self._files[name] = _File(shape, dtype.name, [0] * shape[0])
+        array: Array = np.memmap(self._partial / name, dtype, "r+", shape=shape)
+        return array
+
+    def filled(self, name: str, layer: int, array: Array) -> None:
+        """A layer of an array has got its values."""
+        self._files[name].checksums[layer] = _checksum(array)
+
+    def keep(self, digests: dict[str, int]) -> None:
+        """All arrays are filled: they are the next load's, with the digests of what was read. Raises OSError."""
+        assert self._partial is not None
+        files = {name: dataclasses.asdict(file) for name, file in self._files.items()}
+        (self._partial / _INDEX).write_text(json.dumps({"files": files, "digests": digests}))
+        try:
+            self._partial.rename(self._folder)
+        except OSError:  # another process of this host was first
+            shutil.rmtree(self._partial)
+        self._partial = None
+
+    def abandon(self) -> None:
+        """Removes what was filled so far."""
+        if self._partial is not None:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial = None
+
+
+def _checksum(array: Array) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _locked(path: pathlib.Path, kind: int) -> int:
+    """The descriptor of a lock file, locked for as long as it is open. Raises OSError if another process has locked it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    return descriptor
+
+
+def _remove_unused(folder: pathlib.Path, lock: pathlib.Path) -> None:
+    """Removes a folder whose lock no process holds."""
+    with contextlib.suppress(OSError), lock.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
