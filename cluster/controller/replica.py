@@ -14,7 +14,8 @@ from cluster.config.schema import Config
 from cluster.controller.integrity import Canary, Digests
 from cluster.controller.placement import SILENT_SECONDS, HostError, Placement, spares_beside
 from cluster.controller.quarantine import RAISED, Quarantine
-from cluster.gateway.routing.router import LeaderAddress, Router
+from cluster.gateway.routing.replica_link import LeaderAddress
+from cluster.gateway.routing.router import Router
 from cluster.telemetry import metrics
 from grok.serving.v1 import cluster_pb2
 from workers.host.streams import LinkError

@@ -72,6 +72,12 @@ class Session:
         return len(self._received) - len(self.request.resumed)
 
     @property
+    def owed(self) -> int:
+        """Tokens that it still waits for, those of its prompt among them until the first has come."""
+        prompt = 0 if self.generated else len(self.request.prompt)
+        return prompt + self.request.max_tokens - len(self._received)
+
+    @property
     def suspect(self) -> bool:
         """Whether it may be what breaks replicas: two in a row were lost with it, and it has not come on since."""
         return self.losses >= 2 and not self.proceeded

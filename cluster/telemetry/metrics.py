@@ -70,6 +70,13 @@ PROMPT_LENGTH = Histogram(
 COMPLETION_LENGTH = Histogram(
     "grokmesh_gateway_completion_length_tokens", "Tokens of a completion.", buckets=_TOKENS, registry=REGISTRY
 )
+ROUTED = Counter(
+    "grokmesh_gateway_routed_sessions",
+    "Completions that were sent to a replica, by why to that one: prefix, as it likely has the prompt's beginning; load, as "
+    "others had too much to do, or the prompt is short; only, as there was no other.",
+    ["cause"],
+    registry=REGISTRY,
+)
 IN_FLIGHT = Gauge("grokmesh_gateway_requests_in_flight", "Completions in the gateway.", registry=REGISTRY)
 QUEUED = Gauge(
     "grokmesh_gateway_queued_requests", "Completions in the gateway that have no token yet.", registry=REGISTRY
@@ -113,3 +120,5 @@ def begin(version: str) -> None:
         FAILURES.labels(code)
     for reason in REJECTION_REASONS:
         REJECTIONS.labels(reason)
+    for cause in ("prefix", "load", "only"):
+        ROUTED.labels(cause)

@@ -15,7 +15,8 @@ from opentelemetry import trace
 from cluster.config.schema import Config, GatewaySection
 from cluster.gateway.admission.latency import RecentLatency
 from cluster.gateway.auth.api_keys import Caller, Keys
-from cluster.gateway.routing.router import LeaderAddress, Router
+from cluster.gateway.routing.replica_link import LeaderAddress
+from cluster.gateway.routing.router import Router
 from cluster.gateway.server import Gateway
 from cluster.gateway.text_job import TextJobs
 from cluster.gateway.texts import TEXT_BUDGET, Done, Texts

@@ -41,6 +41,12 @@ GATEWAY = Dashboard(
                     (Query(rate("grokmesh_gateway_requests_total", "method, code"), "{{method}} {{code}}"),), "stacked",
                 ),
                 Panel(
+                    "Why sessions go where they go",
+                    "A second. prefix: to the replica that likely has the prompt's beginning in its cache. load: elsewhere, as that one "
+                    "has much more to do than others, or the prompt is short. only: there is no other.",
+                    "reqps", (Query(rate("grokmesh_gateway_routed_sessions_total", "cause"), "{{cause}}"),), "stacked",
+                ),
+                Panel(
                     "Lag of the event loop",
                     "How late the gateway comes to what is due. All streams wait for it. Above 50 ms: it is short of a core, or one "
                     "request holds it up; telemetry.stall_seconds has the log name what does.",

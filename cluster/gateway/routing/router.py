@@ -4,183 +4,27 @@ is lost, another one goes on where it was, or the same one once it is built agai
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
-import logging
-import struct
 from collections.abc import Callable, Sequence
 
 from cluster.gateway.admission.forecast import Ahead, Capacity, Forecast
 from cluster.gateway.errors import Violation, breaking, exhausted, failed, invalid, unavailable
+from cluster.gateway.routing.affinity import choose, prefix_key
+from cluster.gateway.routing.replica_link import LeaderAddress, ReplicaLink
 from cluster.gateway.session import Session
 from cluster.telemetry import metrics
-from workers.host.streams import MAX_FRAME, PULSE_SECONDS
-from workers.messages.codec import CodecError, decode, encode
-from workers.messages.frames import Hello, LeaderInput, LeaderOutput, Refusal, RefusalKind, Status
+from workers.messages.frames import Refusal, RefusalKind, Status
 from workers.messages.request import Load
 
-_LOG = logging.getLogger(__name__)
-_LENGTH = struct.Struct(">I")
-
-#: Seconds within which a leader must listen once it serves.
-CONNECT_SECONDS = 30.0
 #: Seconds until a session is sent again that a replica could not take, as it had too many.
 REFUSED_SECONDS = 0.5
 #: Seconds that a forecast wait counts, unless a session is started.
 WAIT_SECONDS = 0.02
 #: Replicas that may be lost with a session as their only suspect. Else one that breaks them would break all, for ever.
 MOST_TRIALS = 2
-#: Seconds between this end's signs of life.
-ALIVE_SECONDS = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class LeaderAddress:
-    """Where a replica's leader listens in an epoch, and the secret that it asks for."""
-
-    replica: int
-    epoch: int
-    address: str
-    secret: bytes = dataclasses.field(repr=False)
-
-
-class ReplicaLink:
-    """The stream to one replica's leader in one epoch, and the sessions that it carries."""
-
-    def __init__(
-        self,
-        leader: LeaderAddress,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        on_refused: Callable[[Session, Refusal], None],
-        on_token: Callable[[Session], None],
-        silence: float,
-    ) -> None:
-        self.leader = leader
-        self._most_silent = silence
-        self._on_refused = on_refused
-        self._on_token = on_token
-        self.load, self.status = Load(), Status()
-        #: Logarithmic probabilities of the epoch's first token.
-        self.canary: tuple[float, ...] = ()
-        self.sessions: dict[str, Session] = {}
-        self.draining = False
-        self._proven = False
-        self._on_proven: Callable[[], None] = lambda: None
-        self._silent = 0
-        self._reader = reader
-        self._writer = writer
-
-    @classmethod
-    async def connect(
-        cls,
-        leader: LeaderAddress,
-        on_refused: Callable[[Session, Refusal], None],
-        on_token: Callable[[Session], None],
-        silence: float,
-    ) -> ReplicaLink:
-        """Opens the stream, as soon as the leader listens, and says Hello. Raises OSError after CONNECT_SECONDS."""
-        host, port = leader.address.rsplit(":", 1)
-        deadline = asyncio.get_running_loop().time() + CONNECT_SECONDS
-        while True:
-            try:
-                async with asyncio.timeout_at(deadline):  # packets may be dropped on the way
-                    reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
-                break
-            except ConnectionRefusedError:
-                if asyncio.get_running_loop().time() > deadline:
-                    raise
-                await asyncio.sleep(0.05)
-        link = cls(leader, reader, writer, on_refused, on_token, silence)
-        link._send(Hello(leader.epoch, leader.secret))
-        return link
-
-    def submit(self, session: Session) -> None:
-        """Sends a session's request; the tokens that it lacks will be delivered to it."""
-        self.sessions[session.request.id] = session
-        session.replica, session.epoch = self.leader.replica, self.leader.epoch
-        self._send(LeaderInput(submit=session.rest()))
-
-    def cancel(self, session: Session) -> None:
-        """Forgets a session, here and on the leader, unless it has ended already."""
-        if self.sessions.pop(session.request.id, None) is not None:
-            self._send(LeaderInput(cancel=session.request.id))
-
-    async def run(self, on_proven: Callable[[], None]) -> None:
-        """Delivers what the leader sends until the stream ends, or nothing comes for too long. `on_proven` is called when the
-        first load comes, which shows that the mesh computes."""
-        self._on_proven = on_proven
-        beside = [asyncio.ensure_future(work) for work in (self._watch(), self._tell_alive())]
-        try:
-            await self._listen()
-        finally:
-            for task in beside:
-                task.cancel()
-
-    async def _watch(self) -> None:
-        # Turns of this loop are counted, not seconds: when it was itself held up, what came meanwhile is read first.
-        while self._silent < self._most_silent / PULSE_SECONDS:
-            await asyncio.sleep(PULSE_SECONDS)
-            self._silent += 1
-        _LOG.error("replica %d has been silent for %g s", self.leader.replica, self._most_silent)
-        self.abort()
-
-    async def _tell_alive(self) -> None:
-        while True:
-            await asyncio.sleep(ALIVE_SECONDS)
-            self._send(LeaderInput())
-
-    async def _listen(self) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, CodecError):
-            while True:
-                (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
-                self._silent = 0
-                if length > MAX_FRAME:
-                    _LOG.error("replica %d sent a frame of %d bytes", self.leader.replica, length)
-                    return
-                self._hear(decode(LeaderOutput, await self._reader.readexactly(length)))
-
-    def abort(self) -> None:
-        """Ends the stream; `run` returns."""
-        self._writer.transport.abort()
-
-    def close(self) -> list[Session]:
-        """Ends the stream; returns the sessions that it leaves behind."""
-        self._writer.close()
-        left = list(self.sessions.values())
-        self.sessions.clear()
-        return left
-
-    def _hear(self, output: LeaderOutput) -> None:
-        if output.epoch != self.leader.epoch:
-            _LOG.warning("ignored a frame of epoch %d in epoch %d", output.epoch, self.leader.epoch)
-            return
-        if output.status is not None:
-            self.status = output.status
-        if output.load is not None:
-            self.load = output.load
-            if not self._proven:
-                self._proven, self.canary = True, output.canary
-                self._on_proven()
-        for event in output.tokens:
-            session = self.sessions.get(event.request_id)
-            if session is not None:
-                if event.finish is not None:
-                    del self.sessions[event.request_id]
-                session.deliver(event)
-                self._on_token(session)
-        for refusal in output.refusals:
-            session = self.sessions.pop(refusal.request_id, None)
-            if session is not None:
-                self._on_refused(session, refusal)
-
-    def _send(self, message: Hello | LeaderInput) -> None:
-        frame = encode(message)
-        self._writer.write(_LENGTH.pack(len(frame)) + frame)
 
 
 class Router:
-    """Knows the ready replicas and sends each session to the least busy one.
+    """Knows the ready replicas and sends each session to the one that likely has its prompt's prefix; see `affinity`.
 
     While none is ready but one that was lost is being built again, sessions wait for it, at most `max_wait` seconds.
     """
@@ -311,7 +155,7 @@ class Router:
         return self.forecast.wait(ahead, Capacity(link.load.slots, link.load.positions))
 
     def start(self, session: Session) -> None:
-        """Sends a session to the least busy replica. Raises GatewayError (UNAVAILABLE) when there is none to wait for."""
+        """Sends a session to a replica. Raises GatewayError (UNAVAILABLE) when there is none to wait for."""
         self._waits.clear()
         if not self._place(session):
             metrics.REJECTIONS.labels("no_replica").inc()
@@ -344,9 +188,21 @@ class Router:
             session.deliver(unavailable("the replica was lost, and there is no other"))
 
     def _least_busy(self) -> ReplicaLink | None:
-        """The replica that would get the next session; None if none takes any."""
-        links = [link for link in self._links.values() if not link.draining]
-        return min(links, key=lambda link: (len(link.sessions), link.leader.replica), default=None)
+        """The replica with the least to do; None if none takes sessions."""
+        return min(self._open(), key=lambda link: (link.outstanding, link.leader.replica), default=None)
+
+    def _open(self) -> list[ReplicaLink]:
+        """The replicas that take sessions."""
+        return [link for link in self._links.values() if not link.draining]
+
+    def _choose(self, session: Session) -> ReplicaLink | None:
+        """The replica that gets a session; None if none takes any."""
+        outstanding = {link.leader.replica: link.outstanding for link in self._open()}
+        if not outstanding:
+            return None
+        chosen, cause = choose(prefix_key(session.request.prompt), session.owed, outstanding)
+        metrics.ROUTED.labels(cause).inc()
+        return self._links[chosen]
 
     def _proceeded(self, session: Session) -> None:
         """Something has come for a session."""
@@ -371,7 +227,7 @@ class Router:
             timer = asyncio.get_running_loop().call_later(self._max_wait, self._give_up, session)
             self._untried[session.request.id] = session, timer
             return True
-        link = self._least_busy()
+        link = self._choose(session)
         if link is None and not self._lost:
             return False
         if session.suspect:

@@ -12,7 +12,8 @@ import grpc
 import pytest
 
 from cluster.gateway.errors import GatewayError
-from cluster.gateway.routing.router import MOST_TRIALS, LeaderAddress, Router
+from cluster.gateway.routing.replica_link import LeaderAddress
+from cluster.gateway.routing.router import MOST_TRIALS, Router
 from cluster.gateway.session import Session
 from cluster.gateway.stop import StopTexts
 from tests.conftest import DEMO
