@@ -47,7 +47,9 @@ def _library() -> ctypes.CDLL:
 
 
 def native_kernels() -> Kernels:
-    """The kernels for this machine's instruction set. Raises NativeKernelsError."""
+    """The kernels for this machine's instruction set, for as many devices as JAX is to have. Raises NativeKernelsError."""
+    devices: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    _library().grokmesh_share(ctypes.c_int64(max(devices, 1)))
     name = _library().grokmesh_instruction_set().decode()
     return Kernels(
         name=name,

@@ -25,6 +25,7 @@ const Kernels* best_kernels() {
 }  // namespace
 
 const Kernels* chosen = best_kernels();
+int64_t devices = 1;
 
 namespace {
 
@@ -428,6 +429,7 @@ ffi::Error attend(ffi::ThreadPool pool, F32 q, F32 k, F32 v, ffi::AnyBuffer, ffi
 
 // The instruction set in use, and a choice of another by name (for tests); false if this machine lacks it.
 extern "C" const char* grokmesh_instruction_set() { return grokmesh::chosen->name; }
+extern "C" void grokmesh_share(int64_t devices) { grokmesh::devices = devices; }
 extern "C" bool grokmesh_use(const char* name) {
   using namespace grokmesh;
   const Kernels* best = best_kernels();

@@ -11,6 +11,9 @@
 
 namespace grokmesh {
 
+// Devices of this process, which share the pool's threads: more at work than processors would wait for those that have none.
+extern int64_t devices;
+
 // Calls task(phase, i) for all i < counts[phase]; a phase begins when the one before is done. Threads take tasks in order,
 // and who takes one of a later phase waits for the tasks before it, which others have taken: so any number of threads will
 // do, and none is waited for that has not begun.
@@ -45,7 +48,8 @@ inline void parallel_phases(xla::ffi::ThreadPool pool, std::vector<int64_t> coun
   auto job = std::make_shared<Job>();
   job->ends = std::move(counts);
   job->task = std::move(task);
-  for (int64_t helpers = std::min<int64_t>(pool.num_threads(), widest) - 1; helpers > 0; helpers--)
+  const int64_t threads = std::max<int64_t>(pool.num_threads() / devices, 1);
+  for (int64_t helpers = std::min(threads, widest) - 1; helpers > 0; helpers--)
     pool.Schedule([job] { job->run(); });
   job->run();
   while (job->done.load(std::memory_order_acquire) < end) Job::pause();
