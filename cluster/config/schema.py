@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Annotated
 
 from workers.capacity.hardware import DEVICES
-from workers.messages.constraints import AtLeast, Between, HostPort, MoreThan, OneOf
+from workers.messages.constraints import AbsolutePath, AtLeast, Between, HostPort, MoreThan, OneOf
 from workers.messages.specs import EngineSpec, MeshSpec, ModelSpec
 from workers.model.config import GrokConfig
 from workers.model.layout import RULES
@@ -114,7 +114,7 @@ class TelemetrySection:
     traces_endpoint: str | None = None
     log_prompts: bool = False
     stall_seconds: Annotated[float | None, Between(0.001, 60)] = None
-    plan_log: str | None = None
+    plan_log: Annotated[str | None, AbsolutePath()] = None
 
 
 @dataclasses.dataclass(frozen=True)

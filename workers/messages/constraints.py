@@ -63,3 +63,11 @@ class HostPort:
     def problem(self, value: str) -> str:
         host, _, port = value.rpartition(":")
         return "" if host and port.isdecimal() and int(port) <= 65535 else "is no host:port"
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsolutePath:
+    """A path that means the same whatever folder a process is in."""
+
+    def problem(self, value: str) -> str:
+        return "" if value.startswith("/") else "must be an absolute path"

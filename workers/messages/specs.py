@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated
 
-from workers.messages.constraints import AtLeast, OneOf
+from workers.messages.constraints import AbsolutePath, AtLeast, OneOf
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 WEIGHTS = ("int4", "int8", "int8-unrounded", "bfloat16", "float32")
@@ -43,7 +43,7 @@ class ModelSpec:
     weights: Annotated[str, OneOf(WEIGHTS)] = "int8"
     activations: Annotated[str, OneOf(ACTIVATIONS)] = "float32"
     kv_cache: Annotated[str | None, OneOf(KV_CACHES)] = None
-    weights_cache: str | None = None
+    weights_cache: Annotated[str | None, AbsolutePath()] = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,7 @@ def test_the_projects_own_configuration_is_that_of_the_demo() -> None:
             MINIMAL + "mesh:\n  platform: tpu\n  hosts: 2\n  data: 2\n",
             ":5: mesh.platform=tpu with mesh.hosts=2 needs cluster.tpu_pod_type",
         ),
+        (MINIMAL + "telemetry:\n  plan_log: plans\n", ":5: telemetry.plan_log=plans must be an absolute path"),
         (MINIMAL + "engine: [1]\n", ":4: engine must be a mapping"),
         (
             MINIMAL + "engine:\n  slots: 3\nmesh:\n  hosts: 2\n  data: 2\n  rules: batch\n",
