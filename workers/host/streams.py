@@ -56,6 +56,7 @@ class Link:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connection = connection
         self._buffer = bytearray()
+        self._closed = False
         self._sending = threading.Lock()
 
     def send(self, frame: bytes) -> None:
@@ -87,7 +88,8 @@ class Link:
             self._connection.settimeout(seconds)
 
     def close(self) -> None:
-        """Ends the stream; a blocked `receive` returns."""
+        """Ends the stream; a blocked `receive` returns None, here too."""
+        self._closed = True
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
@@ -97,6 +99,8 @@ class Link:
             try:
                 received = self._connection.recv(65536)
             except OSError as error:
+                if self._closed:
+                    return None
                 raise LinkError(f"peer is gone: {error}") from error
             if not received:
                 if self._buffer:
