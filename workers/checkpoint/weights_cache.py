@@ -129,10 +129,11 @@ class WeightsCache:
         """An array to be filled, layer by layer, in a file of its own. Raises OSError if there is no space."""
         with self._begin:
             if self._partial is None:
-                partial = self._folder.with_name(f"{self._folder.name}.{os.getpid()}{_PARTIAL}")
-                partial.mkdir(mode=0o700)
-                _HELD.append(_locked(partial / _LOCK, fcntl.LOCK_EX))
-                self._partial = partial
+                # Locked before it has the name by which other processes find what no process writes any more.
+                new = self._folder.with_name(f"{self._folder.name}.{os.getpid()}")
+                new.mkdir(mode=0o700)
+                _HELD.append(_locked(new / _LOCK, fcntl.LOCK_EX))
+                self._partial = new.rename(new.with_name(f"{new.name}{_PARTIAL}"))
         dtype = jnp.dtype(dtype)
         with (self._partial / name).open("wb") as file:
             # Without it, a full memory would show only as the signal that ends the process.
