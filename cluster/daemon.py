@@ -250,11 +250,14 @@ def replaceable(address: str) -> int:
     return pid
 
 
-def stop(address: str) -> None:
-    """Asks the service at `address` to drain, and waits until it has ended. Raises DaemonError."""
+def stop(address: str, *, forget: bool = False) -> None:
+    """Asks the service at `address` to drain (and to `forget`, see `ask_to_forget`), and waits until it has ended. Raises
+    DaemonError."""
     pid = running(address)
     if pid is None:
         raise DaemonError(f"no service of yours runs at {address} on this machine")
+    if forget:
+        ask_to_forget(address)
     terminate(pid)
     deadline = time.monotonic() + STOP_SECONDS
     while running(address) == pid:

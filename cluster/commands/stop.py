@@ -16,8 +16,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.forget:
-        daemon.ask_to_forget(arguments.address)
-    daemon.stop(arguments.address)
+    daemon.stop(arguments.address, forget=arguments.forget)
     print(f"the service at {arguments.address} has ended")
     return 0

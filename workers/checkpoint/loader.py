@@ -99,16 +99,17 @@ def load_parameters(
     Raises:
       CheckpointError: a file can't be read, or layers are stored in different forms.
     """
-    places = list(_places(checkpoint, partition, weights, dtype))
+    weight_format = WeightFormat(weights, jnp.dtype(dtype).name, partition.kernels.packed)
+    places = list(_places(checkpoint, partition, weight_format))
     progress = LoadProgress(report)
-    kept = _open_cache(cache, checkpoint, partition, weights, dtype, places) if cache else None
+    kept = _open_cache(cache, checkpoint, partition, weight_format, places) if cache else None
     if kept is not None and kept.complete:
         try:
             return _map(places, kept, progress), progress
         except CacheError as error:
             _LOG.warning("weights cache: %s; the checkpoint is read", error)
             kept.discard()
-            places, progress = list(_places(checkpoint, partition, weights, dtype)), LoadProgress(report)
+            places, progress = list(_places(checkpoint, partition, weight_format)), LoadProgress(report)
     progress.total = sum(place.reader(file, progress).nbytes for place in places for _, file in place.tensors)
     params = _read(places, kept, progress)
     return params, progress
@@ -118,12 +119,11 @@ def _open_cache(
     directory: pathlib.Path,
     checkpoint: Checkpoint,
     partition: Partition,
-    weights: str,
-    dtype: jnp.dtype | type,
+    weight_format: WeightFormat,
     places: list[_Place],
 ) -> WeightsCache | None:
     """This host's weights cache; None, with a warning, if it can't be used."""
-    form = (weights, jnp.dtype(dtype).name, partition.kernels.packed, dict(partition.sizes), dict(partition.rules))
+    form = (weight_format, dict(partition.sizes), dict(partition.rules))
     try:
         return WeightsCache(directory, model_key(checkpoint, form), [place.parts for place in places])
     except OSError as error:
@@ -194,7 +194,8 @@ def parameter_shapes(
 ) -> Params:
     """The shapes, types and places of what `load_parameters` will return, for compiling before anything is loaded."""
     shapes: Params = {}
-    for place in _places(checkpoint, partition, weights, dtype):
+    weight_format = WeightFormat(weights, jnp.dtype(dtype).name, partition.kernels.packed)
+    for place in _places(checkpoint, partition, weight_format):
         module, name = place.tensors[0][0].place
         shapes.setdefault(module, {})[name] = place.tree(
             [
@@ -205,9 +206,8 @@ def parameter_shapes(
     return shapes
 
 
-def _places(checkpoint: Checkpoint, partition: Partition, weights: str, dtype: jnp.dtype | type) -> Iterator[_Place]:
+def _places(checkpoint: Checkpoint, partition: Partition, weight_format: WeightFormat) -> Iterator[_Place]:
     """The parameters of the model's tree, each with the tensors that are its layers, in their order."""
-    weight_format = WeightFormat(weights, jnp.dtype(dtype).name, partition.kernels.packed)
     tensors: dict[tuple[str, str], list[tuple[ParameterInfo, TensorFile]]] = {}
     for info, file in checkpoint.tensors:
         tensors.setdefault(info.place, []).append((info, file))
@@ -219,7 +219,7 @@ def _places(checkpoint: Checkpoint, partition: Partition, weights: str, dtype: j
                 problem = f"is stored as {source}, the first layer's as {sources[0]}; all layers must be alike"
                 raise CheckpointError(file.path, problem, tensor=info.path)
         stored = weight_format.stored(group[0][0], sources[0], partition)
-        yield _Place(group, stored, partition, weights != "int8-unrounded")
+        yield _Place(group, stored, partition, weight_format.weights != "int8-unrounded")
 
 
 def _source(file: TensorFile) -> Source:
@@ -265,7 +265,7 @@ class _Place:
             for device, index in found.items()
         }
 
-    @property
+    @functools.cached_property
     def parts(self) -> list[Bounds]:
         """The slices of the values that devices of this host hold."""
         return list(dict.fromkeys(self._devices.values()))

@@ -20,13 +20,13 @@ import os
 import pathlib
 import shutil
 import threading
-import zlib
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from workers.checkpoint.checkpoint import Checkpoint
+from workers.checkpoint.digests import digest
 from workers.checkpoint.storage import version_of
 from workers.kernels.packing import Array
 
@@ -122,7 +122,7 @@ class WeightsCache:
 
     def check(self, name: str, layer: int, array: Array) -> None:
         """Raises CacheError if a layer of an array has other bytes than were written."""
-        if _checksum(array) != self._files[name].checksums[layer]:
+        if digest(array) != self._files[name].checksums[layer]:
             raise CacheError(f"{name} has other bytes than were written")
 
     def room(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -144,7 +144,7 @@ class WeightsCache:
 
     def filled(self, name: str, layer: int, array: Array) -> None:
         """A layer of an array has got its values."""
-        self._files[name].checksums[layer] = _checksum(array)
+        self._files[name].checksums[layer] = digest(array)
 
     def keep(self, digests: dict[str, int]) -> None:
         """All arrays are filled: they are the next load's, with the digests of what was read. Raises OSError."""
@@ -162,10 +162,6 @@ class WeightsCache:
         if self._partial is not None:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial = None
-
-
-def _checksum(array: Array) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _locked(path: pathlib.Path, kind: int) -> int:

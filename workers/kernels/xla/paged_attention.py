@@ -42,7 +42,7 @@ def paged_attention(
       page_table: [B, N] int32, the page of each stretch of `page` positions of a row.
       positions: [B, T] int32, -1 for padding, whose result is zero.
       scale: factor of the logits.
-      cap: logits are bent to (-cap, cap) by a tanh; at most MOST_CAP.
+      cap: logits are bent to (-cap, cap) by a tanh; at most `MOST_LOGIT_CAP` of the configuration.
 
     Returns:
       [B, T, H, C] float32.
