@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     except DoesNotFitError as error:
         print(json.dumps({"fits": False, "reason": str(error)}) if arguments.json else f"No: {error}")
         return 1
-    reports = _witnesses(found) if arguments.compile else []
+    reports = _compiled(found) if arguments.compile else []
     if arguments.json:
         shown = {"fits": True, **as_json(found)}
         if arguments.compile:
@@ -97,7 +97,7 @@ def _asked_hardware(arguments: argparse.Namespace) -> hw.Hardware:
     return hw.cpu_hosts(memory, bandwidth, flops, arguments.hosts)
 
 
-def _witnesses(found: CapacityPlan) -> list[AotReport]:
+def _compiled(found: CapacityPlan) -> list[AotReport]:
     if found.hardware.device.platform == "cpu":
         raise hw.HardwareError("--compile: for TPU slices and H100s; CPU hosts compile when they start")
     best, context = found.best, found.workload.context

@@ -8,11 +8,10 @@ import pathlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from workers.host.streams import LENGTH
 from workers.messages.codec import decode, encode
 from workers.messages.plan import Plan, StepTokens
 from workers.messages.specs import EngineSpec, MeshSpec, ModelSpec
-
-_LENGTH_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +51,14 @@ class PlanLog:
 
     def _write(self, entry: Entry) -> None:
         data = encode(entry)
-        self._file.write(len(data).to_bytes(_LENGTH_BYTES, "big") + data)
+        self._file.write(LENGTH.pack(len(data)) + data)
         self._file.flush()  # the last plan is the one that matters when a mesh hangs
 
 
 def read_log(file: BinaryIO) -> Iterator[Entry]:
     """The entries of a log, without what was cut off at its end. Raises CodecError."""
-    while len(header := file.read(_LENGTH_BYTES)) == _LENGTH_BYTES:
-        length = int.from_bytes(header, "big")
+    while len(header := file.read(LENGTH.size)) == LENGTH.size:
+        (length,) = LENGTH.unpack(header)
         data = file.read(length)
         if len(data) < length:
             return

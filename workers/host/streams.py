@@ -22,7 +22,8 @@ from workers.messages.plan import Plan
 from workers.telemetry import metrics
 
 _LOG = logging.getLogger(__name__)
-_LENGTH = struct.Struct(">I")
+#: Of a frame: its length comes first.
+LENGTH = struct.Struct(">I")
 
 #: A plan that admits a full context of Grok-1 with every bias allowed takes 100 kB; more than this is no frame.
 MAX_FRAME = 16 * 1024 * 1024
@@ -65,16 +66,16 @@ class Link:
             raise LinkError(f"a frame of {len(frame)} bytes")
         try:
             with self._sending:
-                self._connection.sendall(_LENGTH.pack(len(frame)) + frame)
+                self._connection.sendall(LENGTH.pack(len(frame)) + frame)
         except OSError as error:
             raise LinkError(f"peer is gone: {error}") from error
 
     def receive(self, longest: int = MAX_FRAME) -> bytes | None:
         """The next frame, or None when the peer has closed the stream. Raises LinkError when it broke."""
-        header = self._read(_LENGTH.size)
+        header = self._read(LENGTH.size)
         if header is None:
             return None
-        (length,) = _LENGTH.unpack(header)
+        (length,) = LENGTH.unpack(header)
         if length > longest:
             raise LinkError(f"a frame of {length} bytes")
         frame = self._read(length)

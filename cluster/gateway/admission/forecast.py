@@ -62,9 +62,8 @@ class Forecast:
         lengths = sum(len(a.request.prompt) + a.request.max_tokens * self._used for a in before) / len(before)
         together = max(1, min(capacity.slots, int(capacity.positions / lengths)))
         ends: list[float] = []
-        for one in sorted(
-            before, key=lambda one: one.generated == 0
-        ):  # those with tokens have a slot; the sort is stable
+        # Those with tokens have a slot, and so come first; the sort is stable.
+        for one in sorted(before, key=lambda one: one.generated == 0):
             began = heapq.heappop(ends) if len(ends) == together else 0.0
             heapq.heappush(ends, began + self._left(one))
         return ends[0] if len(ends) == together else 0.0

@@ -6,17 +6,15 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import struct
 from collections.abc import Callable
 
 from cluster.gateway.session import Session
-from workers.host.streams import MAX_FRAME, PULSE_SECONDS
+from workers.host.streams import LENGTH, MAX_FRAME, PULSE_SECONDS
 from workers.messages.codec import CodecError, decode, encode
 from workers.messages.frames import Hello, LeaderInput, LeaderOutput, Refusal, Status
 from workers.messages.request import Load
 
 _LOG = logging.getLogger(__name__)
-_LENGTH = struct.Struct(">I")
 
 #: Seconds within which a leader must listen once it serves.
 CONNECT_SECONDS = 30.0
@@ -128,7 +126,7 @@ class ReplicaLink:
     async def _listen(self) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, CodecError):
             while True:
-                (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
+                (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
                 self._silent = 0
                 if length > MAX_FRAME:
                     _LOG.error("replica %d sent a frame of %d bytes", self.leader.replica, length)
@@ -171,4 +169,4 @@ class ReplicaLink:
 
     def _send(self, message: Hello | LeaderInput) -> None:
         frame = encode(message)
-        self._writer.write(_LENGTH.pack(len(frame)) + frame)
+        self._writer.write(LENGTH.pack(len(frame)) + frame)
