@@ -31,6 +31,8 @@ _ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray's own is 15: whatever else runs on a host would leave workers next to nothing.
+    "RAY_worker_niceness": "0",
 }
 
 

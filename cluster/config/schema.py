@@ -32,8 +32,9 @@ class ClusterSection:
       memory_per_host: of CPU hosts, the GB that each has, for the same purpose; in a local cluster, this machine's, shared by
         its hosts, if absent.
       compilation_cache: directory on each host where compiled programs are kept; empty for none.
-      silence_seconds: a host or a leader that has said nothing for so long is lost. They say something four times a second;
-        on a network that loses a tenth of its packets, take twice as much.
+      silence_seconds: a host or a leader that has sent nothing for so long is suspected to be lost. They send something four
+        times a second. It is lost if within two more seconds its host can't be reached, or its process is seen to be stopped
+        or to do nothing.
     """
 
     address: str = "local"

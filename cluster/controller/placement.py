@@ -21,7 +21,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from cluster.config.schema import ClusterSection
 from workers.host.actor import Host
-from workers.messages.specs import Endpoint, EngineSpec, MeshSpec, ModelSpec
+from workers.host.liveness import why_lost
+from workers.messages.specs import Endpoint, EngineSpec, MeshSpec, ModelSpec, Progress
 
 _LOG = logging.getLogger(__name__)
 
@@ -29,9 +30,9 @@ _LOG = logging.getLogger(__name__)
 _CONCURRENCY = 4
 #: Seconds that a new worker may take to start, and one that stands by to take a place.
 START_SECONDS, STANDBY_SECONDS = 60.0, 10.0
-#: A worker that does not answer for so long hangs: what it computes does not keep it from answering.
+#: A worker that does not answer for so long may be lost.
 SILENT_SECONDS = 1.5
-#: As short as that when it only decides which host is to be blamed.
+#: In which a worker has to answer, or its process to show that it lives, so that its host is not blamed for a loss.
 BRIEF_SECONDS = 0.5
 #: Seconds that hosts have to remove their weights caches.
 FORGET_SECONDS = 30.0
@@ -93,7 +94,7 @@ class Placement:
         self.hosts = hosts
         self._mesh = mesh
         self._standbys: list[Any] = []
-        self._pids: list[int] = []
+        self._endpoints: list[Endpoint] = []
 
     @classmethod
     async def create(cls, mesh: MeshSpec, cluster: ClusterSection, avoided: tuple[str, ...] = ()) -> Placement:
@@ -138,7 +139,7 @@ class Placement:
         """Where the workers can be reached. Raises HostError for one that does not answer in START_SECONDS, or is not what the
         others are."""
         found = await self.ask("endpoint", seconds=START_SECONDS)
-        self._pids = [endpoint.pid for endpoint in found]
+        self._endpoints = found
         for rank, endpoint in enumerate(found):
             if endpoint.code != found[0].code:
                 error = OSError(
@@ -161,6 +162,27 @@ class Placement:
             if rest and rest[0][1] == most:
                 raise OSError(f"host {worst} and host {named} can't reach each other")
             raise HostError(worst, OSError(f"it and host {named} can't reach each other"))
+
+    async def progress(self) -> list[Progress]:
+        """What the workers do. Raises HostError for the first that raises or is lost; silence alone is no loss."""
+
+        async def one(rank: int, host: Any) -> Progress:
+            loop = asyncio.get_running_loop()
+            began, call = loop.time(), asyncio.ensure_future(host.progress.remote())
+            try:
+                while not (await asyncio.wait([call], timeout=SILENT_SECONDS))[0]:
+                    liveness = self._endpoints[rank].liveness
+                    reason = await asyncio.to_thread(why_lost, liveness, loop.time() - began)
+                    if reason is not None and not call.done():
+                        raise HostError(rank, TimeoutError(reason))
+                found: Progress = call.result()
+                return found
+            except (OSError, ray.exceptions.RayError) as error:
+                raise HostError(rank, error, raised=isinstance(error, ray.exceptions.RayTaskError)) from error
+            finally:
+                call.cancel()
+
+        return list(await asyncio.gather(*(one(rank, host) for rank, host in enumerate(self.hosts))))
 
     async def ask(self, method: str, *each: Sequence[Any], seconds: float | None = None) -> list[Any]:
         """What all workers answer to a call, whose arguments are given for each of them. Raises HostError for the first that
@@ -190,16 +212,20 @@ class Placement:
     async def renew(self) -> Placement | None:
         """Ends the workers; those that stood by come instead, on the same hosts. None if they are not all there: then nothing
         is left."""
-        standbys, pids, self._standbys = self._standbys, self._pids, []
+        standbys, endpoints, self._standbys = self._standbys, self._endpoints, []
         self._kill(self.hosts)
         renewed = Placement(self.group, self._mesh, self.nodes, standbys)
         try:
             if len(standbys) < len(self.hosts):
                 raise TimeoutError("there is no standby")
-            await asyncio.gather(*(answer(h.progress.remote(), SILENT_SECONDS, "") for h in standbys))
+            if not all(await asyncio.gather(*(_reachable(endpoint.liveness) for endpoint in endpoints))):
+                raise TimeoutError("a host is out of reach")
             # The standby kills its predecessor: on the same host it can wait until that has released the accelerators.
             await asyncio.gather(
-                *(answer(h.replace.remote(pid), STANDBY_SECONDS, "") for h, pid in zip(standbys, pids, strict=True))
+                *(
+                    answer(standby.replace.remote(endpoint.pid), STANDBY_SECONDS, "")
+                    for standby, endpoint in zip(standbys, endpoints, strict=True)
+                )
             )
         except (OSError, ray.exceptions.RayError):
             renewed.remove()
@@ -210,11 +236,20 @@ class Placement:
         return renewed
 
     async def silent(self) -> list[int]:
-        """The ranks of the workers that don't answer."""
-        answers = await asyncio.gather(
-            *(answer(h.progress.remote(), BRIEF_SECONDS, "") for h in self.hosts), return_exceptions=True
-        )
-        return [rank for rank, error in enumerate(answers) if isinstance(error, BaseException)]
+        """The ranks of the workers that don't answer, and don't live."""
+
+        async def lost(host: Any, liveness: str) -> bool:
+            try:
+                await answer(host.progress.remote(), BRIEF_SECONDS, "")
+            except TimeoutError:
+                return await asyncio.to_thread(why_lost, liveness, BRIEF_SECONDS, BRIEF_SECONDS) is not None
+            except (OSError, ray.exceptions.RayError):
+                return True
+            return False
+
+        liveness = [endpoint.liveness for endpoint in self._endpoints] or [""] * len(self.hosts)
+        found = await asyncio.gather(*map(lost, self.hosts, liveness))
+        return [rank for rank, is_lost in enumerate(found) if is_lost]
 
     def remove(self) -> None:
         """Kills all workers and frees their hosts."""
@@ -239,6 +274,19 @@ async def answer(result: Awaitable[Answer], seconds: float, peer: str) -> Answer
         return call.result()
     finally:
         call.cancel()
+
+
+async def _reachable(address: str) -> bool:
+    """Whether the host at `host:port` answers within SILENT_SECONDS, be it that nothing listens there."""
+    try:
+        async with asyncio.timeout(SILENT_SECONDS):
+            _, writer = await asyncio.open_connection(*address.rsplit(":", 1))
+    except ConnectionRefusedError:
+        return True
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
 
 
 def _host(group: PlacementGroup, rank: int, **resources: Any) -> Any:

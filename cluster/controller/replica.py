@@ -12,7 +12,7 @@ import ray.exceptions
 
 from cluster.config.schema import Config
 from cluster.controller.integrity import Canary, Digests
-from cluster.controller.placement import SILENT_SECONDS, HostError, Placement, spares_beside
+from cluster.controller.placement import HostError, Placement, spares_beside
 from cluster.controller.quarantine import RAISED, Quarantine
 from cluster.gateway.routing.replica_link import LeaderAddress
 from cluster.gateway.routing.router import Router
@@ -231,7 +231,7 @@ class Replica:
         specs = self._rank_specs(endpoints)
         await _first(self._watch_progress(placement), self._form(placement, specs))
         await self._poll(placement)
-        leader = LeaderAddress(self.index, self.epoch, specs[0].leader, specs[0].secret)
+        leader = LeaderAddress(self.index, self.epoch, specs[0].leader, specs[0].secret, specs[0].liveness)
         serving = asyncio.ensure_future(placement.ask("serve"))
         try:
             # The first that ends decides: a mesh without one host is none.
@@ -287,11 +287,12 @@ class Replica:
                 mesh=config.mesh,
                 engine=config.engine,
                 compilation_cache=config.cluster.compilation_cache or None,
+                liveness=endpoint.liveness,
                 silence_seconds=config.cluster.silence_seconds,
                 stall_seconds=config.telemetry.stall_seconds,
                 plan_log=config.telemetry.plan_log,
             )
-            for rank in range(len(endpoints))
+            for rank, endpoint in enumerate(endpoints)
         ]
 
     async def _watch_progress(self, placement: Placement) -> None:
@@ -318,8 +319,8 @@ class Replica:
             await asyncio.sleep(POLL_SECONDS)
 
     async def _poll(self, placement: Placement) -> None:
-        """Asks all hosts what they do. Raises HostError for one that does not answer."""
-        progress = await placement.ask("progress", seconds=SILENT_SECONDS)
+        """Asks all hosts what they do. Raises HostError for one that is lost."""
+        progress = await placement.progress()
         self.hosts = [HostView(view.endpoint, p) for view, p in zip(self.hosts, progress, strict=True)]
         self._on_progress(self)
 

@@ -28,6 +28,7 @@ GATEWAY = f"{ADDRESSES[FRONT]}:50051"
 ENVIRONMENT = (
     "RAY_AUTH_MODE=token",
     f"RAY_AUTH_TOKEN={secrets.token_hex(32)}",
+    "RAY_worker_niceness=0",
     "RAY_health_check_period_ms=1000",
     "RAY_health_check_timeout_ms=3000",
     "RAY_health_check_failure_threshold=3",

@@ -23,6 +23,7 @@ os.environ.update(
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
     RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",
 )
 _HEAD_ID = "f" * 51 + "00000"
 _HEAD_TYPE = "ray.head.default"  # the fake provider knows no other

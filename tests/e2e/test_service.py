@@ -82,6 +82,9 @@ def test_hosts_form_one_mesh_and_read_half_of_the_checkpoint_each(service: Servi
     total = open_checkpoint(DEMO).nbytes
     for host in replica.hosts:
         assert 0.5 * total <= host.bytes_read <= 0.52 * total
+        assert os.getpriority(os.PRIO_PROCESS, host.pid) == 0, (
+            "Ray's own would leave it what others of the host do not want"
+        )
 
 
 def test_one_process_computes_the_tokens_of_a_plan_log_again(client: Client, folder: pathlib.Path) -> None:

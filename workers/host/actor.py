@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from workers.host import liveness
 from workers.host.code_digest import code_digest
 from workers.host.environment import settle
 from workers.host.streams import free_port
@@ -48,6 +49,7 @@ class Host:
         self._address = ray.util.get_node_ip_address()
         faulthandler.register(signal.SIGUSR1)
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name="orphan").start()
+        self._liveness = liveness.start_server(self._address)
         # Any port is better than none.
         self._metrics_port = serve_metrics(self._address, (*METRICS_PORTS, 0), metrics.REGISTRY).server_port
 
@@ -61,6 +63,7 @@ class Host:
             leader_port=free_port(self._address),
             metrics_port=self._metrics_port,
             code=code_digest(),
+            liveness=self._liveness,
         )
 
     def unreachable(self, places: list[tuple[str, int]]) -> list[int]:

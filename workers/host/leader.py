@@ -81,7 +81,7 @@ class Leader:
         self._canary: tuple[float, ...] = ()
         self._refusals: dict[GatewayLink, list[Refusal]] = {}
         self._status_due = 0.0
-        self._watchdog = Watchdog(self._give_up, self._working)
+        self._watchdog = Watchdog(self._give_up, self._working, excused=lambda: bool(server.suspects))
 
     def run(self) -> None:
         """Serves until a follower is lost, which raises LinkError; gateways only once all hosts have computed a token."""

@@ -16,6 +16,7 @@ import threading
 import time
 
 from workers.host.activity import Activity
+from workers.host.liveness import why_lost
 from workers.messages.codec import CodecError, decode, encode
 from workers.messages.frames import PROTOCOL, Done, Hello, LeaderInput, LeaderOutput, PlanFrame
 from workers.messages.plan import Plan
@@ -50,6 +51,10 @@ class LinkError(ConnectionError):
         self.rank = rank
 
 
+class SilenceError(LinkError):
+    """Nothing has come for as long as `settimeout` allows. The stream can still be read."""
+
+
 class Link:
     """One end of a stream. Any thread may send, one may receive."""
 
@@ -71,17 +76,17 @@ class Link:
             raise LinkError(f"peer is gone: {error}") from error
 
     def receive(self, longest: int = MAX_FRAME) -> bytes | None:
-        """The next frame, or None when the peer has closed the stream. Raises LinkError when it broke."""
-        header = self._read(LENGTH.size)
-        if header is None:
+        """The next frame, or None when the peer has closed the stream. Raises LinkError when it broke, SilenceError."""
+        if not self._fill(LENGTH.size):
             return None
-        (length,) = LENGTH.unpack(header)
+        (length,) = LENGTH.unpack_from(self._buffer)
         if length > longest:
             raise LinkError(f"a frame of {length} bytes")
-        frame = self._read(length)
-        if frame is None and length:
-            raise LinkError("the stream ended within a frame")
-        return frame or b""
+        if not self._fill(LENGTH.size + length):
+            return None
+        frame = bytes(self._buffer[LENGTH.size : LENGTH.size + length])
+        del self._buffer[: LENGTH.size + length]
+        return frame
 
     def settimeout(self, seconds: float | None) -> None:
         """Bounds each following operation. On a stream that has been closed, they fail anyway."""
@@ -95,22 +100,23 @@ class Link:
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
-    def _read(self, count: int) -> bytes | None:
+    def _fill(self, count: int) -> bool:
+        """Receives until there are so many bytes; False when the stream has been closed, between frames or at this end."""
         while len(self._buffer) < count:
             try:
                 received = self._connection.recv(65536)
+            except TimeoutError as error:
+                raise SilenceError("nothing has come") from error
             except OSError as error:
                 if self._closed:
-                    return None
+                    return False
                 raise LinkError(f"peer is gone: {error}") from error
             if not received:
                 if self._buffer:
                     raise LinkError("the stream ended within a frame")
-                return None
+                return False
             self._buffer += received
-        taken = bytes(self._buffer[:count])
-        del self._buffer[:count]
-        return taken
+        return True
 
 
 class GatewayLink:
@@ -155,7 +161,7 @@ class LeaderServer:
     """
 
     def __init__(self, address: str, epoch: int, secret: bytes, silence: float) -> None:
-        """Listens. Followers that say nothing for `silence` seconds are lost."""
+        """Listens. Followers that send nothing for `silence` seconds are suspected, and lost unless they prove to live."""
         host, port = address.rsplit(":", 1)
         self._silence = silence
         self._greetings = threading.BoundedSemaphore(MAX_GREETINGS)
@@ -163,6 +169,8 @@ class LeaderServer:
         self._secret = secret
         self._followers: dict[int, Link] = {}
         self._sent: dict[int, float] = {}
+        #: The followers of which it is being found out whether they are lost.
+        self.suspects: set[int] = set()
         #: What followers do with their processors.
         self.activity = Activity()
         #: The last plan that each follower has carried out.
@@ -269,16 +277,16 @@ class LeaderServer:
                 metrics.PLAN_LAG.labels(str(rank)).set_function(lambda: max(self._last_sent - self.done[rank], 0))
                 self._followers = {**self._followers, rank: link}
                 self._joined.notify_all()
-            self._read_follower(link, rank)
+            self._read_follower(link, rank, hello.liveness)
         else:
             self._read_gateway(link)
 
-    def _read_follower(self, link: Link, rank: int) -> None:
+    def _read_follower(self, link: Link, rank: int, liveness: str) -> None:
         """Notes how far a follower is behind, and that it lives."""
         link.settimeout(self._silence)
         seconds = metrics.PLAN_SECONDS.labels(str(rank))
         try:
-            while (frame := link.receive(MAX_HELLO)) is not None:
+            while (frame := self._frame_of(link, rank, liveness)) is not None:
                 done = decode(Done, frame)
                 number = done.number
                 self.activity.note(rank, done.processor_seconds)
@@ -289,6 +297,23 @@ class LeaderServer:
             self.give_up(f"follower {rank} has ended", rank)
         except (LinkError, CodecError) as error:
             self.give_up(f"follower {rank} is lost: {error}", rank)
+
+    def _frame_of(self, link: Link, rank: int, liveness: str) -> bytes | None:
+        """A follower's next frame. Raises LinkError when its stream is broken, and when it is silent and does not prove to
+        live."""
+        since = time.monotonic()
+        while True:
+            try:
+                frame = link.receive(MAX_HELLO)
+            except SilenceError as silence:
+                self.suspects.add(rank)
+                reason = why_lost(liveness, time.monotonic() - since)
+                if reason is not None:
+                    raise LinkError(reason) from silence
+                _LOG.warning("follower %d has been silent for %.1f s, but lives", rank, time.monotonic() - since)
+            else:
+                self.suspects.discard(rank)
+                return frame
 
     def _read_gateway(self, link: Link) -> None:
         gateway = GatewayLink(link)

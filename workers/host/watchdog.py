@@ -16,12 +16,15 @@ UNKNOWN_SECONDS = 30.0
 #: Steps of a kind that are enough to judge others by, and how many are remembered.
 ENOUGH, REMEMBERED = 8, 256
 CHECK_SECONDS = 0.05
+#: Of the time between two checks at most so much counts: the leader's process itself may have been stopped, or its host busy.
+MOST_BETWEEN_CHECKS = 0.25
 
 
 class Watchdog:
     """Calls `bark`, once, when the devices have kept the leader waiting for 3 times the 99th percentile of such steps and a
     second more, and none of them is `working` still; or when they have for UNKNOWN_SECONDS. On a busy machine steps take
-    longer, but do not hang. What the leader's own Python takes between two calls to the devices does not count.
+    longer, but do not hang. What the leader's own Python takes between two calls to the devices does not count, nor does time
+    that is `excused`.
 
     Steps of a kind compute as many prompt positions, within a factor of two: others say nothing of them. What a rank that hangs
     does to its mesh can't be distinguished from a slow step in any other way, as nothing returns.
@@ -32,16 +35,21 @@ class Watchdog:
         bark: Callable[[str], None],
         working: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
+        excused: Callable[[], bool] = lambda: False,
     ) -> None:
+        """Time is excused while it is found out otherwise whether a rank is lost."""
         self._bark = bark
         self._working = working
         self._clock = clock
+        self._excused = excused
         self._seconds: dict[int, collections.deque[float]] = collections.defaultdict(
             lambda: collections.deque(maxlen=REMEMBERED)
         )
         self._dispatched: dict[int, float] = {}
         self._last_done = 0.0
         self._waiting: tuple[Plan, float] | None = None
+        #: Of the wait that began at this time, the seconds that count, and when the last check was.
+        self._counted = (0.0, 0.0, 0.0)
 
     def start(self) -> None:
         """Checks again and again, in a thread of its own."""
@@ -83,11 +91,23 @@ class Watchdog:
         waiting, working = self._waiting, self._working()
         if waiting is None:
             return False
-        seconds = self._clock() - waiting[1]
-        if seconds < UNKNOWN_SECONDS and (working or seconds < self.limit(waiting[0])):
+        plan, began = waiting
+        now = self._clock()
+        seconds, counted = now - began, self._count(began, now)
+        if seconds < UNKNOWN_SECONDS and (working or counted < self.limit(plan)):
             return False
-        self._bark(f"plan {waiting[0].number} has been running for {seconds:.1f} s; a rank must hang")
+        self._bark(f"plan {plan.number} has been running for {seconds:.1f} s; a rank must hang")
         return True
+
+    def _count(self, began: float, now: float) -> float:
+        """The seconds that count of a wait which began so."""
+        since, seconds, checked = self._counted
+        if since != began:
+            seconds, checked = 0.0, began
+        if not self._excused():
+            seconds += min(now - checked, MOST_BETWEEN_CHECKS)
+        self._counted = began, seconds, now
+        return seconds
 
 
 def _kind(plan: Plan) -> int:

@@ -171,7 +171,7 @@ class Worker:
         from workers.host.leader import Leader
 
         if a.rank:
-            hello = Hello(a.epoch, a.secret, a.rank)
+            hello = Hello(a.epoch, a.secret, a.rank, liveness=a.liveness)
             follow(self.runtime, connect(a.leader, hello, JOIN_SECONDS), a.epoch, self.profiler)
             return
         runtime = self.runtime

@@ -15,12 +15,13 @@ PROTOCOL = 1
 
 @dataclasses.dataclass(frozen=True)
 class Hello:
-    """The first frame of a follower (with its `rank`) or a gateway to the leader."""
+    """The first frame of a follower (with its `rank`, and its `liveness` as in RankSpec) or a gateway to the leader."""
 
     epoch: int
     secret: bytes = dataclasses.field(repr=False)
     rank: int | None = None
     protocol: int = PROTOCOL
+    liveness: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,6 +106,7 @@ class RankSpec:
       coordinator: `host:port` where JAX's coordination service listens, on rank 0.
       leader: `host:port` where the leader listens; empty for nowhere.
       compilation_cache: directory of compiled programs kept between starts, or None.
+      liveness: `host:port` of the process beside this host's worker that reports whether it lives; empty if there is none.
       silence_seconds: see `cluster.config.schema.ClusterSection`.
       stall_seconds, plan_log: see `cluster.config.schema.TelemetrySection`.
     """
@@ -120,6 +121,7 @@ class RankSpec:
     mesh: MeshSpec
     engine: EngineSpec
     compilation_cache: str | None
+    liveness: str = ""
     silence_seconds: float = 1.5
     stall_seconds: float | None = None
     plan_log: str | None = None
@@ -136,6 +138,7 @@ class Endpoint:
       coordinator_port, leader_port: free ports, for the case that it becomes rank 0.
       metrics_port: of its Prometheus endpoint.
       code: digest of the code that it runs.
+      liveness: see RankSpec.
     """
 
     address: str
@@ -145,6 +148,7 @@ class Endpoint:
     leader_port: int
     metrics_port: int
     code: str
+    liveness: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

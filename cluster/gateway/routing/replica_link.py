@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 
 from cluster.gateway.session import Session
+from workers.host.liveness import why_lost
 from workers.host.streams import LENGTH, MAX_FRAME, PULSE_SECONDS
 from workers.messages.codec import CodecError, decode, encode
 from workers.messages.frames import Hello, LeaderInput, LeaderOutput, Refusal, Status
@@ -24,12 +25,13 @@ ALIVE_SECONDS = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class LeaderAddress:
-    """Where a replica's leader listens in an epoch, and the secret that it asks for."""
+    """Where a replica's leader listens in an epoch, the secret that it asks for, and where to ask whether it lives."""
 
     replica: int
     epoch: int
     address: str
     secret: bytes = dataclasses.field(repr=False)
+    liveness: str = ""
 
 
 class ReplicaLink:
@@ -53,6 +55,8 @@ class ReplicaLink:
         self.canary: tuple[float, ...] = ()
         self.sessions: dict[str, Session] = {}
         self.draining = False
+        #: Whether it is being found out if the leader is lost.
+        self.suspect = False
         self._proven = False
         self._on_proven: Callable[[], None] = lambda: None
         self._silent = 0
@@ -112,11 +116,21 @@ class ReplicaLink:
 
     async def _watch(self) -> None:
         # Turns of this loop are counted, not seconds: when it was itself held up, what came meanwhile is read first.
-        while self._silent < self._most_silent / PULSE_SECONDS:
+        replica, look = self.leader.replica, round(self._most_silent / PULSE_SECONDS)
+        while True:
             await asyncio.sleep(PULSE_SECONDS)
             self._silent += 1
-        _LOG.error("replica %d has been silent for %g s", self.leader.replica, self._most_silent)
-        self.abort()
+            if self._silent < look:
+                self.suspect = False
+            elif self._silent % look == 0:
+                self.suspect = True
+                silent = self._silent * PULSE_SECONDS
+                reason = await asyncio.to_thread(why_lost, self.leader.liveness, silent)
+                if reason is not None and self._silent >= look:
+                    _LOG.error("the leader of replica %d is lost: %s", replica, reason)
+                    self.abort()
+                    return
+                _LOG.warning("the leader of replica %d has been silent for %g s, but lives", replica, silent)
 
     async def _tell_alive(self) -> None:
         while True:

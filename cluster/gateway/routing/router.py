@@ -192,8 +192,9 @@ class Router:
         return min(self._open(), key=lambda link: (link.outstanding, link.leader.replica), default=None)
 
     def _open(self) -> list[ReplicaLink]:
-        """The replicas that take sessions."""
-        return [link for link in self._links.values() if not link.draining]
+        """The replicas that take sessions; those whose leaders are suspected to be lost only if there are no others."""
+        taking = [link for link in self._links.values() if not link.draining]
+        return [link for link in taking if not link.suspect] or taking
 
     def _choose(self, session: Session) -> ReplicaLink | None:
         """The replica that gets a session; None if none takes any."""

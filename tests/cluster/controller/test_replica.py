@@ -71,6 +71,7 @@ class _Placement(Placement):
     def __init__(self, nodes: list[str], log: list[str]) -> None:
         self.nodes = nodes
         self.hosts = [_Host(node) for node in nodes]
+        self._endpoints = []
         self._log = log
 
     async def renew(self) -> _Placement | None:

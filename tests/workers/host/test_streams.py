@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.ports import free_port
+from tests.support.waiting import wait_until
+from workers.host import streams
 from workers.host.streams import MAX_FRAME, LeaderServer, Link, LinkError, connect
 from workers.messages.codec import decode, encode
 from workers.messages.frames import PROTOCOL, Done, Hello, LeaderInput, LeaderOutput, PlanFrame
@@ -21,9 +23,9 @@ SECRET = b"a secret of the epoch"
 
 
 @contextlib.contextmanager
-def _server() -> Iterator[tuple[LeaderServer, str]]:
+def _server(silence: float = SILENCE_SECONDS) -> Iterator[tuple[LeaderServer, str]]:
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
-    server = LeaderServer(address, epoch=3, secret=SECRET, silence=SILENCE_SECONDS)
+    server = LeaderServer(address, epoch=3, secret=SECRET, silence=silence)
     try:
         yield server, address
     finally:
@@ -136,6 +138,28 @@ def test_a_follower_that_is_lost_or_silent_ends_all_streams(silent: bool) -> Non
             while gateway.receive() is not None:
                 pass
         gateway.close()
+        follower.close()
+
+
+def test_a_follower_that_is_silent_but_lives_is_kept_and_suspected(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def lives(address: str, silent: float) -> str | None:
+        asked.append(address)
+        return None if len(asked) < 3 else "its process is stopped"
+
+    monkeypatch.setattr(streams, "why_lost", lives)
+    with _server(silence=0.1) as (server, address):
+        follower = connect(address, Hello(3, SECRET, 1, liveness="10.0.0.1:7"), 5)
+        server.wait_for_followers(1, 5)
+        wait_until(lambda: bool(server.suspects), 5)
+        follower.send(encode(Done(0)))
+        wait_until(lambda: len(asked) == 3, 5)
+        while server.inbox.get(timeout=5) is not None:
+            pass
+        with pytest.raises(LinkError, match="follower 1 is lost: its process is stopped"):
+            server.broadcast(Plan(1, (), (), ()))
+        assert set(asked) == {"10.0.0.1:7"}
         follower.close()
 
 

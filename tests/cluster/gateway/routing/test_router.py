@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from cluster.gateway.errors import GatewayError
+from cluster.gateway.routing import replica_link
 from cluster.gateway.routing.replica_link import LeaderAddress
 from cluster.gateway.routing.router import MOST_TRIALS, Router
 from cluster.gateway.session import Session
@@ -92,8 +93,8 @@ async def _leading(router: Router, replica: int, epoch: int) -> AsyncIterator[_L
         await asyncio.sleep(0.01)  # sockets are closed in the loop's next turn
 
 
-def _session() -> Session:
-    return Session(Request("r", (5, 6), 6, Sampling(seed=1)), StopTexts.of(()), TOKENIZER)
+def _session(name: str = "r") -> Session:
+    return Session(Request(name, (5, 6), 6, Sampling(seed=1)), StopTexts.of(()), TOKENIZER)
 
 
 def _resumed(message: LeaderInput) -> list[int]:
@@ -166,6 +167,29 @@ def test_a_leader_that_says_that_it_lives_is_believed() -> None:
                 leader.say()
                 await asyncio.sleep(PULSE_SECONDS)
             assert router.ready == 1
+
+    asyncio.run(play())
+
+
+def test_a_leader_that_is_suspected_gets_no_sessions_and_keeps_those_that_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks: list[float] = []
+    monkeypatch.setattr(replica_link, "why_lost", lambda address, silent: looks.append(silent))
+
+    async def play() -> None:
+        router, kept, new = Router(max_wait=5, silence=0.5), _session(), _session("new")
+        async with _leading(router, 0, 1) as silent, _leading(router, 1, 1) as other:
+            router.start(kept)
+            assert (await silent.submitted()).id == "r"
+            while not looks:
+                other.say()
+                await asyncio.sleep(0.05)
+            router.start(new)
+            assert (await other.submitted()).id == "new"
+            silent.draw(1, 2, 3, 4, 5, 6, last=True)
+            assert await _ids(kept) == [1, 2, 3, 4, 5, 6]
+            assert kept.losses == 0
 
     asyncio.run(play())
 
