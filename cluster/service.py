@@ -20,13 +20,14 @@ import ray
 from cluster import daemon
 from cluster.capacity import with_failover, with_pages
 from cluster.config.schema import Config, ConfigError, check_model
-from cluster.controller.fleet import Fleet
+from cluster.controller.controller import Controller
 from cluster.controller.integrity import Digests
-from cluster.controller.placement import forget_weights
-from cluster.controller.replica import Replica
+from cluster.controller.placement import RayPlacements, forget_weights
+from cluster.controller.view import GatewayReport, ReplicaView
 from cluster.gateway.admission.latency import RecentLatency
 from cluster.gateway.auth.api_keys import Keys
 from cluster.gateway.cluster_service import ClusterService
+from cluster.gateway.controller_watch import ControllerWatch
 from cluster.gateway.routing.router import Router
 from cluster.gateway.server import Gateway
 from cluster.gateway.validation import Limits
@@ -130,11 +131,11 @@ class _Service:
         )
         latency = RecentLatency()
         digests = Digests(read_record(locate(config.model.checkpoint)))
-        self._fleet = Fleet(config, self._router, latency, digests, _Reporter().report)
+        self._controller = Controller(config, RayPlacements(config.mesh, config.cluster), digests, _Reporter().report)
+        self._latency = latency
+        self._watch = ControllerWatch(self._controller, self._report, self._router.follow)
         self._metrics_url = f"http://{config.telemetry.address}/metrics"
-        status = ClusterService(
-            config, version, self._fleet, self._router, lambda: self._gateway.admission.in_flight, self._metrics_url
-        )
+        status = ClusterService(config, version, self._controller, self._watch, self._metrics_url)
         self._gateway = Gateway(
             config,
             keys,
@@ -158,7 +159,13 @@ class _Service:
         if self._predecessor is None:
             self._inherit_budgets()
             await self._listen()
-        work = [self._fleet.run(), self._follow_readiness(), _watch_ray(), _keep_log_small()]
+        work = [
+            self._controller.run(),
+            self._watch.run(),
+            self._follow_readiness(),
+            _watch_ray(),
+            _keep_log_small(),
+        ]
         tasks = [asyncio.ensure_future(part) for part in (stop.wait(), *work)]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -173,10 +180,19 @@ class _Service:
             for task in tasks:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
+            await self._router.close()
             self._end_traces()
         for result in results:
             if isinstance(result, Exception):
                 raise result
+
+    def _report(self) -> GatewayReport:
+        return GatewayReport(
+            self._config.gateway.address,
+            self._gateway.admission.in_flight,
+            self._router.unplaced,
+            self._latency.quantile(0.9),
+        )
 
     async def _listen(self) -> None:
         await self._web.start(wait=self._predecessor is not None)
@@ -244,7 +260,7 @@ class _Reporter:
     def __init__(self) -> None:
         self._said: dict[int, str] = {}
 
-    def report(self, replica: Replica) -> None:
+    def report(self, replica: ReplicaView) -> None:
         """Logs the replica's state, if it is news."""
         state = cluster_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower()
         if replica.state == cluster_pb2.REPLICA_STATE_STARTING:

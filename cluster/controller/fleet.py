@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Sequence
 
 from cluster.config.schema import Config
 from cluster.controller.autoscaler import Autoscaler, Signals
 from cluster.controller.integrity import Canary, Digests
+from cluster.controller.placement import Placements
 from cluster.controller.quarantine import Quarantine
 from cluster.controller.replica import Replica
-from cluster.gateway.admission.latency import RecentLatency
-from cluster.gateway.routing.router import Router
+from cluster.controller.view import GatewayReport, ReplicaView, ServiceView
 from cluster.telemetry import metrics
 from grok.serving.v1 import cluster_pb2
 
 _LOG = logging.getLogger(__name__)
 
 DECIDE_SECONDS = 0.5
-_DRAIN_POLL_SECONDS = 0.05
 
 
 class Fleet:
@@ -31,16 +32,19 @@ class Fleet:
     def __init__(
         self,
         config: Config,
-        router: Router,
-        latency: RecentLatency,
+        placements: Placements,
         digests: Digests,
-        report: Callable[[Replica], None],
+        reports: Callable[[], Sequence[GatewayReport]],
+        report: Callable[[ReplicaView], None],
     ) -> None:
         self.wanted = config.replicas
         self._config = config
-        self._router = router
-        self._latency = latency
+        self._placements = placements
+        self._reports = reports
         self._report = report
+        self._version = secrets.token_hex(4), 0
+        self._routes: object = None
+        self._changed = asyncio.Event()
         self._autoscaler = Autoscaler(config.autoscaling, config.replicas)
         self._quarantine = Quarantine()
         self._digests, self._canary = digests, Canary()
@@ -72,15 +76,48 @@ class Fleet:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    def view(self) -> ServiceView:
+        """The service as it is now."""
+        return ServiceView(
+            tuple(replica.view for replica in self.replicas),
+            self.wanted,
+            self._version,
+            sum(report.requests for report in self._reports()),
+        )
+
+    async def news(self, version: tuple[str, int], seconds: float) -> ServiceView:
+        """The view as soon as it has another version than this; after `seconds` in any case."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while version == self._version:
+                    await self._changed.wait()
+        return self.view()
+
+    def _note(self, replica: Replica) -> None:
+        self._report(replica.view)
+        self._look()
+
+    def _look(self) -> None:
+        """Gives the view another version if gateways have to act on it."""
+        views = [replica.view for replica in self.replicas]
+        routes = [(view.index, view.state, view.leader, view.draining, view.returns) for view in views]
+        if routes != self._routes:
+            self._routes = routes
+            self._version = self._version[0], self._version[1] + 1
+            self._changed.set()
+            self._changed = asyncio.Event()
+
     def _signals(self, now: float) -> Signals:
+        views, reports = [replica.view for replica in self.replicas], self._reports()
+        queued = sum(view.load.waiting for view in views) + sum(report.unplaced for report in reports)
         return Signals(
             now=now,
             replicas=self.wanted,
-            ready=self._router.ready,
-            sessions=self._router.sessions,
-            queued=self._router.queued,
+            ready=sum(view.state == cluster_pb2.REPLICA_STATE_READY for view in views),
+            sessions=sum(view.load.running for view in views) + queued,
+            queued=queued,
             slots=self._config.engine.slots,
-            time_to_first_token=self._latency.quantile(0.9),
+            time_to_first_token=max((report.time_to_first_token for report in reports), default=0.0),
         )
 
     def _adjust(self) -> None:
@@ -90,28 +127,33 @@ class Fleet:
             index = next(i for i in range(len(self._replicas) + 1) if i not in self._replicas)
             epoch = self._epochs.get(index, 0)
             replica = Replica(
-                index, self._config, self._router, self._quarantine, self._digests, self._canary, self._report, epoch
+                index,
+                self._config,
+                self._placements,
+                self._quarantine,
+                self._digests,
+                self._canary,
+                self._note,
+                epoch,
             )
             self._replicas[index] = replica
             self._lives[index] = asyncio.ensure_future(replica.run())
         # Those that do not serve yet go first, then the youngest.
         staying.sort(key=lambda r: (r.state == cluster_pb2.REPLICA_STATE_READY, -r.index))
         for replica in staying[: max(len(staying) - self.wanted, 0)]:
-            replica.drain()
             ending = asyncio.ensure_future(self._end(replica))
             self._endings.add(ending)
             ending.add_done_callback(self._endings.discard)
 
     async def _end(self, replica: Replica) -> None:
         """Lets a replica finish its requests, then ends it."""
-        self._router.drain(replica.index)
-        while self._router.busy(replica.index):
-            await asyncio.sleep(_DRAIN_POLL_SECONDS)
+        await replica.drain()
         life = self._lives.pop(replica.index)
         life.cancel()
         await asyncio.gather(life, return_exceptions=True)
         del self._replicas[replica.index]
         self._epochs[replica.index] = replica.epoch
+        self._look()
         for metric in (metrics.EPOCH, metrics.REPLICA_FAILURES):
             metric.remove(str(replica.index))
         _LOG.info("replica %d has ended", replica.index, extra=replica.log_fields)

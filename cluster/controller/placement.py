@@ -7,7 +7,7 @@ import collections
 import logging
 import shutil
 from collections.abc import Awaitable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import ray
 import ray.exceptions
@@ -81,6 +81,57 @@ class HostError(RuntimeError):
         self.raised = raised
 
 
+class Placements(Protocol):
+    """Finds hosts for a replica."""
+
+    async def create(self, avoided: tuple[str, ...]) -> Placement:
+        """Waits until there are hosts enough, then starts a worker on each; see RayPlacements."""
+
+    async def spares_beside(self, avoided: frozenset[str]) -> bool:
+        """Whether a replica could lie on other nodes than those, were they free."""
+
+
+class RayPlacements:
+    """Places replicas on the nodes of a Ray cluster."""
+
+    def __init__(self, mesh: MeshSpec, cluster: ClusterSection) -> None:
+        self._mesh = mesh
+        self._cluster = cluster
+
+    async def create(self, avoided: tuple[str, ...]) -> Placement:
+        """Waits until there are hosts enough, then starts a worker on each. On the nodes `avoided` only if no others are there
+        within AVOID_SECONDS; if there are too few others, then rather on the last of them."""
+        mesh, cluster, group = self._mesh, self._cluster, None
+        for count in range(len(avoided), 0, -1):
+            without = frozenset(avoided[:count])
+            if await self.spares_beside(without):
+                group = await _reserve(group_options(mesh, cluster, without), AVOID_SECONDS)
+                break
+        group = group or await _reserve(group_options(mesh, cluster), None)
+        assert group is not None
+        resources = bundle(mesh, cluster.cpus_per_host)
+        try:
+            table: dict[int, str] = (await asyncio.to_thread(placement_group_table, group))["bundles_to_node_id"]
+        except BaseException:
+            remove_placement_group(group)
+            raise
+        hosts = [
+            _host(
+                group,
+                rank,
+                num_cpus=cluster.cpus_per_host,
+                resources={name: count for name, count in resources.items() if name not in ("CPU", "GPU")},
+                num_gpus=resources.get("GPU", 0),
+            )
+            for rank in range(mesh.hosts)
+        ]
+        return Placement(group, mesh, [table.get(rank, "") for rank in range(mesh.hosts)], hosts)
+
+    async def spares_beside(self, avoided: frozenset[str]) -> bool:
+        """Whether a replica could lie on other nodes than those, were they free."""
+        return await asyncio.to_thread(spares_beside, self._mesh, self._cluster, avoided)
+
+
 class Placement:
     """The workers of one replica in one epoch, in rank order, and those that stand by to take their places in the next one.
 
@@ -95,40 +146,6 @@ class Placement:
         self._mesh = mesh
         self._standbys: list[Any] = []
         self._endpoints: list[Endpoint] = []
-
-    @classmethod
-    async def create(cls, mesh: MeshSpec, cluster: ClusterSection, avoided: tuple[str, ...] = ()) -> Placement:
-        """Waits until there are hosts enough, then starts a worker on each. On the nodes `avoided` only if no others are there
-        within AVOID_SECONDS; if there are too few others, then rather on the last of them."""
-        group = None
-        for count in range(len(avoided), 0, -1):
-            without = frozenset(avoided[:count])
-            if await asyncio.to_thread(spares_beside, mesh, cluster, without):
-                group = await _reserve(group_options(mesh, cluster, without), AVOID_SECONDS)
-                break
-        group = group or await _reserve(group_options(mesh, cluster), None)
-        assert group is not None
-        resources = bundle(mesh, cluster.cpus_per_host)
-        try:
-            table: dict[int, str] = (await asyncio.to_thread(placement_group_table, group))["bundles_to_node_id"]
-        except BaseException:
-            remove_placement_group(group)
-            raise
-        return cls(
-            group,
-            mesh,
-            [table.get(rank, "") for rank in range(mesh.hosts)],
-            [
-                _host(
-                    group,
-                    rank,
-                    num_cpus=cluster.cpus_per_host,
-                    resources={name: count for name, count in resources.items() if name not in ("CPU", "GPU")},
-                    num_gpus=resources.get("GPU", 0),
-                )
-                for rank in range(mesh.hosts)
-            ],
-        )
 
     def dump_stacks(self) -> None:
         """Has each worker that still can write to its log what its threads are doing."""

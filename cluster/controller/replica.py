@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
+import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import ray.exceptions
 
 from cluster.config.schema import Config
 from cluster.controller.integrity import Canary, Digests
-from cluster.controller.placement import HostError, Placement, spares_beside
+from cluster.controller.placement import HostError, Placement, Placements
 from cluster.controller.quarantine import RAISED, Quarantine
-from cluster.gateway.routing.replica_link import LeaderAddress
-from cluster.gateway.routing.router import Router
+from cluster.controller.view import HostView, ReplicaView
+from cluster.leader_stream import LeaderAddress, LeaderStream
 from cluster.telemetry import metrics
 from grok.serving.v1 import cluster_pb2
 from workers.host.streams import LinkError
+from workers.messages.frames import Status
+from workers.messages.request import Load
 from workers.messages.specs import COMPILING, JOINING, LOADING, PREPARING, WARMING_UP, Endpoint, Progress, RankSpec
 
 _LOG = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ HEALTHY_SECONDS = 5.0
 TRACE_PART = 256 * 1024
 #: Seconds that a leader has to say why its stream has ended.
 REASON_SECONDS = 0.5
+#: A replica that drains is empty when it has had no request for so long: gateways may not know at once that it drains.
+EMPTY_SECONDS = 0.5
 #: Seconds that a host may be in a phase without any progress, phases in their order. What it reads from may hang, or another
 #: host that it waits for.
 STALLED_SECONDS = {
@@ -41,30 +45,22 @@ STALLED_SECONDS = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class HostView:
-    """A host as the supervisor last saw it."""
-
-    endpoint: Endpoint
-    progress: Progress
-
-
 class NotReadyError(RuntimeError):
     """A replica that is asked for something that only a serving one can do."""
 
 
 class Replica:
-    """One replica and its epochs. `state`, `epoch`, `hosts`, `failures` (in a row) and `last_failure` describe it."""
+    """One replica and its epochs. `view` describes it."""
 
     def __init__(
         self,
         index: int,
         config: Config,
-        router: Router,
+        placements: Placements,
         quarantine: Quarantine,
         digests: Digests,
         canary: Canary,
-        on_progress: Callable[[Replica], None],
+        on_change: Callable[[Replica], None],
         epoch: int = 0,
     ) -> None:
         """`epoch` is the last one of the replica that had this number before."""
@@ -74,21 +70,53 @@ class Replica:
         self.hosts: list[HostView] = []
         self.failures = 0
         self.last_failure = ""
+        self._placements = placements
         self._quarantine = quarantine
         self._digests = digests
         self._canary = canary
         self._placement: Placement | None = None
+        self._stream: LeaderStream | None = None
+        self._draining = False
+        self._has_served = False
         self._serving = asyncio.Event()
         self._strange = False
         self._restart = asyncio.Event()
         self._restarting = False
         self._config = config
-        self._router = router
-        self._on_progress = on_progress
+        self._on_change = on_change
 
-    def drain(self) -> None:
-        """Notes that the replica only finishes what it has; it is not built again."""
+    @property
+    def view(self) -> ReplicaView:
+        """The replica as it is now."""
+        stream = self._stream if self._serving.is_set() else None
+        gone = self.state in (cluster_pb2.REPLICA_STATE_GIVEN_UP, cluster_pb2.REPLICA_STATE_DRAINING)
+        return ReplicaView(
+            index=self.index,
+            state=self.state,
+            epoch=self.epoch,
+            leader=None if stream is None else stream.leader,
+            draining=self._draining,
+            returns=self._has_served and not gone,
+            hosts=tuple(self.hosts),
+            failures=self.failures,
+            last_failure=self.last_failure,
+            load=Load() if stream is None else stream.load,
+            status=Status() if stream is None else stream.status,
+        )
+
+    async def drain(self) -> None:
+        """Takes no new requests, and is not built again. Returns when it has finished what it has."""
+        self._draining = True
         self._enter(cluster_pb2.REPLICA_STATE_DRAINING)
+        await self._emptied()
+
+    async def _emptied(self) -> None:
+        """Returns when no gateway has had a request here for a while."""
+        quiet = 0.0
+        while quiet < EMPTY_SECONDS:
+            await asyncio.sleep(POLL_SECONDS)
+            load = self.view.load
+            quiet = 0.0 if load.running or load.waiting else quiet + POLL_SECONDS
 
     async def profile(self, steps: int, seconds: float) -> AsyncIterator[tuple[int, str, bytes]]:
         """Traces the next `steps` steps; rank, path and content of each file, in parts. Raises RayError, or NotReadyError."""
@@ -121,11 +149,12 @@ class Replica:
             self._restarting = False
 
     async def _replace(self) -> int:
-        before, loop = self.epoch, asyncio.get_running_loop()
-        self._router.drain(self.index, returns=True)
-        deadline = loop.time() + self._config.gateway.drain_seconds
-        while self._router.busy(self.index) and loop.time() < deadline:
-            await asyncio.sleep(POLL_SECONDS)
+        before = self.epoch
+        self._draining = True
+        self._on_change(self)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.gateway.drain_seconds):
+                await self._emptied()
         if (self.epoch, self.state) == (before, cluster_pb2.REPLICA_STATE_READY):
             self._restart.set()
             while self.epoch <= before + 1 and self.state != cluster_pb2.REPLICA_STATE_DRAINING:
@@ -153,7 +182,7 @@ class Replica:
         """Runs an epoch to its end; returns why it failed, None if it was asked to end."""
         self._restart.clear()
         self._strange = False
-        self._serving = asyncio.Event()
+        self._serving.clear()
         try:
             await self._epoch(await self._place())
         except (HostError, ray.exceptions.RayError, OSError) as error:
@@ -170,19 +199,20 @@ class Replica:
         metrics.REBUILDS.labels(str(self.index)).inc(0)
         self._count_failures(self.failures)
         self.hosts = []
-        self._enter(cluster_pb2.REPLICA_STATE_PLACING)
+        if self.state != cluster_pb2.REPLICA_STATE_DRAINING:
+            self._draining = False
+            self._enter(cluster_pb2.REPLICA_STATE_PLACING)
         now = asyncio.get_running_loop().time()
-        config, failing = self._config, self._quarantine.failing(now)
+        failing = self._quarantine.failing(now)
         if self._placement is not None:
             worst = frozenset([node for node in self._placement.nodes if node in failing][:1])
-            spare = await asyncio.to_thread(spares_beside, config.mesh, config.cluster, worst) if worst else False
-            if spare:
+            if worst and await self._placements.spares_beside(worst):
                 self._placement.remove()
                 self._placement = None
             else:
                 self._placement = await self._placement.renew()
         if self._placement is None:
-            self._placement = await Placement.create(config.mesh, config.cluster, self._quarantine.avoided(now))
+            self._placement = await self._placements.create(self._quarantine.avoided(now))
         return self._placement
 
     async def _fail(self, failure: Exception) -> None:
@@ -199,8 +229,6 @@ class Replica:
                 await self._blame(self._placement, failure)
             except Exception:
                 _LOG.exception("replica %d: no host can be blamed", self.index, extra=self.log_fields)
-        if given_up:
-            self._router.forget(self.index)
         await asyncio.sleep(
             GIVEN_UP_SECONDS if given_up else BACKOFF_SECONDS[min(self.failures, len(BACKOFF_SECONDS)) - 1]
         )
@@ -230,29 +258,41 @@ class Replica:
             await placement.check_reachable(endpoints)
         specs = self._rank_specs(endpoints)
         await _first(self._watch_progress(placement), self._form(placement, specs))
-        await self._poll(placement)
-        leader = LeaderAddress(self.index, self.epoch, specs[0].leader, specs[0].secret, specs[0].liveness)
-        serving = asyncio.ensure_future(placement.ask("serve"))
+        await placement.ask("serve")
+        await self._serve(placement, specs[0])
+
+    async def _serve(self, placement: Placement, spec: RankSpec) -> None:
+        """Watches a mesh that serves, whose leader has this spec, until it ends."""
+        leader = LeaderAddress(self.index, self.epoch, spec.leader, spec.secret, spec.liveness)
+        stream = self._stream = await LeaderStream.connect(leader, spec.silence_seconds)
         try:
             # The first that ends decides: a mesh without one host is none.
             await _first(
-                asyncio.shield(serving),
-                self._router.serve(leader, self._ready, self._accept),
+                self._watch_hosts(placement),
+                stream.run(lambda _: None, self._accept),
                 self._stand_by(placement),
                 self._restart.wait(),
             )
-            if self._strange:
-                raise OSError(
-                    "the mesh computes other probabilities than the first one did: look at what its hosts have loaded; if "
-                    "the first was wrong, start the service anew"
-                )
-            if not self._restart.is_set():
-                await asyncio.wait([serving], timeout=REASON_SECONDS)
-                if serving.done():
-                    serving.result()
         finally:
-            serving.cancel()
-            await asyncio.gather(serving, return_exceptions=True)
+            stream.close()
+            self._serving.clear()
+            self._stream = None
+            self._on_change(self)
+        if self._strange:
+            raise OSError(
+                "the mesh computes other probabilities than the first one did: look at what its hosts have loaded; if "
+                "the first was wrong, start the service anew"
+            )
+        if not self._restart.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REASON_SECONDS):
+                    await self._watch_hosts(placement, 0.05)
+
+    async def _watch_hosts(self, placement: Placement, pause: float = POLL_SECONDS) -> None:
+        """Asks again and again what the hosts do. Raises HostError for one that is lost, or whose part has failed."""
+        while True:
+            await self._poll(placement)
+            await asyncio.sleep(pause)
 
     async def _form(self, placement: Placement, specs: list[RankSpec]) -> None:
         loaded = await placement.ask("form", specs)
@@ -322,21 +362,25 @@ class Replica:
         """Asks all hosts what they do. Raises HostError for one that is lost."""
         progress = await placement.progress()
         self.hosts = [HostView(view.endpoint, p) for view, p in zip(self.hosts, progress, strict=True)]
-        self._on_progress(self)
+        self._on_change(self)
 
     @property
     def log_fields(self) -> dict[str, int]:
         """For a log line's `extra`."""
         return {"replica": self.index, "epoch": self.epoch}
 
-    def _accept(self, canary: Sequence[float]) -> bool:
-        """Whether the mesh computes what others did."""
+    def _accept(self) -> None:
+        """The mesh has computed a token: it serves, if that is what other meshes computed."""
         assert self._placement is not None
-        self._strange = not self._canary.accept(canary, self._placement.nodes)
-        return not self._strange
-
-    def _ready(self) -> None:
+        assert self._stream is not None
+        self._strange = not self._canary.accept(self._stream.canary, self._placement.nodes)
+        if self._strange:
+            self._stream.abort()
+            return
         self._serving.set()
+        self._has_served = True
+        if self.state == cluster_pb2.REPLICA_STATE_DRAINING:
+            return
         self._enter(cluster_pb2.REPLICA_STATE_READY)
         asyncio.get_running_loop().call_later(HEALTHY_SECONDS, self._recover, self.epoch)
 
@@ -352,7 +396,7 @@ class Replica:
 
     def _enter(self, state: cluster_pb2.ReplicaState.ValueType) -> None:
         self.state = state
-        self._on_progress(self)
+        self._on_change(self)
 
 
 async def _first(*parts: Awaitable[object]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -12,10 +12,11 @@ import grpc.aio
 import ray.exceptions
 
 from cluster.config.schema import Config
-from cluster.controller.fleet import Fleet
-from cluster.controller.replica import HostView, NotReadyError, Replica
+from cluster.controller.controller import ControllerClient, NoReplicaError
+from cluster.controller.replica import NotReadyError
+from cluster.controller.view import HostView, ReplicaView
+from cluster.gateway.controller_watch import ControllerWatch
 from cluster.gateway.errors import GatewayError, Violation, invalid, unavailable
-from cluster.gateway.routing.router import Router
 from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc
 
 DEFAULT_PROFILE_STEPS = 20
@@ -25,31 +26,33 @@ PROFILE_SECONDS, PROFILE_RESERVE = 60.0, 5.0
 
 
 class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
-    """Answers from what fleet and router know; asks hosts only for traces. Raises GatewayError."""
+    """Answers from what the controller last reported; asks it for traces and restarts. Raises GatewayError."""
 
     def __init__(
-        self, config: Config, version: str, fleet: Fleet, router: Router, requests: Callable[[], int], metrics_url: str
+        self, config: Config, version: str, controller: ControllerClient, watch: ControllerWatch, metrics_url: str
     ) -> None:
         self._config = config
         self._version = version
-        self._fleet = fleet
-        self._router = router
-        self._requests = requests
+        self._controller = controller
+        self._watch = watch
         self._metrics_url = metrics_url
 
     def status(self) -> cluster_pb2.GetStatusResponse:
+        """As the controller last reported it."""
+        view = self._watch.view
         return cluster_pb2.GetStatusResponse(
-            replicas=[self._replica(replica) for replica in self._fleet.replicas],
-            requests=self._requests(),
+            replicas=[self._replica(replica) for replica in view.replicas],
+            requests=view.requests,
             metrics_url=self._metrics_url,
             model=self._config.model.name,
             version=self._version,
-            wanted_replicas=self._fleet.wanted,
+            wanted_replicas=view.wanted,
         )
 
     async def GetStatus(
         self, request: cluster_pb2.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> cluster_pb2.GetStatusResponse:
+        await self._watch.refresh()
         return self.status()
 
     async def Profile(
@@ -59,12 +62,13 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
         steps = request.steps if request.HasField("steps") else DEFAULT_PROFILE_STEPS
         if not 1 <= steps <= MAX_PROFILE_STEPS:
             raise invalid([Violation("steps", f"is {steps}; must be from 1 to {MAX_PROFILE_STEPS}")])
-        replica = self._named(request.replica)
         left = context.time_remaining()
         seconds = PROFILE_SECONDS if left is None else max(left - PROFILE_RESERVE, 1.0)
         try:
-            async for rank, path, content in replica.profile(steps, seconds):
+            async for rank, path, content in self._controller.profile(request.replica, steps, seconds):
                 yield cluster_pb2.ProfileResponse(rank=rank, path=path, content=content)
+        except NoReplicaError as error:
+            raise _no_replica(request.replica) from error
         except NotReadyError as error:
             raise _not_ready(error) from error
         except ray.exceptions.RayTaskError as error:
@@ -72,7 +76,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
             code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.FAILED_PRECONDITION
             raise GatewayError(code, "NO_TRACE", f"no trace: {error.cause}") from error
         except ray.exceptions.RayError as error:
-            raise unavailable(f"no trace: a host of replica {replica.index} is lost") from error
+            raise unavailable(f"no trace: a host of replica {request.replica} is lost") from error
 
     async def Restart(
         self, request: cluster_pb2.RestartRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -80,19 +84,15 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
         """Gives a replica new worker processes."""
         try:
             # Shielded: what has begun must end, or the replica would drain for ever.
-            epoch = await asyncio.shield(self._named(request.replica).restart())
+            epoch = await asyncio.shield(self._controller.restart(request.replica))
             return cluster_pb2.RestartResponse(epoch=epoch)
+        except NoReplicaError as error:
+            raise _no_replica(request.replica) from error
         except NotReadyError as error:
             raise _not_ready(error) from error
 
-    def _named(self, index: int) -> Replica:
-        replica = next((r for r in self._fleet.replicas if r.index == index), None)
-        if replica is None:
-            raise invalid([Violation("replica", f"is {index}; there is no such replica")])
-        return replica
-
-    def _replica(self, replica: Replica) -> cluster_pb2.ReplicaStatus:
-        load, status = self._router.load(replica.index), self._router.status(replica.index)
+    def _replica(self, replica: ReplicaView) -> cluster_pb2.ReplicaStatus:
+        load, status = replica.load, replica.status
         mesh = self._config.mesh
         return cluster_pb2.ReplicaStatus(
             index=replica.index,
@@ -111,6 +111,10 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
             failures=replica.failures,
             layer_groups=[cluster_pb2.LayerGroup(**dataclasses.asdict(group)) for group in status.layer_groups],
         )
+
+
+def _no_replica(index: int) -> GatewayError:
+    return invalid([Violation("replica", f"is {index}; there is no such replica")])
 
 
 def _not_ready(error: NotReadyError) -> GatewayError:

@@ -13,14 +13,16 @@ from typing import Any, TypeVar
 from opentelemetry import trace
 
 from cluster.config.schema import Config, GatewaySection
+from cluster.controller.view import ReplicaView, ServiceView
 from cluster.gateway.admission.latency import RecentLatency
 from cluster.gateway.auth.api_keys import Caller, Keys
-from cluster.gateway.routing.replica_link import LeaderAddress
 from cluster.gateway.routing.router import Router
 from cluster.gateway.server import Gateway
 from cluster.gateway.text_job import TextJobs
 from cluster.gateway.texts import TEXT_BUDGET, Done, Texts
 from cluster.gateway.validation import Limits
+from cluster.leader_stream import LeaderAddress
+from grok.serving.v1 import cluster_pb2
 from grokmesh import Client
 from tests.conftest import DEMO
 from tests.support.fake_mesh import leading
@@ -70,7 +72,8 @@ def now(work: Coroutine[Any, Any, Result]) -> Result:
 async def _serve(address: str, seconds: float, keys: pathlib.Path | None, context: int) -> None:
     limits = Limits(MODEL, context, TOKENIZER.longest_piece)
     config = Config(ModelSpec("demo", str(DEMO)), gateway=GatewaySection(address))
-    router = Router(max_wait=0)
+    ready = asyncio.Event()
+    router = Router(max_wait=0, on_change=lambda count: ready.set() if count else None)
     status: Any = unittest.mock.Mock()  # nobody asks for it
     sandbox = Sandbox("cluster.gateway.text_job", ARGUMENTS)
     gateway = Gateway(
@@ -79,16 +82,12 @@ async def _serve(address: str, seconds: float, keys: pathlib.Path | None, contex
     await gateway.start()
     pages = SHAPE.slots * -(-context // SHAPE.page_size) + 1
     shape = EngineShape(SHAPE.slots, 1, pages, SHAPE.page_size, SHAPE.chunk, context, batch_invariant=True)
-    ready = asyncio.Event()
-    telling = asyncio.ensure_future(_tell(gateway, ready))
     with leading(shape, MODEL.vocab_size, 512, seconds, Sandbox("workers.text.grammar_job", ARGUMENTS)) as leader:
-        await router.serve(LeaderAddress(0, 1, leader, b"s"), ready.set)
-    await telling
-
-
-async def _tell(gateway: Gateway, ready: asyncio.Event) -> None:
-    await ready.wait()
-    await gateway.set_ready(True)
+        replica = ReplicaView(0, cluster_pb2.REPLICA_STATE_READY, 1, LeaderAddress(0, 1, leader, b"s"))
+        router.follow(ServiceView((replica,), 1))
+        await ready.wait()
+        await gateway.set_ready(True)
+        await asyncio.Event().wait()
 
 
 def _run(address: str, seconds: float, keys: pathlib.Path | None, context: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import faulthandler
+import logging
 import os
 import pathlib
 import signal
@@ -27,6 +28,8 @@ from workers.telemetry.metrics_server import serve_metrics
 if TYPE_CHECKING:
     from workers.host.standby import StandbyEngine
 
+_LOG = logging.getLogger(__name__)
+
 #: Of workers' metrics. The policy of deploy/kuberay/common.yaml lets Prometheus in there.
 METRICS_PORTS = range(9500, 9564)
 #: Seconds that a connection to another host may take.
@@ -44,6 +47,7 @@ class Host:
     def __init__(self) -> None:
         self._worker: Worker | None = None
         self._standby: StandbyEngine | None = None
+        self._failure: Exception | None = None
         self._preparing = threading.Lock()
         self._traces: dict[str, dict[str, bytes]] = {}
         self._address = ray.util.get_node_ip_address()
@@ -111,8 +115,16 @@ class Host:
         self._worker.warm_up()
 
     def serve(self) -> None:
+        """Begins to lead or to follow. `progress` raises what ends that."""
+        threading.Thread(target=self._serve, daemon=True, name="serve").start()
+
+    def _serve(self) -> None:
         assert self._worker is not None
-        self._worker.serve()
+        try:
+            self._worker.serve()
+        except Exception as error:
+            _LOG.exception("this worker's part has ended")
+            self._failure = error
 
     def profile(self, name: str, steps: int, seconds: float) -> dict[str, int]:
         """Takes a trace, see `Profiler.trace`, and keeps it under a name until it is forgotten. Paths and sizes of its
@@ -133,7 +145,9 @@ class Host:
         faulthandler.dump_traceback(all_threads=True)
 
     def progress(self) -> Progress:
-        """What the worker is doing."""
+        """What the worker is doing. Raises what has ended its part of the mesh."""
+        if self._failure is not None:
+            raise self._failure
         return self._worker.progress if self._worker else Progress("starting", 0.0)
 
 

@@ -4,19 +4,23 @@ is lost, another one goes on where it was, or the same one once it is built agai
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable
 
+from cluster.controller.view import ServiceView
 from cluster.gateway.admission.forecast import Ahead, Capacity, Forecast
 from cluster.gateway.errors import Violation, breaking, exhausted, failed, invalid, unavailable
 from cluster.gateway.routing.affinity import choose, prefix_key
-from cluster.gateway.routing.replica_link import LeaderAddress, ReplicaLink
+from cluster.gateway.routing.replica_link import ReplicaLink
 from cluster.gateway.session import Session
+from cluster.leader_stream import LeaderAddress, LeaderStream
 from cluster.telemetry import metrics
-from workers.messages.frames import Refusal, RefusalKind, Status
-from workers.messages.request import Load
+from workers.messages.frames import Refusal, RefusalKind
 
 #: Seconds until a session is sent again that a replica could not take, as it had too many.
 REFUSED_SECONDS = 0.5
+#: Seconds until a leader whose stream has broken is tried again, if the controller still counts on it.
+RECONNECT_SECONDS = 0.2
 #: Seconds that a forecast wait counts, unless a session is started.
 WAIT_SECONDS = 0.02
 #: Replicas that may be lost with a session as their only suspect. Else one that breaks them would break all, for ever.
@@ -26,7 +30,7 @@ MOST_TRIALS = 2
 class Router:
     """Knows the ready replicas and sends each session to the one that likely has its prompt's prefix; see `affinity`.
 
-    While none is ready but one that was lost is being built again, sessions wait for it, at most `max_wait` seconds.
+    While none is ready but one is being built again, sessions wait for it, at most `max_wait` seconds.
     """
 
     def __init__(
@@ -36,7 +40,11 @@ class Router:
         self._max_wait = max_wait
         self._silence = silence
         self._links: dict[int, ReplicaLink] = {}
-        self._lost: set[int] = set()
+        self._serving: dict[LeaderAddress, asyncio.Task[None]] = {}
+        #: Replicas that sessions may wait for, and leaders that take no new ones.
+        self._returning: set[int] = set()
+        self._draining: set[LeaderAddress] = set()
+        self._last_ready = -1
         self._waiting: dict[str, tuple[Session, asyncio.TimerHandle]] = {}
         # Of those that may be what breaks replicas one runs at a time; the others wait for it to come on or to break another.
         self._trial: Session | None = None
@@ -49,40 +57,53 @@ class Router:
     @property
     def ready(self) -> int:
         """Number of replicas that take sessions."""
-        return sum(not link.draining for link in self._links.values())
+        return len(self._taking())
 
     @property
     def queued(self) -> int:
         """Number of sessions that have no token yet. May be asked by any thread."""
         return sum(not session.tokens for session in self._everywhere())
 
-    def load(self, replica: int) -> Load:
-        """A replica's last reported load."""
-        link = self._links.get(replica)
-        return link.load if link else Load()
+    @property
+    def unplaced(self) -> int:
+        """Number of sessions that wait for a replica."""
+        return len(self._waiting) + len(self._untried)
 
-    def status(self, replica: int) -> Status:
-        """A replica's last reported status."""
-        link = self._links.get(replica)
-        return link.status if link else Status()
+    def follow(self, view: ServiceView) -> None:
+        """Keeps a stream to the leader of each replica that serves, and none to others."""
+        self._returning = {replica.index for replica in view.replicas if replica.returns}
+        leaders = {replica.leader: replica.draining for replica in view.replicas if replica.leader is not None}
+        self._draining = {leader for leader, draining in leaders.items() if draining}
+        for leader in set(self._serving) - set(leaders):
+            self._serving.pop(leader).cancel()
+        for leader in set(leaders) - set(self._serving):
+            self._serving[leader] = asyncio.ensure_future(self._keep(leader))
+        self._changed()
+        if not self._links and not self._returning:
+            for session, _ in list(self._waiting.values()):
+                self._send(session)
 
-    async def serve(
-        self,
-        leader: LeaderAddress,
-        on_ready: Callable[[], None],
-        accept: Callable[[Sequence[float]], bool] = lambda _: True,
-    ) -> None:
-        """Carries sessions to a replica, once all of its hosts have computed a token, until its stream ends; what is left of
-        them goes elsewhere. That token's logarithmic probabilities must be ones that `accept` takes. Raises OSError."""
-        link = await ReplicaLink.connect(leader, self._refused, self._proceeded, self._silence)
+    async def close(self) -> None:
+        """Ends all streams."""
+        tasks, self._serving = list(self._serving.values()), {}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _keep(self, leader: LeaderAddress) -> None:
+        """Carries sessions to a leader, over another stream whenever one has broken, until cancelled."""
+        while True:
+            with contextlib.suppress(OSError):
+                stream = await LeaderStream.connect(leader, self._silence)
+                await self._serve(ReplicaLink(stream, self._refused, self._proceeded))
+            await asyncio.sleep(RECONNECT_SECONDS)
+
+    async def _serve(self, link: ReplicaLink) -> None:
+        """Carries sessions over a stream until it ends; what is left of them goes elsewhere."""
+        replica = link.leader.replica
 
         def proven() -> None:
-            if not accept(link.canary):
-                link.abort()
-                return
-            self._links[leader.replica] = link
-            self._lost.discard(leader.replica)
-            on_ready()
+            self._links[replica] = link
             self._changed()
             for session, _ in list(self._waiting.values()):
                 self._send(session)
@@ -90,48 +111,32 @@ class Router:
         try:
             await link.run(proven)
         finally:
-            if self._links.pop(leader.replica, None) is not None and not link.draining:
-                self._lost.add(leader.replica)
+            if self._links.get(replica) is link:
+                del self._links[replica]
             left = link.close()
             self._changed()
-            known = [session for session in left if session.losses and not session.proceeded]
-            for session in left:
-                session.lose(alone=known == [session] and session is self._trial)
-            tried = self._trial if self._trial in left else None
-            if tried is not None:
-                self._trial = None
-            for session in left:
-                if session is tried and session.trials == MOST_TRIALS:
-                    session.deliver(breaking(f"{session.losses} replicas were lost with this request; it must be why"))
-                    continue
-                metrics.SESSIONS_RESUMED.inc()
-                self._send(session)
-            self._try_next()
+            self._move(left)
+
+    def _move(self, left: list[Session]) -> None:
+        """Sends sessions elsewhere whose replica was lost."""
+        known = [session for session in left if session.losses and not session.proceeded]
+        for session in left:
+            session.lose(alone=known == [session] and session is self._trial)
+        tried = self._trial if self._trial in left else None
+        if tried is not None:
+            self._trial = None
+        for session in left:
+            if session is tried and session.trials == MOST_TRIALS:
+                session.deliver(breaking(f"{session.losses} replicas were lost with this request; it must be why"))
+                continue
+            metrics.SESSIONS_RESUMED.inc()
+            self._send(session)
+        self._try_next()
 
     @property
     def sessions(self) -> int:
         """Number of sessions, on replicas or waiting for one."""
         return len(self._everywhere())
-
-    def busy(self, replica: int) -> bool:
-        """Whether a replica has sessions."""
-        link = self._links.get(replica)
-        return link is not None and bool(link.sessions)
-
-    def drain(self, replica: int, *, returns: bool = False) -> None:
-        """Sends no more sessions to a replica; those that it has go on. Sessions that find no other wait for it only if it
-        returns."""
-        (self._lost.add if returns else self._lost.discard)(replica)
-        if (link := self._links.get(replica)) is not None:
-            link.draining = True
-            self._changed()
-
-    def forget(self, replica: int) -> None:
-        """No session waits any more for a replica that was lost."""
-        self._lost.discard(replica)
-        if not self._lost and not self._links:
-            for session, _ in list(self._waiting.values()):
-                self._send(session)
 
     def wait(self, priority: int) -> float:
         """Seconds that a request of a priority would likely wait for a slot. Not worked out anew for each of those that are
@@ -193,8 +198,11 @@ class Router:
 
     def _open(self) -> list[ReplicaLink]:
         """The replicas that take sessions; those whose leaders are suspected to be lost only if there are no others."""
-        taking = [link for link in self._links.values() if not link.draining]
+        taking = self._taking()
         return [link for link in taking if not link.suspect] or taking
+
+    def _taking(self) -> list[ReplicaLink]:
+        return [link for link in self._links.values() if link.leader not in self._draining]
 
     def _choose(self, session: Session) -> ReplicaLink | None:
         """The replica that gets a session; None if none takes any."""
@@ -229,7 +237,7 @@ class Router:
             self._untried[session.request.id] = session, timer
             return True
         link = self._choose(session)
-        if link is None and not self._lost:
+        if link is None and not self._returning:
             return False
         if session.suspect:
             self._trial = session
@@ -274,5 +282,8 @@ class Router:
             session.deliver(invalid([Violation("completion", refusal.reason)]))
 
     def _changed(self) -> None:
-        metrics.REPLICAS_READY.set(self.ready)
-        self._on_change(self.ready)
+        ready = self.ready
+        metrics.REPLICAS_READY.set(ready)
+        if ready != self._last_ready:
+            self._last_ready = ready
+            self._on_change(ready)

@@ -18,7 +18,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from cluster.config.schema import ClusterSection
-from cluster.controller.placement import Placement
+from cluster.controller.placement import RayPlacements
 from workers.messages.specs import MeshSpec
 
 POD_TYPE, TOPOLOGY = "v5p-16", "2x2x2"  # two hosts of four chips
@@ -36,7 +36,7 @@ def _add_host(cluster: Cluster, slice_name: str, worker: int) -> None:
 
 async def _place() -> list[dict[str, Any]]:
     mesh = MeshSpec("tpu", hosts=2, devices_per_host=4, data=1, model=8, rules="tensor")
-    placement = await Placement.create(mesh, ClusterSection(tpu_pod_type=POD_TYPE))
+    placement = await RayPlacements(mesh, ClusterSection(tpu_pod_type=POD_TYPE)).create(())
     try:
         labels = {node["NodeID"]: node["Labels"] for node in ray.nodes()}
         table = ray.util.placement_group_table(placement.group)

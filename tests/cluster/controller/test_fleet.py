@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -14,8 +14,7 @@ from cluster.controller import fleet as module
 from cluster.controller.autoscaler import Autoscaler, Signals
 from cluster.controller.fleet import Fleet
 from cluster.controller.integrity import Digests
-from cluster.gateway.admission.latency import RecentLatency
-from cluster.gateway.routing.router import Router
+from cluster.controller.view import ReplicaView
 from grok.serving.v1 import cluster_pb2
 from tests.conftest import DEMO
 from workers.messages.specs import ModelSpec
@@ -24,33 +23,29 @@ READY, DRAINING = cluster_pb2.REPLICA_STATE_READY, cluster_pb2.REPLICA_STATE_DRA
 
 
 class _Replica:
-    """Serves in the epoch after the one that it is given, until cancelled."""
+    """Serves in the epoch after the one that it is given, until cancelled. It has requests while its number is in `busy`."""
 
     log_fields: dict[str, Any] = {}
+    busy: set[int] = set()
 
     def __init__(self, index: int, *others: Any) -> None:
         self.index, self.epoch, self.state = index, others[-1] + 1, READY
 
-    def drain(self) -> None:
+    @property
+    def view(self) -> ReplicaView:
+        return ReplicaView(self.index, self.state, self.epoch)
+
+    async def drain(self) -> None:
         self.state = DRAINING
+        while self.index in self.busy:
+            await asyncio.sleep(0.001)
 
     async def run(self) -> None:
         await asyncio.Event().wait()
 
 
-class _Router(Router):
-    """Knows of sessions what a test says."""
-
-    def __init__(self) -> None:
-        super().__init__(max_wait=1)
-        self.with_sessions: set[int] = set()
-
-    def busy(self, replica: int) -> bool:
-        return replica in self.with_sessions
-
-
 @contextlib.asynccontextmanager
-async def _fleet(monkeypatch: pytest.MonkeyPatch, wanted: list[int]) -> AsyncIterator[tuple[Fleet, _Router]]:
+async def _fleet(monkeypatch: pytest.MonkeyPatch, wanted: list[int]) -> AsyncIterator[Fleet]:
     """A fleet that runs while the block does; the autoscaler wants the first of `wanted`."""
 
     def says(self: Autoscaler, signals: Signals) -> int:
@@ -60,12 +55,11 @@ async def _fleet(monkeypatch: pytest.MonkeyPatch, wanted: list[int]) -> AsyncIte
     monkeypatch.setattr(module, "Replica", _Replica)
     monkeypatch.setattr(module, "DECIDE_SECONDS", 0.005)
     monkeypatch.setattr(Autoscaler, "wanted", says)
-    router = _Router()
-    config = Config(ModelSpec("demo", str(DEMO)), replicas=wanted[0])
-    fleet = Fleet(config, router, RecentLatency(), Digests({}), lambda replica: None)
+    config, unused = Config(ModelSpec("demo", str(DEMO)), replicas=wanted[0]), cast(Any, None)
+    fleet = Fleet(config, unused, Digests({}), list, lambda replica: None)
     running = asyncio.ensure_future(fleet.run())
     try:
-        yield fleet, router
+        yield fleet
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -86,7 +80,7 @@ def test_replicas_come_and_go_as_they_are_wanted_and_a_number_that_is_used_again
 ) -> None:
     async def play() -> None:
         wanted = [1]
-        async with _fleet(monkeypatch, wanted) as (fleet, _):
+        async with _fleet(monkeypatch, wanted) as fleet:
             await _until(lambda: _alive(fleet) == [(0, 1)])
             wanted[0] = 3
             await _until(lambda: _alive(fleet) == [(0, 1), (1, 1), (2, 1)])
@@ -103,14 +97,14 @@ def test_a_replica_that_does_not_serve_goes_first_and_one_that_has_requests_fini
 ) -> None:
     async def play() -> None:
         wanted = [3]
-        async with _fleet(monkeypatch, wanted) as (fleet, router):
+        async with _fleet(monkeypatch, wanted) as fleet:
             await _until(lambda: len(fleet.replicas) == 3)
+            monkeypatch.setattr(_Replica, "busy", {2})
             fleet.replicas[0].state = cluster_pb2.REPLICA_STATE_STARTING
-            router.with_sessions = {2}
             wanted[0] = 1
             await _until(lambda: _alive(fleet) == [(1, 1), (2, 1)])
             assert [replica.state for replica in fleet.replicas] == [READY, DRAINING]
-            router.with_sessions = set()
+            _Replica.busy.clear()
             await _until(lambda: _alive(fleet) == [(1, 1)])
 
     asyncio.run(play())

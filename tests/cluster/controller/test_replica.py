@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -16,7 +16,6 @@ from cluster.controller.integrity import Canary, Digests
 from cluster.controller.placement import HostError, Placement
 from cluster.controller.quarantine import TOO_MANY, Quarantine
 from cluster.controller.replica import GIVE_UP_FAILURES, Replica
-from cluster.gateway.routing.router import Router
 from grok.serving.v1 import cluster_pb2
 from tests.conftest import DEMO
 from workers.host.streams import LinkError
@@ -82,11 +81,26 @@ class _Placement(Placement):
         self._log.append(f"remove {' '.join(self.nodes)}")
 
 
+class _Placements:
+    """Other nodes are always there."""
+
+    def __init__(self, create: Callable[[tuple[str, ...]], Coroutine[Any, Any, Any]]) -> None:
+        self._create = create
+
+    async def create(self, avoided: tuple[str, ...]) -> Placement:
+        placement: Placement = await self._create(avoided)
+        return placement
+
+    async def spares_beside(self, avoided: frozenset[str]) -> bool:
+        del avoided
+        return True
+
+
 def _life(monkeypatch: pytest.MonkeyPatch, nodes: list[str], spare: str, until: str) -> list[str]:
     """What is placed where until a line of the log begins so: on `nodes`, with the spare one for one that is to be avoided."""
     log: list[str] = []
 
-    async def create(mesh: object, cluster: object, avoided: tuple[str, ...]) -> Any:
+    async def create(avoided: tuple[str, ...]) -> Any:
         chosen = [spare if node in avoided[:1] else node for node in nodes]
         log.append(f"create {' '.join(chosen)}")
         return _Placement(chosen, log)
@@ -107,11 +121,13 @@ def _replica(
     monkeypatch: pytest.MonkeyPatch, create: Any, quarantine: Quarantine, states: list[int] | None = None
 ) -> Replica:
     monkeypatch.setattr(replica, "BACKOFF_SECONDS", (0.0,))
-    monkeypatch.setattr(Placement, "create", create)
-    monkeypatch.setattr(replica, "spares_beside", lambda mesh, cluster, avoided: True)
     config = Config(ModelSpec("demo", str(DEMO)))
-    report = (lambda replica: None) if states is None else (lambda replica: states.append(replica.state))
-    return Replica(0, config, Router(0), quarantine, Digests({}), Canary(), report)
+
+    def note(replica: Replica) -> None:
+        if states is not None:
+            states.append(replica.state)
+
+    return Replica(0, config, _Placements(create), quarantine, Digests({}), Canary(), note)
 
 
 def test_a_replica_that_keeps_failing_is_given_up_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

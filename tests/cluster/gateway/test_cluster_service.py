@@ -12,8 +12,11 @@ import pytest
 import ray.exceptions
 
 from cluster.config.schema import Config
-from cluster.controller.replica import HostView, NotReadyError
+from cluster.controller.controller import NoReplicaError
+from cluster.controller.replica import NotReadyError
+from cluster.controller.view import GatewayReport, HostView, ReplicaView, ServiceView
 from cluster.gateway.cluster_service import ClusterService
+from cluster.gateway.controller_watch import ControllerWatch
 from cluster.gateway.errors import GatewayError
 from grok.serving.v1 import cluster_pb2
 from workers.messages.frames import LayerGroup, Status
@@ -21,36 +24,48 @@ from workers.messages.request import Load
 from workers.messages.specs import Endpoint, MeshSpec, ModelSpec, Progress
 
 
-class _Replica:
-    """A replica of one host, whose operations raise `problem`."""
+class _Controller:
+    """Has one replica of one host, number 3, whose operations raise `problem`."""
 
-    index, epoch, state, failures, last_failure = 3, 7, cluster_pb2.REPLICA_STATE_READY, 2, "lost a host"
-
-    def __init__(self, problem: Exception | None = None) -> None:
+    def __init__(self, problem: Exception | None) -> None:
         self._problem = problem
+
+    async def sync(self, report: GatewayReport, version: tuple[str, int], seconds: float) -> ServiceView:
+        del report, version, seconds
         endpoint = Endpoint("10.0.0.1", 4711, "n", 1, 2, 99, "c")
-        self.hosts = [HostView(endpoint, Progress("ready", 1.0, 4, 10, 20, 0.5))]
+        replica = ReplicaView(
+            index=3,
+            state=cluster_pb2.REPLICA_STATE_READY,
+            epoch=7,
+            hosts=(HostView(endpoint, Progress("ready", 1.0, 4, 10, 20, 0.5)),),
+            failures=2,
+            last_failure="lost a host",
+            load=Load(running=1, waiting=2, slots=8, pages_used=5, pages_total=50),
+            status=Status(compilations=4, layer_groups=(LayerGroup(0, 1, (6, 7)),)),
+        )
+        return ServiceView((replica,), 1, ("life", 1), requests=9)
 
-    async def restart(self) -> int:
-        if self._problem:
-            raise self._problem
-        return self.epoch + 1
+    async def restart(self, replica: int) -> int:
+        self._check(replica)
+        return 8
 
-    async def profile(self, steps: int, seconds: float) -> AsyncIterator[tuple[int, str, bytes]]:
+    async def profile(self, replica: int, steps: int, seconds: float) -> AsyncIterator[tuple[int, str, bytes]]:
         del seconds
+        self._check(replica)
+        yield 0, f"{steps}.json", b"trace"
+
+    def _check(self, replica: int) -> None:
         if self._problem:
             raise self._problem
-        yield 0, f"{steps}.json", b"trace"
+        if replica != 3:
+            raise NoReplicaError
 
 
 def _service(problem: Exception | None = None) -> ClusterService:
-    fleet: Any = types.SimpleNamespace(replicas=[_Replica(problem)], wanted=1)
-    router: Any = types.SimpleNamespace(
-        load=lambda _: Load(running=1, waiting=2, slots=8, pages_used=5, pages_total=50),
-        status=lambda _: Status(compilations=4, layer_groups=(LayerGroup(0, 1, (6, 7)),)),
-    )
     config = Config(model=ModelSpec("grok", "/m"), mesh=MeshSpec("cpu", 1, 4, 2, 2, "tensor"))
-    return ClusterService(config, "1.2", fleet, router, lambda: 9, "http://gateway/metrics")
+    controller = _Controller(problem)
+    watch = ControllerWatch(controller, lambda: GatewayReport("one"), lambda view: None)
+    return ClusterService(config, "1.2", controller, watch, "http://gateway/metrics")
 
 
 def _call(left: float | None = None) -> Any:
@@ -69,7 +84,7 @@ def _restart(service: ClusterService, replica: int = 3) -> cluster_pb2.RestartRe
 
 
 def test_a_status_has_what_replica_hosts_and_leader_report() -> None:
-    status = _service().status()
+    status = asyncio.run(_service().GetStatus(cluster_pb2.GetStatusRequest(), _call()))
     (replica,) = status.replicas
     (host,) = replica.hosts
     assert (status.requests, status.model, status.version, status.wanted_replicas) == (9, "grok", "1.2", 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import struct
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import grpc
 import pytest
 
+from cluster import leader_stream
+from cluster.controller.view import ReplicaView, ServiceView
 from cluster.gateway.errors import GatewayError
-from cluster.gateway.routing import replica_link
-from cluster.gateway.routing.replica_link import LeaderAddress
 from cluster.gateway.routing.router import MOST_TRIALS, Router
 from cluster.gateway.session import Session
 from cluster.gateway.stop import StopTexts
+from cluster.leader_stream import LeaderAddress
+from grok.serving.v1 import cluster_pb2
 from tests.conftest import DEMO
 from workers.host.streams import PULSE_SECONDS
 from workers.messages.codec import decode, encode
@@ -63,6 +66,19 @@ class _Leader:
         self._writer.transport.abort()
 
 
+class _Router(Router):
+    """Follows a view that tests change a replica at a time."""
+
+    def __init__(self, max_wait: float, silence: float = SILENCE_SECONDS) -> None:
+        super().__init__(max_wait, silence=silence)
+        self._views: dict[int, ReplicaView] = {}
+
+    def show(self, view: ReplicaView) -> None:
+        """Follows a view in which this replica has changed."""
+        self._views[view.index] = view
+        self.follow(ServiceView(tuple(self._views.values()), len(self._views)))
+
+
 async def _turns() -> None:
     """Lets everything happen that waits for nothing but the loop."""
     for _ in range(100):
@@ -70,26 +86,30 @@ async def _turns() -> None:
 
 
 @contextlib.asynccontextmanager
-async def _leading(router: Router, replica: int, epoch: int) -> AsyncIterator[_Leader]:
+async def _leading(router: _Router, replica: int, epoch: int) -> AsyncIterator[_Leader]:
     """A replica that has become ready."""
     joined: asyncio.Queue[_Leader] = asyncio.Queue()
     server = await asyncio.start_server(lambda r, w: joined.put_nowait(_Leader(r, w, epoch)), "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
-    ready = asyncio.Event()
-    serving = asyncio.ensure_future(router.serve(LeaderAddress(replica, epoch, f"{host}:{port}", b"s"), ready.set))
+    ready = router.ready
+    view = ReplicaView(replica, cluster_pb2.REPLICA_STATE_READY, epoch, returns=True)
+    router.show(dataclasses.replace(view, leader=LeaderAddress(replica, epoch, f"{host}:{port}", b"s")))
     leader = await joined.get()
     assert decode(Hello, await leader.frame()).epoch == epoch
     leader.say()
     await _turns()
-    assert not ready.is_set(), "that it lives is not enough"
+    assert router.ready == ready, "that it lives is not enough"
     leader.say(load=Load())
-    await ready.wait()
+    while router.ready == ready:
+        await asyncio.sleep(0.001)
     try:
         yield leader
     finally:
         leader.die()
-        await asyncio.wait_for(serving, 5)
+        router.show(view)
         server.close()
+        while not joined.empty():  # the router has tried again
+            joined.get_nowait().die()
         await asyncio.sleep(0.01)  # sockets are closed in the loop's next turn
 
 
@@ -112,7 +132,7 @@ async def _ids(session: Session) -> list[int]:
 
 def test_a_session_goes_on_at_another_replica_with_what_it_has() -> None:
     async def play() -> None:
-        router, session = Router(max_wait=5), _session()
+        router, session = _Router(max_wait=5), _session()
         async with _leading(router, 0, 1) as first, _leading(router, 1, 1) as second:
             router.start(session)
             assert _resumed(await first.hear()) == []
@@ -133,7 +153,7 @@ def test_a_session_goes_on_at_another_replica_with_what_it_has() -> None:
 @pytest.mark.parametrize("end", [_Leader.die, lambda leader: None], ids=["dead", "silent"])
 def test_sessions_wait_for_a_replica_that_is_built_again(end: Callable[[_Leader], None]) -> None:
     async def play() -> None:
-        router, session = Router(max_wait=5), _session()
+        router, session = _Router(max_wait=5), _session()
         async with _leading(router, 0, 1) as first:
             router.start(session)
             first.draw(10)
@@ -161,7 +181,7 @@ def test_sessions_wait_for_a_replica_that_is_built_again(end: Callable[[_Leader]
 
 def test_a_leader_that_says_that_it_lives_is_believed() -> None:
     async def play() -> None:
-        router = Router(max_wait=5)
+        router = _Router(max_wait=5)
         async with _leading(router, 0, 1) as leader:
             for _ in range(int(2 * SILENCE_SECONDS / PULSE_SECONDS)):
                 leader.say()
@@ -175,10 +195,10 @@ def test_a_leader_that_is_suspected_gets_no_sessions_and_keeps_those_that_it_has
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     looks: list[float] = []
-    monkeypatch.setattr(replica_link, "why_lost", lambda address, silent: looks.append(silent))
+    monkeypatch.setattr(leader_stream, "why_lost", lambda address, silent: looks.append(silent))
 
     async def play() -> None:
-        router, kept, new = Router(max_wait=5, silence=0.5), _session(), _session("new")
+        router, kept, new = _Router(max_wait=5, silence=0.5), _session(), _session("new")
         async with _leading(router, 0, 1) as silent, _leading(router, 1, 1) as other:
             router.start(kept)
             assert (await silent.submitted()).id == "r"
@@ -196,7 +216,7 @@ def test_a_leader_that_is_suspected_gets_no_sessions_and_keeps_those_that_it_has
 
 def test_a_wait_ends() -> None:
     async def play() -> None:
-        router, session = Router(max_wait=0.1), _session()
+        router, session = _Router(max_wait=0.1), _session()
         async with _leading(router, 0, 1):
             router.start(session)
         with pytest.raises(GatewayError, match="no replica came back within"):
@@ -208,7 +228,7 @@ def test_a_wait_ends() -> None:
 
 def test_who_was_admitted_is_not_turned_away_by_a_full_replica() -> None:
     async def play() -> None:
-        router, session, newcomer = Router(max_wait=5), _session(), _session()
+        router, session, newcomer = _Router(max_wait=5), _session(), _session()
         async with _leading(router, 0, 1) as first, _leading(router, 1, 1) as second:
             router.start(session)
             first.draw(10)
@@ -233,7 +253,7 @@ def test_a_session_that_breaks_every_replica_breaks_no_more_and_takes_no_others_
     """One of 16 breaks whatever computes it. All go on elsewhere once; then each is tried alone, until it has come on."""
 
     async def play() -> int:
-        router, guilty, epoch = Router(max_wait=5), "s7", 0
+        router, guilty, epoch = _Router(max_wait=5), "s7", 0
         sessions = {
             name: Session(Request(name, (5, 6), 20, Sampling()), StopTexts.of(()), TOKENIZER)
             for name in (f"s{i}" for i in range(16))
@@ -267,11 +287,12 @@ def test_a_session_that_breaks_every_replica_breaks_no_more_and_takes_no_others_
 
 def test_without_any_replica_there_is_nothing_to_wait_for() -> None:
     async def play() -> None:
-        router = Router(max_wait=5)
+        router = _Router(max_wait=5)
         with pytest.raises(GatewayError, match="no replica is ready"):
             router.start(_session())
         async with _leading(router, 0, 1):
-            router.drain(0)
+            pass
+        router.show(ReplicaView(0, cluster_pb2.REPLICA_STATE_GIVEN_UP, 1))
         with pytest.raises(GatewayError, match="no replica is ready"):
             router.start(_session())
 
