@@ -95,15 +95,20 @@ def left_budgets(address: str) -> tuple[dict[str, tuple[int, float]], float]:
     return {}, 0.0
 
 
-def ask_to_forget(address: str) -> None:
-    """Has the service at `address` remove its weights caches when it ends."""
-    _note(address).with_suffix(".forget").touch()
+#: What the service at an address can be asked to do when it ends: to remove its weights caches; to leave its workers to a
+#: successor.
+FORGET_WEIGHTS, LEAVE_WORKERS = ".forget", ".leave"
 
 
-def asked_to_forget(address: str) -> bool:
+def ask(address: str, wish: str) -> None:
+    """Notes a wish for the service at `address`."""
+    _note(address).with_suffix(wish).touch()
+
+
+def asked(address: str, wish: str) -> bool:
     """Whether that was asked since the last time that this was."""
     try:
-        _note(address).with_suffix(".forget").unlink()
+        _note(address).with_suffix(wish).unlink()
     except OSError:
         return False
     return True
@@ -251,13 +256,13 @@ def replaceable(address: str) -> int:
 
 
 def stop(address: str, *, forget: bool = False) -> None:
-    """Asks the service at `address` to drain (and to `forget`, see `ask_to_forget`), and waits until it has ended. Raises
+    """Asks the service at `address` to drain (and to `forget` its weights caches), and waits until it has ended. Raises
     DaemonError."""
     pid = running(address)
     if pid is None:
         raise DaemonError(f"no service of yours runs at {address} on this machine")
     if forget:
-        ask_to_forget(address)
+        ask(address, FORGET_WEIGHTS)
     terminate(pid)
     deadline = time.monotonic() + STOP_SECONDS
     while running(address) == pid:

@@ -95,6 +95,7 @@ def local_cluster(hosts: int, cpus_per_host: int) -> Iterator[str]:
     finally:
         process.stdin.close()
         process.wait()
+        process.stdout.close()
 
 
 _READY = "local Ray cluster at "

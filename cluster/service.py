@@ -20,10 +20,9 @@ import ray
 from cluster import daemon
 from cluster.capacity import with_failover, with_pages
 from cluster.config.schema import Config, ConfigError, check_model
-from cluster.controller.controller import Controller
-from cluster.controller.integrity import Digests
-from cluster.controller.placement import RayPlacements, forget_weights
-from cluster.controller.view import GatewayReport, ReplicaView
+from cluster.controller.actor import RayController
+from cluster.controller.placement import forget_weights
+from cluster.controller.view import GatewayReport, ReplicaView, ServiceView
 from cluster.gateway.admission.latency import RecentLatency
 from cluster.gateway.auth.api_keys import Keys
 from cluster.gateway.cluster_service import ClusterService
@@ -37,7 +36,6 @@ from cluster.telemetry.traces import make_tracer
 from cluster.telemetry.web import WebServer
 from grok.serving.v1 import cluster_pb2
 from workers.checkpoint.checkpoint import open_checkpoint
-from workers.checkpoint.digests import read_record
 from workers.checkpoint.storage import locate
 from workers.messages.specs import LOADING
 from workers.telemetry import garbage, logs
@@ -130,10 +128,10 @@ class _Service:
             silence=config.cluster.silence_seconds,
         )
         latency = RecentLatency()
-        digests = Digests(read_record(locate(config.model.checkpoint)))
-        self._controller = Controller(config, RayPlacements(config.mesh, config.cluster), digests, _Reporter().report)
+        self._controller = RayController()
+        self._reporter = _Reporter()
         self._latency = latency
-        self._watch = ControllerWatch(self._controller, self._report, self._router.follow)
+        self._watch = ControllerWatch(self._controller, self._report, self._follow)
         self._metrics_url = f"http://{config.telemetry.address}/metrics"
         status = ClusterService(config, version, self._controller, self._watch, self._metrics_url)
         self._gateway = Gateway(
@@ -159,8 +157,8 @@ class _Service:
         if self._predecessor is None:
             self._inherit_budgets()
             await self._listen()
+        await self._controller.deploy(self._config, anew=self._predecessor is not None)
         work = [
-            self._controller.run(),
             self._watch.run(),
             self._follow_readiness(),
             _watch_ray(),
@@ -174,8 +172,7 @@ class _Service:
             await self._web.stop()
             await self._gateway.stop()
             daemon.leave_budgets(self._config.gateway.address, self._gateway.admission.budgets())
-            if daemon.asked_to_forget(self._config.gateway.address) and self._config.model.weights_cache is not None:
-                await asyncio.to_thread(forget_weights, self._config.model.weights_cache)
+            await self._leave()
         finally:
             for task in tasks:
                 task.cancel()
@@ -185,6 +182,20 @@ class _Service:
         for result in results:
             if isinstance(result, Exception):
                 raise result
+
+    async def _leave(self) -> None:
+        """Ends the workers, unless a successor goes on with them."""
+        address, cache = self._config.gateway.address, self._config.model.weights_cache
+        if daemon.asked(address, daemon.LEAVE_WORKERS):
+            return
+        await self._controller.end()
+        if daemon.asked(address, daemon.FORGET_WEIGHTS) and cache is not None:
+            await asyncio.to_thread(forget_weights, cache)
+
+    def _follow(self, view: ServiceView) -> None:
+        self._router.follow(view)
+        for replica in view.replicas:
+            self._reporter.report(replica)
 
     def _report(self) -> GatewayReport:
         return GatewayReport(
@@ -214,6 +225,7 @@ class _Service:
         await self._gateway.set_ready(True)
         _LOG.info("ready to replace process %d, which drains now", predecessor)
         if daemon.running(self._config.gateway.address) == predecessor:
+            daemon.ask(self._config.gateway.address, daemon.LEAVE_WORKERS)
             daemon.terminate(predecessor)
         try:
             await self._web.start(wait=True)
@@ -263,6 +275,8 @@ class _Reporter:
     def report(self, replica: ReplicaView) -> None:
         """Logs the replica's state, if it is news."""
         state = cluster_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower()
+        if replica.state in (cluster_pb2.REPLICA_STATE_FAILED, cluster_pb2.REPLICA_STATE_GIVEN_UP):
+            state = f"{state}: {replica.last_failure}"
         if replica.state == cluster_pb2.REPLICA_STATE_STARTING:
             text = ", ".join(f"host {rank} {view.progress.phase}" for rank, view in enumerate(replica.hosts))
         else:
@@ -292,7 +306,12 @@ def _ray(config: Config) -> Iterator[None]:
             try:
                 # Ray has workers search the current folder for modules, and what lies there is not ours.
                 with contextlib.chdir("/"):
-                    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="grokmesh")
+                    ray.init(
+                        address=address,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                        namespace=f"grokmesh at {config.gateway.address}",
+                    )
                 break
             except ConnectionError as error:
                 if time.monotonic() > deadline:

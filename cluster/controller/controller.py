@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+import dataclasses
+import os
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from cluster.config.schema import Config
@@ -11,7 +13,7 @@ from cluster.controller.fleet import Fleet
 from cluster.controller.integrity import Digests
 from cluster.controller.placement import Placements
 from cluster.controller.replica import Replica
-from cluster.controller.view import GatewayReport, ReplicaView, ServiceView
+from cluster.controller.view import GatewayReport, ServiceView
 
 #: A gateway that has not reported for so many seconds is gone.
 REPORT_SECONDS = 5.0
@@ -37,12 +39,11 @@ class ControllerClient(Protocol):
 class Controller:
     """The controller itself; see ControllerClient."""
 
-    def __init__(
-        self, config: Config, placements: Placements, digests: Digests, log: Callable[[ReplicaView], None]
-    ) -> None:
-        """Every change of a replica goes to `log`."""
+    def __init__(self, config: Config, placements: Placements, digests: Digests, metrics_url: str = "") -> None:
+        """`metrics_url`: where its metrics are."""
+        self._metrics_url = metrics_url
         self._reports: dict[str, tuple[GatewayReport, float]] = {}
-        self._fleet = Fleet(config, placements, digests, self._recent, log)
+        self._fleet = Fleet(config, placements, digests, self._recent)
 
     async def run(self) -> None:
         """Keeps replicas alive until cancelled, then ends them."""
@@ -50,7 +51,9 @@ class Controller:
 
     async def sync(self, report: GatewayReport, version: tuple[str, int], seconds: float) -> ServiceView:
         self._reports[report.name] = report, asyncio.get_running_loop().time()
-        return await self._fleet.news(version, seconds)
+        view = await self._fleet.news(version, seconds)
+        requests = sum(report.requests for report in self._recent())
+        return dataclasses.replace(view, requests=requests, metrics_url=self._metrics_url, pid=os.getpid())
 
     async def restart(self, replica: int) -> int:
         return await self._named(replica).restart()

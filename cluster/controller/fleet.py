@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from cluster.config.schema import Config
 from cluster.controller.autoscaler import Autoscaler, Signals
 from cluster.controller.integrity import Canary, Digests
-from cluster.controller.placement import Placements
+from cluster.controller.placement import Placements, RunningMesh
 from cluster.controller.quarantine import Quarantine
-from cluster.controller.replica import Replica
-from cluster.controller.view import GatewayReport, ReplicaView, ServiceView
+from cluster.controller.replica import NotReadyError, Replica
+from cluster.controller.view import GatewayReport, ServiceView
 from cluster.telemetry import metrics
 from grok.serving.v1 import cluster_pb2
 
@@ -35,13 +35,11 @@ class Fleet:
         placements: Placements,
         digests: Digests,
         reports: Callable[[], Sequence[GatewayReport]],
-        report: Callable[[ReplicaView], None],
     ) -> None:
         self.wanted = config.replicas
         self._config = config
         self._placements = placements
         self._reports = reports
-        self._report = report
         self._version = secrets.token_hex(4), 0
         self._routes: object = None
         self._changed = asyncio.Event()
@@ -51,6 +49,9 @@ class Fleet:
         self._replicas: dict[int, Replica] = {}
         self._lives: dict[int, asyncio.Task[None]] = {}
         self._endings: set[asyncio.Task[None]] = set()
+        self._renewal: asyncio.Task[None] | None = None
+        #: Once it is known what goes on; before, a view would lack it.
+        self.adopted = asyncio.Event()
         # Of replicas that are gone: the one that gets the number goes on from there.
         self._epochs: dict[int, int] = {}
 
@@ -60,18 +61,21 @@ class Fleet:
         return [self._replicas[index] for index in sorted(self._replicas)]
 
     async def run(self) -> None:
-        """Keeps as many replicas alive as are wanted, until cancelled; then ends them all."""
+        """Keeps as many replicas alive as are wanted, those that are there already first, until cancelled; then ends them
+        all."""
         loop = asyncio.get_running_loop()
         try:
+            await self._adopt()
             while True:
                 self._adjust()
+                self._renew()
                 await asyncio.sleep(DECIDE_SECONDS)
                 wanted = self._autoscaler.wanted(self._signals(loop.time()))
                 if wanted != self.wanted:
                     _LOG.info("replicas: %d wanted, after %d", wanted, self.wanted)
                 self.wanted = wanted
         finally:
-            tasks = [*self._endings, *self._lives.values()]
+            tasks = [*self._endings, *self._lives.values(), *filter(None, [self._renewal])]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -82,11 +86,11 @@ class Fleet:
             tuple(replica.view for replica in self.replicas),
             self.wanted,
             self._version,
-            sum(report.requests for report in self._reports()),
         )
 
     async def news(self, version: tuple[str, int], seconds: float) -> ServiceView:
-        """The view as soon as it has another version than this; after `seconds` in any case."""
+        """The view as soon as it has another version than this; after `seconds` in any case, if there is one."""
+        await self.adopted.wait()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while version == self._version:
@@ -94,12 +98,13 @@ class Fleet:
         return self.view()
 
     def _note(self, replica: Replica) -> None:
-        self._report(replica.view)
+        del replica
         self._look()
 
     def _look(self) -> None:
         """Gives the view another version if gateways have to act on it."""
         views = [replica.view for replica in self.replicas]
+        metrics.REPLICAS_READY.set(sum(view.state == cluster_pb2.REPLICA_STATE_READY for view in views))
         routes = [(view.index, view.state, view.leader, view.draining, view.returns) for view in views]
         if routes != self._routes:
             self._routes = routes
@@ -120,24 +125,43 @@ class Fleet:
             time_to_first_token=max((report.time_to_first_token for report in reports), default=0.0),
         )
 
+    async def _adopt(self) -> None:
+        """Goes on with the meshes that another controller has left."""
+        running, self._epochs = await self._placements.running()
+        for mesh in running:
+            self._start(mesh.spec.replica, mesh)
+        self.wanted = max(self.wanted, min(len(running), self._config.autoscaling.max_replicas or self.wanted))
+        self.adopted.set()
+
+    def _start(self, index: int, running: RunningMesh | None = None) -> None:
+        replica = Replica(
+            index,
+            self._config,
+            self._placements,
+            self._quarantine,
+            self._digests,
+            self._canary,
+            self._note,
+            self._epochs.get(index, 0),
+            running,
+        )
+        self._replicas[index] = replica
+        self._lives[index] = asyncio.ensure_future(replica.run())
+
+    def _renew(self) -> None:
+        """Gives a replica of another configuration new workers, one at a time, if all others serve."""
+        others = [replica for replica in self.replicas if not replica.outdated]
+        serving = all(replica.state == cluster_pb2.REPLICA_STATE_READY for replica in self.replicas)
+        if serving and len(others) < len(self._replicas) and (self._renewal is None or self._renewal.done()):
+            outdated = next(replica for replica in self.replicas if replica.outdated)
+            self._renewal = asyncio.ensure_future(_renewed(outdated))
+
     def _adjust(self) -> None:
         metrics.REPLICAS_WANTED.set(self.wanted)
         staying = [r for r in self.replicas if r.state != cluster_pb2.REPLICA_STATE_DRAINING]
         for _ in range(self.wanted - len(staying)):
             index = next(i for i in range(len(self._replicas) + 1) if i not in self._replicas)
-            epoch = self._epochs.get(index, 0)
-            replica = Replica(
-                index,
-                self._config,
-                self._placements,
-                self._quarantine,
-                self._digests,
-                self._canary,
-                self._note,
-                epoch,
-            )
-            self._replicas[index] = replica
-            self._lives[index] = asyncio.ensure_future(replica.run())
+            self._start(index)
         # Those that do not serve yet go first, then the youngest.
         staying.sort(key=lambda r: (r.state == cluster_pb2.REPLICA_STATE_READY, -r.index))
         for replica in staying[: max(len(staying) - self.wanted, 0)]:
@@ -157,3 +181,10 @@ class Fleet:
         for metric in (metrics.EPOCH, metrics.REPLICA_FAILURES):
             metric.remove(str(replica.index))
         _LOG.info("replica %d has ended", replica.index, extra=replica.log_fields)
+
+
+async def _renewed(replica: Replica) -> None:
+    try:
+        await replica.restart()
+    except NotReadyError as error:  # it is built again anyway, as it is configured
+        _LOG.warning("%s", error, extra=replica.log_fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import logging
 import shutil
 from collections.abc import Awaitable, Sequence
@@ -13,16 +14,13 @@ import ray
 import ray.exceptions
 from ray.util.placement_group import (
     PlacementGroup,
-    placement_group,
-    placement_group_table,
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from cluster.config.schema import ClusterSection
 from workers.host.actor import Host
 from workers.host.liveness import why_lost
-from workers.messages.specs import Endpoint, EngineSpec, MeshSpec, ModelSpec, Progress
+from workers.messages.specs import Assignment, Endpoint, EngineSpec, MeshSpec, ModelSpec, Progress, RankSpec
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,39 +34,8 @@ SILENT_SECONDS = 1.5
 BRIEF_SECONDS = 0.5
 #: Seconds that hosts have to remove their weights caches.
 FORGET_SECONDS = 30.0
-#: Seconds to wait for hosts other than those that are to be avoided.
-AVOID_SECONDS = 5.0
 
 Answer = TypeVar("Answer")
-
-
-def bundle(mesh: MeshSpec, cpus_per_host: int) -> dict[str, float]:
-    """What a worker takes of its host: CPUs, and all the accelerators that the mesh counts there."""
-    resources = {"CPU": float(cpus_per_host)}
-    if mesh.platform != "cpu":
-        resources[mesh.platform.upper()] = float(mesh.devices_per_host)
-    return resources
-
-
-def group_options(mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """The placement group of a replica: a bundle a host, each on a host of its own, none on nodes `avoided`.
-
-    With `cluster.tpu_pod_type` all of them are on one slice of that kind, and rank r is its worker r: hosts of two slices
-    have no interconnect, and JAX numbers a slice's processes so.
-    """
-    bundles = [bundle(mesh, cluster.cpus_per_host)] * mesh.hosts
-    others = {"ray.io/node-id": f"!in({', '.join(sorted(avoided))})"} if avoided else {}
-    if cluster.tpu_pod_type is None:
-        options: dict[str, Any] = {"bundles": bundles, "strategy": "STRICT_SPREAD"}
-        return {**options, "bundle_label_selector": [others] * mesh.hosts} if others else options
-    return {
-        "bundles": bundles,
-        "topology_strategy": {"ray.io/tpu-slice-name": "STRICT_PACK", "ray.io/node-id": "STRICT_SPREAD"},
-        "bundle_label_selector": [
-            {"ray.io/tpu-pod-type": cluster.tpu_pod_type, "ray.io/tpu-worker-id": str(rank), **others}
-            for rank in range(mesh.hosts)
-        ],
-    }
 
 
 class HostError(RuntimeError):
@@ -81,55 +48,58 @@ class HostError(RuntimeError):
         self.raised = raised
 
 
-class Placements(Protocol):
-    """Finds hosts for a replica."""
+#: Of the names of replicas' placement groups: the replica's number follows, and what makes each name another one.
+GROUP_PREFIX = "replica-"
 
-    async def create(self, avoided: tuple[str, ...]) -> Placement:
+
+@dataclasses.dataclass(frozen=True)
+class WorkerName:
+    """By which a worker is found: its placement group, how many workers that had before in its place, and its rank."""
+
+    group: str
+    generation: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.group}-worker-{self.generation}-{self.rank}"
+
+    @classmethod
+    def parse(cls, name: str) -> WorkerName | None:
+        """None if it is not the name of a worker."""
+        group, found, place = name.partition("-worker-")
+        if not found or not group.startswith(GROUP_PREFIX):
+            return None
+        generation, _, rank = place.partition("-")
+        return cls(group, int(generation), int(rank))
+
+
+@dataclasses.dataclass(frozen=True)
+class RunningMesh:
+    """A mesh that another controller has left, and that goes on: its workers, and what they are part of, in rank order."""
+
+    placement: Placement
+    assignments: tuple[Assignment, ...]
+
+    @property
+    def spec(self) -> RankSpec:
+        """The leader's."""
+        spec = self.assignments[0].spec
+        assert spec is not None
+        return spec
+
+
+class Placements(Protocol):
+    """Finds hosts for replicas."""
+
+    async def running(self) -> tuple[list[RunningMesh], dict[int, int]]:
+        """The meshes that another controller has left, at most one for each replica, and the last epoch of each replica of
+        which anything is left. All else that it has left is removed."""
+
+    async def create(self, replica: int, avoided: tuple[str, ...]) -> Placement:
         """Waits until there are hosts enough, then starts a worker on each; see RayPlacements."""
 
     async def spares_beside(self, avoided: frozenset[str]) -> bool:
         """Whether a replica could lie on other nodes than those, were they free."""
-
-
-class RayPlacements:
-    """Places replicas on the nodes of a Ray cluster."""
-
-    def __init__(self, mesh: MeshSpec, cluster: ClusterSection) -> None:
-        self._mesh = mesh
-        self._cluster = cluster
-
-    async def create(self, avoided: tuple[str, ...]) -> Placement:
-        """Waits until there are hosts enough, then starts a worker on each. On the nodes `avoided` only if no others are there
-        within AVOID_SECONDS; if there are too few others, then rather on the last of them."""
-        mesh, cluster, group = self._mesh, self._cluster, None
-        for count in range(len(avoided), 0, -1):
-            without = frozenset(avoided[:count])
-            if await self.spares_beside(without):
-                group = await _reserve(group_options(mesh, cluster, without), AVOID_SECONDS)
-                break
-        group = group or await _reserve(group_options(mesh, cluster), None)
-        assert group is not None
-        resources = bundle(mesh, cluster.cpus_per_host)
-        try:
-            table: dict[int, str] = (await asyncio.to_thread(placement_group_table, group))["bundles_to_node_id"]
-        except BaseException:
-            remove_placement_group(group)
-            raise
-        hosts = [
-            _host(
-                group,
-                rank,
-                num_cpus=cluster.cpus_per_host,
-                resources={name: count for name, count in resources.items() if name not in ("CPU", "GPU")},
-                num_gpus=resources.get("GPU", 0),
-            )
-            for rank in range(mesh.hosts)
-        ]
-        return Placement(group, mesh, [table.get(rank, "") for rank in range(mesh.hosts)], hosts)
-
-    async def spares_beside(self, avoided: frozenset[str]) -> bool:
-        """Whether a replica could lie on other nodes than those, were they free."""
-        return await asyncio.to_thread(spares_beside, self._mesh, self._cluster, avoided)
 
 
 class Placement:
@@ -139,13 +109,26 @@ class Placement:
     nothing, or names the one that its bundle went to.
     """
 
-    def __init__(self, group: PlacementGroup, mesh: MeshSpec, nodes: list[str], hosts: list[Any]) -> None:
+    def __init__(
+        self,
+        group: PlacementGroup,
+        name: str,
+        mesh: MeshSpec,
+        nodes: list[str],
+        hosts: list[Any],
+        generation: int = 0,
+        standbys: Sequence[Any] = (),
+        endpoints: Sequence[Endpoint] = (),
+    ) -> None:
+        """`generation` counts the workers that the group has had, `name` is its name."""
         self.group = group
         self.nodes = nodes
         self.hosts = hosts
+        self._name = name
         self._mesh = mesh
-        self._standbys: list[Any] = []
-        self._endpoints: list[Endpoint] = []
+        self._generation = generation
+        self._standbys = list(standbys)
+        self._endpoints = list(endpoints)
 
     def dump_stacks(self) -> None:
         """Has each worker that still can write to its log what its threads are doing."""
@@ -217,8 +200,11 @@ class Placement:
     async def stand_by(self, model: ModelSpec, engine: EngineSpec) -> None:
         """Starts a worker beside each one, which has everything imported and traced, and does nothing. It takes no resources of
         its own, so the call passes the accelerators of its host."""
+        if self._standbys:  # as another controller has left them
+            return
         environments = await asyncio.gather(*(host.environment.remote() for host in self.hosts))
-        self._standbys = [_host(self.group, rank, num_cpus=0) for rank in range(self._mesh.hosts)]
+        names = [WorkerName(self._name, self._generation + 1, rank) for rank in range(self._mesh.hosts)]
+        self._standbys = [start_host(self.group, name, num_cpus=0) for name in names]
         await asyncio.gather(
             *(
                 host.prepare.remote(model, self._mesh, engine, env)
@@ -231,7 +217,7 @@ class Placement:
         is left."""
         standbys, endpoints, self._standbys = self._standbys, self._endpoints, []
         self._kill(self.hosts)
-        renewed = Placement(self.group, self._mesh, self.nodes, standbys)
+        renewed = Placement(self.group, self._name, self._mesh, self.nodes, standbys, self._generation + 1)
         try:
             if len(standbys) < len(self.hosts):
                 raise TimeoutError("there is no standby")
@@ -306,27 +292,12 @@ async def _reachable(address: str) -> bool:
     return True
 
 
-def _host(group: PlacementGroup, rank: int, **resources: Any) -> Any:
-    """A new worker in a bundle."""
-    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
-    options = {"max_concurrency": _CONCURRENCY, "max_restarts": 0, "scheduling_strategy": strategy, **resources}
+def start_host(group: PlacementGroup, name: WorkerName, **resources: Any) -> Any:
+    """A new worker in a bundle. It outlives the controller that starts it."""
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=name.rank)
+    life = {"name": str(name), "lifetime": "detached", "max_restarts": 0}
+    options = {"max_concurrency": _CONCURRENCY, "scheduling_strategy": strategy, **life, **resources}
     return Host.options(**options).remote()  # type: ignore[attr-defined]
-
-
-async def _reserve(options: dict[str, Any], seconds: float | None) -> PlacementGroup | None:
-    """A placement group once it has its hosts; None if it has not after `seconds`."""
-    group: PlacementGroup = placement_group(**options)
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    try:
-        while not await asyncio.to_thread(group.wait, 1):
-            if seconds is not None and loop.time() - began > seconds:
-                remove_placement_group(group)
-                return None
-    except BaseException:
-        remove_placement_group(group)
-        raise
-    return group
 
 
 def forget_weights(directory: str) -> None:
@@ -346,16 +317,3 @@ def forget_weights(directory: str) -> None:
 @ray.remote(num_cpus=0, max_retries=0)
 def _forget(directory: str) -> None:
     shutil.rmtree(directory, ignore_errors=True)
-
-
-def spares_beside(mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[str]) -> bool:
-    """Whether a replica could lie on other nodes than those, were they free."""
-    wanted = bundle(mesh, cluster.cpus_per_host)
-    fit = [
-        node
-        for node in ray.nodes()
-        if node["Alive"]
-        and node["NodeID"] not in avoided
-        and all(node["Resources"].get(name, 0) >= count for name, count in wanted.items())
-    ]
-    return len(fit) >= mesh.hosts

@@ -12,7 +12,7 @@ import ray.exceptions
 
 from cluster.config.schema import Config
 from cluster.controller.integrity import Canary, Digests
-from cluster.controller.placement import HostError, Placement, Placements
+from cluster.controller.placement import HostError, Placement, Placements, RunningMesh
 from cluster.controller.quarantine import RAISED, Quarantine
 from cluster.controller.view import HostView, ReplicaView
 from cluster.leader_stream import LeaderAddress, LeaderStream
@@ -62,8 +62,9 @@ class Replica:
         canary: Canary,
         on_change: Callable[[Replica], None],
         epoch: int = 0,
+        running: RunningMesh | None = None,
     ) -> None:
-        """`epoch` is the last one of the replica that had this number before."""
+        """`epoch` is the last one of the replica that had this number before; `running` a mesh of it that goes on."""
         self.index = index
         self.state: cluster_pb2.ReplicaState.ValueType = cluster_pb2.REPLICA_STATE_PLACING
         self.epoch = epoch
@@ -77,7 +78,9 @@ class Replica:
         self._placement: Placement | None = None
         self._stream: LeaderStream | None = None
         self._draining = False
-        self._has_served = False
+        self._spec: RankSpec | None = None
+        self._has_served = epoch > 0
+        self._running = running
         self._serving = asyncio.Event()
         self._strange = False
         self._restart = asyncio.Event()
@@ -184,7 +187,11 @@ class Replica:
         self._strange = False
         self._serving.clear()
         try:
-            await self._epoch(await self._place())
+            running, self._running = self._running, None
+            if running is None:
+                await self._epoch(await self._place())
+            else:
+                await self._adopt(running)
         except (HostError, ray.exceptions.RayError, OSError) as error:
             return error
         except Exception as error:  # whatever went wrong in this replica, the others go on
@@ -206,13 +213,13 @@ class Replica:
         failing = self._quarantine.failing(now)
         if self._placement is not None:
             worst = frozenset([node for node in self._placement.nodes if node in failing][:1])
-            if worst and await self._placements.spares_beside(worst):
+            if self.outdated or (worst and await self._placements.spares_beside(worst)):
                 self._placement.remove()
                 self._placement = None
             else:
                 self._placement = await self._placement.renew()
         if self._placement is None:
-            self._placement = await self._placements.create(self._quarantine.avoided(now))
+            self._placement = await self._placements.create(self.index, self._quarantine.avoided(now))
         return self._placement
 
     async def _fail(self, failure: Exception) -> None:
@@ -247,6 +254,27 @@ class Replica:
             if rank < len(self.hosts):
                 metrics.HOST_LOSSES.labels(self.hosts[rank].endpoint.address).inc()
 
+    @property
+    def outdated(self) -> bool:
+        """Whether what its mesh serves, and how, is not what is configured."""
+        config = self._config
+        return self._spec is not None and (self._spec.model, self._spec.mesh, self._spec.engine) != (
+            config.model,
+            config.mesh,
+            config.engine,
+        )
+
+    async def _adopt(self, running: RunningMesh) -> None:
+        """Goes on with a mesh that another controller has left, to its end."""
+        self._enter(cluster_pb2.REPLICA_STATE_STARTING)
+        placement = self._placement = running.placement
+        self._digests.check(placement.nodes, [assignment.digests for assignment in running.assignments])
+        self.hosts = [HostView(a.endpoint, Progress(a.phase, 1.0)) for a in running.assignments]
+        self.epoch = running.spec.epoch
+        metrics.EPOCH.labels(str(self.index)).set(self.epoch)
+        await placement.ask("serve")
+        await self._serve(placement, running.spec)
+
     async def _epoch(self, placement: Placement) -> None:
         """Runs one epoch to its end. Raises HostError, RayError or OSError when it fails."""
         endpoints = await placement.endpoints()
@@ -263,6 +291,7 @@ class Replica:
 
     async def _serve(self, placement: Placement, spec: RankSpec) -> None:
         """Watches a mesh that serves, whose leader has this spec, until it ends."""
+        self._spec = spec
         leader = LeaderAddress(self.index, self.epoch, spec.leader, spec.secret, spec.liveness)
         stream = self._stream = await LeaderStream.connect(leader, spec.silence_seconds)
         try:

@@ -65,12 +65,15 @@ class ServiceView:
       wanted: replicas that the autoscaler wants.
       version: of this controller's life, and a number that grows whenever gateways have to act.
       requests: in all gateways.
+      metrics_url, pid: of the controller.
     """
 
     replicas: tuple[ReplicaView, ...] = ()
     wanted: int = 0
     version: tuple[str, int] = ("", 0)
     requests: int = 0
+    metrics_url: str = ""
+    pid: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,6 +47,8 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
             model=self._config.model.name,
             version=self._version,
             wanted_replicas=view.wanted,
+            controller_metrics_url=view.metrics_url,
+            controller_pid=view.pid,
         )
 
     async def GetStatus(
@@ -90,6 +92,8 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
             raise _no_replica(request.replica) from error
         except NotReadyError as error:
             raise _not_ready(error) from error
+        except (OSError, ray.exceptions.RayError) as error:
+            raise unavailable("the controller does not answer; Ray starts it again") from error
 
     def _replica(self, replica: ReplicaView) -> cluster_pb2.ReplicaStatus:
         load, status = replica.load, replica.status

@@ -54,8 +54,6 @@ class ControllerWatch:
     async def _sync(self, seconds: float) -> None:
         view = await self._controller.sync(self._report(), self.view.version, seconds)
         (life, number), (known, last) = view.version, self.view.version
-        if life == known and number < last:  # an answer that was overtaken
-            return
-        self.view = view
-        if (life, number) != (known, last):
+        if life != known or number >= last:  # else an answer that was overtaken
+            self.view = view
             self._on_view(view)

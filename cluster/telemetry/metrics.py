@@ -5,8 +5,10 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 
 #: All metrics of this process, without those of other kinds of process that share its code.
-REGISTRY = CollectorRegistry()
+#: What a gateway exports, and what the controller does.
+REGISTRY, CONTROLLER = CollectorRegistry(), CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
+ProcessCollector(registry=CONTROLLER)
 disable_created_metrics()
 
 #: Codes that a completion can end with, besides the client's own faults.
@@ -87,20 +89,20 @@ LOOP_LAG = Histogram(
     buckets=(0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0),
     registry=REGISTRY,
 )
-REPLICAS_READY = Gauge("grokmesh_replicas_ready", "Replicas that serve.", registry=REGISTRY)
-REPLICAS_WANTED = Gauge("grokmesh_replicas_wanted", "Replicas that should serve.", registry=REGISTRY)
-EPOCH = Gauge("grokmesh_replica_epoch", "Epoch of a replica's mesh.", ["replica"], registry=REGISTRY)
+REPLICAS_READY = Gauge("grokmesh_replicas_ready", "Replicas that serve.", registry=CONTROLLER)
+REPLICAS_WANTED = Gauge("grokmesh_replicas_wanted", "Replicas that should serve.", registry=CONTROLLER)
+EPOCH = Gauge("grokmesh_replica_epoch", "Epoch of a replica's mesh.", ["replica"], registry=CONTROLLER)
 REBUILDS = Counter(
-    "grokmesh_replica_rebuilds", "Meshes that were formed again after a failure.", ["replica"], registry=REGISTRY
+    "grokmesh_replica_rebuilds", "Meshes that were formed again after a failure.", ["replica"], registry=CONTROLLER
 )
 REPLICA_FAILURES = Gauge(
     "grokmesh_replica_failures_in_a_row",
     "Epochs of a replica that failed one after the other.",
     ["replica"],
-    registry=REGISTRY,
+    registry=CONTROLLER,
 )
 HOST_LOSSES = Counter(
-    "grokmesh_host_losses", "Workers of a host that died or did not answer.", ["address"], registry=REGISTRY
+    "grokmesh_host_losses", "Workers of a host that died or did not answer.", ["address"], registry=CONTROLLER
 )
 SESSIONS_RESUMED = Counter(
     "grokmesh_sessions_resumed",

@@ -75,11 +75,13 @@ async def _live(request: web.Request) -> web.Response:
 
 
 def targets(status: cluster_pb2.GetStatusResponse, gateway: str) -> list[dict[str, Any]]:
-    """What Prometheus is to scrape, in the form of its http_sd_config: the gateway at `gateway`, and every worker.
+    """What Prometheus is to scrape, in the form of its http_sd_config: the gateway at `gateway`, the controller, every worker.
 
-    Labels: `component` (gateway or worker), `model`, and of workers `replica` and `rank`.
+    Labels: `component` (gateway, controller or worker), `model`, and of workers `replica` and `rank`.
     """
     found = [{"targets": [gateway], "labels": {"component": "gateway", "model": status.model}}]
+    if controller := urllib.parse.urlsplit(status.controller_metrics_url).netloc:
+        found.append({"targets": [controller], "labels": {"component": "controller", "model": status.model}})
     for replica in status.replicas:
         for host in replica.hosts:
             labels = {"component": "worker", "model": status.model}

@@ -372,7 +372,9 @@ def test_every_metric_moves(service: Service, client: Client) -> None:
     assert gateway[f"gen_ai_server_time_to_first_token_seconds_count{labels}"] > 0
     assert gateway[f"gen_ai_server_time_per_output_token_seconds_sum{labels}"] > 0
     assert gateway['grokmesh_gateway_tokens_total{key="anonymous",kind="completion"}'] >= 8
-    assert gateway["grokmesh_replicas_ready"] == 1
+    controller = read_metrics(status.controller_metrics_url)
+    assert controller["grokmesh_replicas_ready"] == controller["grokmesh_replicas_wanted"] == 1
+    assert controller['grokmesh_replica_epoch{replica="0"}'] == status.replicas[0].epoch
     leader, follower = (read_metrics(host.metrics_url) for host in status.replicas[0].hosts)
     assert leader["grokmesh_engine_generated_tokens_total"] >= 8
     assert leader["grokmesh_engine_kv_pages"] == status.replicas[0].pages_total > 0

@@ -49,5 +49,5 @@ def test_weights_are_read_once(tmp_path: pathlib.Path) -> None:
         mapped = [read_metrics(host.metrics_url)["grokmesh_worker_cached_weight_bytes"] for host in replica.hosts]
         assert sum(mapped) > 0.9 * open_checkpoint(DEMO).nbytes
         assert cache.exists()
-        daemon.ask_to_forget(service.address)
+        daemon.ask(service.address, daemon.FORGET_WEIGHTS)
     assert not cache.exists()

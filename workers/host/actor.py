@@ -21,7 +21,7 @@ from workers.host.code_digest import code_digest
 from workers.host.environment import settle
 from workers.host.streams import free_port
 from workers.host.worker import Worker
-from workers.messages.specs import Endpoint, EngineSpec, MeshSpec, ModelSpec, Progress, RankSpec
+from workers.messages.specs import Assignment, Endpoint, EngineSpec, MeshSpec, ModelSpec, Progress, RankSpec
 from workers.telemetry import logs, metrics
 from workers.telemetry.metrics_server import serve_metrics
 
@@ -47,7 +47,10 @@ class Host:
     def __init__(self) -> None:
         self._worker: Worker | None = None
         self._standby: StandbyEngine | None = None
+        self._spec: RankSpec | None = None
+        self._digests: dict[str, int] = {}
         self._failure: Exception | None = None
+        self._serving = False
         self._preparing = threading.Lock()
         self._traces: dict[str, dict[str, bytes]] = {}
         self._address = ray.util.get_node_ip_address()
@@ -108,14 +111,22 @@ class Host:
         with self._preparing:  # its time may come before it is done
             settle(os.environ)
             self._worker = Worker(spec, self._standby)
-        return self._worker.form()
+        self._spec, self._digests = spec, self._worker.form()
+        return self._digests
+
+    def assignment(self) -> Assignment:
+        """What this worker is part of. Raises what has ended its part."""
+        return Assignment(self.endpoint(), self._spec, self._digests, self.progress().phase)
 
     def warm_up(self) -> None:
         assert self._worker is not None
         self._worker.warm_up()
 
     def serve(self) -> None:
-        """Begins to lead or to follow. `progress` raises what ends that."""
+        """Begins to lead or to follow, unless it does already. `progress` raises what ends that."""
+        if self._serving:
+            return
+        self._serving = True
         threading.Thread(target=self._serve, daemon=True, name="serve").start()
 
     def _serve(self) -> None:

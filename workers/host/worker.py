@@ -16,7 +16,7 @@ from workers.host.environment import bypass_proxies
 from workers.host.plan_log import LoggedEngine, PlanLog
 from workers.host.streams import LeaderServer, connect, wait_for_listener
 from workers.messages.frames import Hello
-from workers.messages.specs import COMPILING, JOINING, LOADING, PREPARING, WARMING_UP, Progress, RankSpec
+from workers.messages.specs import COMPILING, JOINING, LOADING, PREPARING, READY, WARMING_UP, Progress, RankSpec
 from workers.telemetry import garbage, metrics
 from workers.telemetry.stalls import StallWatch
 from workers.text.grammar_job import Constraints
@@ -162,7 +162,7 @@ class Worker:
         self.runtime.warm_up()
         self._compilations_before_serving = self._compilations
         garbage.settle()
-        self._report("ready", 1.0)
+        self._report(READY, 1.0)
 
     def serve(self) -> None:
         """Leads or follows until the epoch is over."""

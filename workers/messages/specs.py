@@ -15,7 +15,7 @@ KV_CACHES = (*ACTIVATIONS, "int8")
 #: The phases of a host that is to join a mesh, in their order after "starting". While one reads its part of the checkpoint it
 #: also compiles.
 PREPARING, JOINING, LOADING = "preparing", "joining the mesh", "loading and compiling"
-COMPILING, WARMING_UP = "compiling", "warming up"
+COMPILING, WARMING_UP, READY = "compiling", "warming up", "ready"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +149,23 @@ class Endpoint:
     metrics_port: int
     code: str
     liveness: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """What a worker is part of.
+
+    Attributes:
+      endpoint: of the worker.
+      spec: its place in an epoch; None for one that stands by.
+      digests: of the parts of the checkpoint that it has loaded, once it has.
+      phase: see Progress.
+    """
+
+    endpoint: Endpoint
+    spec: RankSpec | None
+    digests: dict[str, int]
+    phase: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Router:
         #: Replicas that sessions may wait for, and leaders that take no new ones.
         self._returning: set[int] = set()
         self._draining: set[LeaderAddress] = set()
-        self._last_ready = -1
+        self._last_ready = 0
         self._waiting: dict[str, tuple[Session, asyncio.TimerHandle]] = {}
         # Of those that may be what breaks replicas one runs at a time; the others wait for it to come on or to break another.
         self._trial: Session | None = None
@@ -283,7 +283,6 @@ class Router:
 
     def _changed(self) -> None:
         ready = self.ready
-        metrics.REPLICAS_READY.set(ready)
         if ready != self._last_ready:
             self._last_ready = ready
             self._on_change(ready)

@@ -18,7 +18,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from cluster.config.schema import ClusterSection
-from cluster.controller.placement import RayPlacements
+from cluster.controller.ray_placements import RayPlacements
 from workers.messages.specs import MeshSpec
 
 POD_TYPE, TOPOLOGY = "v5p-16", "2x2x2"  # two hosts of four chips
@@ -36,7 +36,7 @@ def _add_host(cluster: Cluster, slice_name: str, worker: int) -> None:
 
 async def _place() -> list[dict[str, Any]]:
     mesh = MeshSpec("tpu", hosts=2, devices_per_host=4, data=1, model=8, rules="tensor")
-    placement = await RayPlacements(mesh, ClusterSection(tpu_pod_type=POD_TYPE)).create(())
+    placement = await RayPlacements(mesh, ClusterSection(tpu_pod_type=POD_TYPE)).create(0, ())
     try:
         labels = {node["NodeID"]: node["Labels"] for node in ray.nodes()}
         table = ray.util.placement_group_table(placement.group)
@@ -55,7 +55,7 @@ def main() -> None:
         _add_host(cluster, "half", 1)
         _add_host(cluster, "whole", 1)
         _add_host(cluster, "whole", 0)
-        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR, namespace="test")
         print(json.dumps(asyncio.run(_place())))
     finally:
         ray.shutdown()

@@ -29,7 +29,8 @@ class _Replica:
     busy: set[int] = set()
 
     def __init__(self, index: int, *others: Any) -> None:
-        self.index, self.epoch, self.state = index, others[-1] + 1, READY
+        *_, epoch, _ = others
+        self.index, self.epoch, self.state, self.outdated = index, epoch + 1, READY, False
 
     @property
     def view(self) -> ReplicaView:
@@ -44,6 +45,13 @@ class _Replica:
         await asyncio.Event().wait()
 
 
+class _Placements:
+    """Nothing is left of another controller."""
+
+    async def running(self) -> tuple[list[Any], dict[int, int]]:
+        return [], {}
+
+
 @contextlib.asynccontextmanager
 async def _fleet(monkeypatch: pytest.MonkeyPatch, wanted: list[int]) -> AsyncIterator[Fleet]:
     """A fleet that runs while the block does; the autoscaler wants the first of `wanted`."""
@@ -55,8 +63,8 @@ async def _fleet(monkeypatch: pytest.MonkeyPatch, wanted: list[int]) -> AsyncIte
     monkeypatch.setattr(module, "Replica", _Replica)
     monkeypatch.setattr(module, "DECIDE_SECONDS", 0.005)
     monkeypatch.setattr(Autoscaler, "wanted", says)
-    config, unused = Config(ModelSpec("demo", str(DEMO)), replicas=wanted[0]), cast(Any, None)
-    fleet = Fleet(config, unused, Digests({}), list, lambda replica: None)
+    config = Config(ModelSpec("demo", str(DEMO)), replicas=wanted[0])
+    fleet = Fleet(config, cast(Any, _Placements()), Digests({}), list)
     running = asyncio.ensure_future(fleet.run())
     try:
         yield fleet

@@ -13,7 +13,7 @@ import ray.exceptions
 from cluster.config.schema import Config
 from cluster.controller import replica
 from cluster.controller.integrity import Canary, Digests
-from cluster.controller.placement import HostError, Placement
+from cluster.controller.placement import HostError, Placement, RunningMesh
 from cluster.controller.quarantine import TOO_MANY, Quarantine
 from cluster.controller.replica import GIVE_UP_FAILURES, Replica
 from grok.serving.v1 import cluster_pb2
@@ -87,7 +87,11 @@ class _Placements:
     def __init__(self, create: Callable[[tuple[str, ...]], Coroutine[Any, Any, Any]]) -> None:
         self._create = create
 
-    async def create(self, avoided: tuple[str, ...]) -> Placement:
+    async def running(self) -> tuple[list[RunningMesh], dict[int, int]]:
+        return [], {}
+
+    async def create(self, replica: int, avoided: tuple[str, ...]) -> Placement:
+        del replica
         placement: Placement = await self._create(avoided)
         return placement
 

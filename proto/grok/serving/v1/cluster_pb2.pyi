@@ -260,8 +260,10 @@ class GetStatusResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     WANTED_REPLICAS_FIELD_NUMBER: _builtins.int
+    CONTROLLER_METRICS_URL_FIELD_NUMBER: _builtins.int
+    CONTROLLER_PID_FIELD_NUMBER: _builtins.int
     requests: _builtins.int
-    """Requests in the gateway."""
+    """Requests in all gateways."""
     metrics_url: _builtins.str
     """Where the gateway's metrics are."""
     model: _builtins.str
@@ -270,6 +272,10 @@ class GetStatusResponse(_message.Message):
     """Version of the software."""
     wanted_replicas: _builtins.int
     """Replicas that the autoscaler wants."""
+    controller_metrics_url: _builtins.str
+    """Where the controller's metrics are."""
+    controller_pid: _builtins.int
+    """Process id of the controller."""
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaStatus]:
         """All replicas."""
@@ -283,10 +289,12 @@ class GetStatusResponse(_message.Message):
         model: _builtins.str = ...,
         version: _builtins.str = ...,
         wanted_replicas: _builtins.int = ...,
+        controller_metrics_url: _builtins.str = ...,
+        controller_pid: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics_url", b"metrics_url", "model", b"model", "replicas", b"replicas", "requests", b"requests", "version", b"version", "wanted_replicas", b"wanted_replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_metrics_url", b"controller_metrics_url", "controller_pid", b"controller_pid", "metrics_url", b"metrics_url", "model", b"model", "replicas", b"replicas", "requests", b"requests", "version", b"version", "wanted_replicas", b"wanted_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from cluster.config.schema import ClusterSection
-from cluster.controller.placement import bundle, group_options
+from cluster.controller.ray_placements import bundle, group_options
 from workers.messages.specs import MeshSpec
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,122 @@
+"""Finds hosts for replicas on a Ray cluster: one bundle a host; on TPUs, all hosts of one slice, in the slice's order."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+
+from cluster.config.schema import ClusterSection
+from cluster.controller.adoption import adopt
+from cluster.controller.placement import GROUP_PREFIX, Placement, RunningMesh, WorkerName, start_host
+from workers.messages.specs import MeshSpec
+
+#: Seconds to wait for hosts other than those that are to be avoided.
+AVOID_SECONDS = 5.0
+
+
+class RayPlacements:
+    """Places replicas on the nodes of a Ray cluster."""
+
+    def __init__(self, mesh: MeshSpec, cluster: ClusterSection) -> None:
+        self._mesh = mesh
+        self._cluster = cluster
+
+    async def running(self) -> tuple[list[RunningMesh], dict[int, int]]:
+        """See Placements."""
+        return await adopt()
+
+    async def create(self, replica: int, avoided: tuple[str, ...]) -> Placement:
+        """Waits until there are hosts enough, then starts a worker on each. On the nodes `avoided` only if no others are there
+        within AVOID_SECONDS; if there are too few others, then rather on the last of them."""
+        mesh, cluster, group = self._mesh, self._cluster, None
+        name = f"{GROUP_PREFIX}{replica}-{secrets.token_hex(4)}"
+        for count in range(len(avoided), 0, -1):
+            without = frozenset(avoided[:count])
+            if await self.spares_beside(without):
+                group = await _reserve(name, group_options(mesh, cluster, without), AVOID_SECONDS)
+                break
+        group = group or await _reserve(name, group_options(mesh, cluster), None)
+        assert group is not None
+        resources = bundle(mesh, cluster.cpus_per_host)
+        try:
+            table: dict[int, str] = (await asyncio.to_thread(placement_group_table, group))["bundles_to_node_id"]
+        except BaseException:
+            remove_placement_group(group)
+            raise
+        hosts = [
+            start_host(
+                group,
+                WorkerName(name, 0, rank),
+                num_cpus=cluster.cpus_per_host,
+                resources={name: count for name, count in resources.items() if name not in ("CPU", "GPU")},
+                num_gpus=resources.get("GPU", 0),
+            )
+            for rank in range(mesh.hosts)
+        ]
+        return Placement(group, name, mesh, [table.get(rank, "") for rank in range(mesh.hosts)], hosts)
+
+    async def spares_beside(self, avoided: frozenset[str]) -> bool:
+        """Whether a replica could lie on other nodes than those, were they free."""
+        return await asyncio.to_thread(spares_beside, self._mesh, self._cluster, avoided)
+
+
+def bundle(mesh: MeshSpec, cpus_per_host: int) -> dict[str, float]:
+    """What a worker takes of its host: CPUs, and all the accelerators that the mesh counts there."""
+    resources = {"CPU": float(cpus_per_host)}
+    if mesh.platform != "cpu":
+        resources[mesh.platform.upper()] = float(mesh.devices_per_host)
+    return resources
+
+
+def group_options(mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """The placement group of a replica: a bundle a host, each on a host of its own, none on nodes `avoided`.
+
+    With `cluster.tpu_pod_type` all of them are on one slice of that kind, and rank r is its worker r: hosts of two slices
+    have no interconnect, and JAX numbers a slice's processes so.
+    """
+    bundles = [bundle(mesh, cluster.cpus_per_host)] * mesh.hosts
+    others = {"ray.io/node-id": f"!in({', '.join(sorted(avoided))})"} if avoided else {}
+    if cluster.tpu_pod_type is None:
+        options: dict[str, Any] = {"bundles": bundles, "strategy": "STRICT_SPREAD"}
+        return {**options, "bundle_label_selector": [others] * mesh.hosts} if others else options
+    return {
+        "bundles": bundles,
+        "topology_strategy": {"ray.io/tpu-slice-name": "STRICT_PACK", "ray.io/node-id": "STRICT_SPREAD"},
+        "bundle_label_selector": [
+            {"ray.io/tpu-pod-type": cluster.tpu_pod_type, "ray.io/tpu-worker-id": str(rank), **others}
+            for rank in range(mesh.hosts)
+        ],
+    }
+
+
+async def _reserve(name: str, options: dict[str, Any], seconds: float | None) -> PlacementGroup | None:
+    """A placement group once it has its hosts; None if it has not after `seconds`. It outlives the controller."""
+    group: PlacementGroup = placement_group(**options, name=name, lifetime="detached")
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    try:
+        while not await asyncio.to_thread(group.wait, 1):
+            if seconds is not None and loop.time() - began > seconds:
+                remove_placement_group(group)
+                return None
+    except BaseException:
+        remove_placement_group(group)
+        raise
+    return group
+
+
+def spares_beside(mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[str]) -> bool:
+    """Whether a replica could lie on other nodes than those, were they free."""
+    wanted = bundle(mesh, cluster.cpus_per_host)
+    fit = [
+        node
+        for node in ray.nodes()
+        if node["Alive"]
+        and node["NodeID"] not in avoided
+        and all(node["Resources"].get(name, 0) >= count for name, count in wanted.items())
+    ]
+    return len(fit) >= mesh.hosts

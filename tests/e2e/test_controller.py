@@ -1,0 +1,76 @@
+"""The mesh outlives the processes around it: its controller, and the service that has started it."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from cluster.local_ray import local_cluster, prepare_environment
+from grok.serving.v1 import cluster_pb2
+from grokmesh import Client
+from tests.support.service import Service, running
+
+MESH = {"hosts": 2, "devices_per_host": 1, "data": 1, "model": 2}
+LONG: dict[str, Any] = {"max_tokens": 300, "ignore_eos": True, "temperature": 1.0, "seed": 5}
+PROMPT = "In the beginning"
+
+
+@pytest.fixture(scope="module")
+def ray_address() -> Iterator[str]:
+    """A cluster of two hosts that no service has started."""
+    before = dict(os.environ)
+    prepare_environment()
+    try:
+        with local_cluster(2, 1) as address:
+            yield address
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _served(status: cluster_pb2.GetStatusResponse) -> bool:
+    return [replica.state for replica in status.replicas] == [cluster_pb2.REPLICA_STATE_READY]
+
+
+def _mesh(service: Service) -> tuple[int, list[int]]:
+    """Epoch and processes of the only replica, once it serves."""
+    service.wait_for(_served, 60)
+    (replica,) = service.status().replicas
+    return replica.epoch, [host.pid for host in replica.hosts]
+
+
+def test_a_controller_that_dies_goes_on_with_the_mesh_and_no_stream_notices(
+    tmp_path: pathlib.Path, ray_address: str
+) -> None:
+    cluster = {"address": ray_address, "compilation_cache": str(tmp_path / "xla")}
+    with running(tmp_path, mesh=MESH, cluster=cluster) as service, Client(service.address) as client:
+        before, whole = _mesh(service), client.complete(PROMPT, **LONG)
+        for _ in range(3):
+            pid = service.status().controller_pid
+            stream = client.generate(PROMPT, **LONG)
+            parts = [next(stream)]
+            os.kill(pid, signal.SIGKILL)
+            parts += stream
+            assert tuple(token for part in parts for token in part.tokens) == whole.tokens
+            service.wait_for(lambda status, dead=pid: status.controller_pid not in (0, dead), 30)  # type: ignore[misc]
+            assert _mesh(service) == before
+        os.kill(before[1][1], signal.SIGKILL)
+        service.wait_for(lambda status: status.replicas[0].epoch == before[0] + 1 and _served(status), 60)
+        assert client.complete(PROMPT, **LONG).tokens == whole.tokens
+
+
+def test_a_service_that_dies_is_started_again_on_the_mesh_that_it_had(tmp_path: pathlib.Path, ray_address: str) -> None:
+    cluster = {"address": ray_address, "compilation_cache": str(tmp_path / "xla")}
+    with running(tmp_path, mesh=MESH, cluster=cluster) as first:
+        before, address = _mesh(first), first.address
+        first.process.kill()
+        first.process.wait()
+        with running(tmp_path, mesh=MESH, cluster=cluster, gateway={"address": address}) as second:
+            assert _mesh(second) == before
+            with Client(second.address) as client:
+                assert client.complete(PROMPT, max_tokens=8).tokens
