@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import pathlib
-import secrets
 import signal
 import socket
 import subprocess
@@ -57,22 +56,28 @@ def _note(address: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def noted(address: str) -> Iterator[None]:
-    """Notes this process as the service at `address` while the block runs. The note is locked as long as it is true, however
-    this process ends. Raises DaemonError if another process holds it."""
+def noted(address: str, admin_key: str) -> Iterator[None]:
+    """Notes this process as the one that has started the service at `address`, while the block runs. The note is locked as
+    long as it is true, however this process ends. Raises DaemonError if another process holds it."""
     with _opened(address) as note:
         if not _lock(note):
             raise DaemonError(f"a service runs at {address} already; grokmesh stop ends it")
-        _sign(note)
+        _sign(note, admin_key)
         yield
         note.truncate(0)
 
 
-def inherit(address: str) -> None:
+def sign(address: str, admin_key: str) -> None:
+    """Notes this process with another key, while it is noted at `address`."""
+    with _opened(address) as note:
+        _sign(note, admin_key)
+
+
+def inherit(address: str, admin_key: str) -> None:
     """Waits until the process that is noted as the service at `address` has ended, then notes this one until it ends."""
     note = _opened(address)
     fcntl.flock(note, fcntl.LOCK_EX)
-    _sign(note)
+    _sign(note, admin_key)
     _INHERITED.append(note)
 
 
@@ -95,9 +100,9 @@ def left_budgets(address: str) -> tuple[dict[str, tuple[int, float]], float]:
     return {}, 0.0
 
 
-#: What the service at an address can be asked to do when it ends: to remove its weights caches; to leave its workers to a
+#: What the process of a service can be asked to do when it ends: to remove the weights caches; to leave the service to a
 #: successor.
-FORGET_WEIGHTS, LEAVE_WORKERS = ".forget", ".leave"
+FORGET_WEIGHTS, LEAVE_SERVICE = ".forget", ".leave"
 
 
 def ask(address: str, wish: str) -> None:
@@ -118,10 +123,6 @@ def _budgets(address: str) -> pathlib.Path:
     return _note(address).with_suffix(".budgets")
 
 
-#: The key of this process' service for the user that runs it.
-ADMIN_KEY = f"gm-local-{secrets.token_urlsafe(32)}"
-
-
 def admin_key(address: str) -> str | None:
     """The key of the scope `admin` of a service at `address` that this user runs on this machine, or None."""
     host, _, port = address.rpartition(":")
@@ -137,9 +138,9 @@ def _opened(address: str) -> IO[str]:
     return open(os.open(_note(address), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "a+")  # noqa: PTH123
 
 
-def _sign(note: IO[str]) -> None:
+def _sign(note: IO[str], admin_key: str) -> None:
     note.truncate(0)
-    note.write(json.dumps({"pid": os.getpid(), "admin_key": ADMIN_KEY}))
+    note.write(json.dumps({"pid": os.getpid(), "admin_key": admin_key}))
     note.flush()
 
 

@@ -1,13 +1,13 @@
-"""`grokmesh serve`: Ray, replicas and gateway in one process, until it is stopped."""
+"""`grokmesh serve`: starts a service on a Ray cluster, or finds it there, shows what goes on, and ends it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
 import ipaddress
 import logging
 import pathlib
+import secrets
 import signal
 import socket
 import sys
@@ -16,39 +16,31 @@ import time
 from collections.abc import Iterator
 
 import ray
+import ray.exceptions
 
 from cluster import daemon
 from cluster.capacity import with_failover, with_pages
-from cluster.config.schema import Config, ConfigError, check_model
-from cluster.controller.actor import RayController
+from cluster.config.schema import Config, check_model
+from cluster.controller.actor import deploy
+from cluster.controller.client import RayController
 from cluster.controller.placement import forget_weights
-from cluster.controller.view import GatewayReport, ReplicaView, ServiceView
-from cluster.gateway.admission.latency import RecentLatency
+from cluster.controller.view import ReplicaView, ServiceView
+from cluster.deployment import Deployment
 from cluster.gateway.auth.api_keys import Keys
-from cluster.gateway.cluster_service import ClusterService
-from cluster.gateway.controller_watch import ControllerWatch
-from cluster.gateway.routing.router import Router
-from cluster.gateway.server import Gateway
-from cluster.gateway.validation import Limits
+from cluster.gateway.auth.tls import server_credentials
+from cluster.gateway.process import read_model
 from cluster.local_ray import local_cluster
-from cluster.telemetry import metrics
-from cluster.telemetry.traces import make_tracer
-from cluster.telemetry.web import WebServer
+from cluster.telemetry.log_files import LogFollower, keep_log_small
 from grok.serving.v1 import cluster_pb2
-from workers.checkpoint.checkpoint import open_checkpoint
-from workers.checkpoint.storage import locate
 from workers.messages.specs import LOADING
-from workers.telemetry import garbage, logs
-from workers.text.sandbox import Sandbox
-from workers.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
 
 #: Seconds that Ray may take to be there, when this process starts beside it.
 RAY_SECONDS = 120.0
 WATCH_SECONDS = 2.0
-#: Bytes of a log after which it begins anew, the last one kept beside it, and seconds between looks.
-MOST_LOG_BYTES, LOG_SECONDS = 64 * 1024 * 1024, 30.0
+#: Seconds between looks at what is to be shown.
+SHOW_SECONDS = 0.2
 
 
 def serve(config: Config, path: pathlib.Path, *, replace: bool = False) -> None:
@@ -57,37 +49,35 @@ def serve(config: Config, path: pathlib.Path, *, replace: bool = False) -> None:
     Args:
       config: what to serve.
       path: of the configuration, for errors.
-      replace: take over from the service that runs at the address: once this one's replicas are ready, the two listen side
-        by side, and the other is asked to drain.
+      replace: take over from the service that runs at the address. On the same Ray cluster it goes on with what runs: gateways
+        are replaced one by one, and replicas that are configured otherwise. On another one, as a local one always is, the other
+        is asked to drain once this one's replicas are ready.
 
     Raises:
-      ConfigError, KeysError, CheckpointError, TokenizerError: before anything is started, if the model can't be served so.
+      ConfigError, KeysError, TlsError, CheckpointError, TokenizerError: before anything is started, if the model can't be
+        served so.
       DaemonError: a service runs at the address already, or there is none to replace.
+      OSError: an address can't be listened on, or no Ray cluster answers.
     """
-    location = locate(config.model.checkpoint)
-    checkpoint = open_checkpoint(location)
-    check_model(config, checkpoint.config, path)
-    config = with_failover(with_pages(config, checkpoint.config, path), checkpoint.config)
-    tokenizer = Tokenizer(location / "tokenizer.model")
-    if tokenizer.vocab_size > checkpoint.config.vocab_size:
-        raise ConfigError(
-            f"{config.model.checkpoint}: the tokenizer has {tokenizer.vocab_size} pieces, "
-            f"the model embeds {checkpoint.config.vocab_size}"
-        )
-    keys = Keys(config.gateway.api_keys, daemon.ADMIN_KEY)
+    _, limits = read_model(config)
+    check_model(config, limits.model, path)
+    config = with_failover(with_pages(config, limits.model, path), limits.model)
+    Keys(config.gateway.api_keys)
+    if config.gateway.tls_certificate is not None:
+        server_credentials(config.gateway)
     if config.gateway.api_keys is None and not _loopback(config.gateway.address):
         _LOG.warning(
             "every client that reaches gateway.address=%s can use this service: set gateway.api_keys, or listen on 127.0.0.1",
             config.gateway.address,
         )
-    model = checkpoint.config
-    limits = Limits(model, config.engine.context or model.sequence_len, tokenizer.longest_piece)
+    address = config.gateway.address
+    key = daemon.admin_key(address) or f"gm-local-{secrets.token_urlsafe(32)}"
     with contextlib.ExitStack() as stack:
-        predecessor = daemon.replaceable(config.gateway.address) if replace else None
+        predecessor = daemon.replaceable(address) if replace else None
         if predecessor is None:
-            stack.enter_context(daemon.noted(config.gateway.address))
+            stack.enter_context(daemon.noted(address, key))
         stack.enter_context(_ray(config))
-        asyncio.run(_serve(config, limits, tokenizer, keys, predecessor))
+        asyncio.run(_Launch(config, key, predecessor).run())
 
 
 def _loopback(address: str) -> bool:
@@ -102,157 +92,125 @@ def _loopback(address: str) -> bool:
         return False
 
 
-async def _serve(config: Config, limits: Limits, tokenizer: Tokenizer, keys: Keys, predecessor: int | None) -> None:
-    await _Service(config, limits, tokenizer, keys, predecessor).run()  # gRPC wants to be made within the loop
+class _Launch:
+    """The service, as the process sees it that has started it: it shows what goes on, and ends the service when it is to end
+    itself. The service outlives it otherwise, unless the Ray cluster is its own."""
 
-
-class _Service:
-    """The parts of a service, and the order in which they start and stop."""
-
-    def __init__(
-        self, config: Config, limits: Limits, tokenizer: Tokenizer, keys: Keys, predecessor: int | None
-    ) -> None:
-        version = importlib.metadata.version("grokmesh")
-        model = limits.model
-        sandbox = Sandbox(
-            "cluster.gateway.text_job", [config.model.checkpoint, str(model.vocab_size), str(model.eos_token)]
-        )
+    def __init__(self, config: Config, admin_key: str, predecessor: int | None) -> None:
         self._config = config
+        self._address = config.gateway.address
+        self._admin_key = admin_key
         self._predecessor = predecessor
-        self._tracer, self._end_traces = make_tracer(config.telemetry.traces_endpoint, config.model.name, version)
-        self._readiness: asyncio.Queue[bool] = asyncio.Queue()
-        assert config.gateway.failover_seconds is not None
-        self._router = Router(
-            config.gateway.failover_seconds,
-            on_change=lambda ready: self._readiness.put_nowait(ready > 0),
-            silence=config.cluster.silence_seconds,
-        )
-        latency = RecentLatency()
         self._controller = RayController()
         self._reporter = _Reporter()
-        self._latency = latency
-        self._watch = ControllerWatch(self._controller, self._report, self._follow)
-        self._metrics_url = f"http://{config.telemetry.address}/metrics"
-        status = ClusterService(config, version, self._controller, self._watch, self._metrics_url)
-        self._gateway = Gateway(
-            config,
-            keys,
-            limits,
-            tokenizer,
-            sandbox,
-            self._router,
-            latency,
-            status,
-            self._tracer,
-            shares_port=predecessor is not None,
-        )
-        self._web = WebServer(config.telemetry.address, status.status)
-        metrics.begin(version)
-        metrics.QUEUED.set_function(lambda: self._router.queued)
+        self._logs = LogFollower(sys.stderr)
 
     async def run(self) -> None:
+        """Until the service is to end, or the Ray cluster is gone."""
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        if self._predecessor is None:
-            self._inherit_budgets()
-            await self._listen()
-        await self._controller.deploy(self._config, anew=self._predecessor is not None)
-        work = [
-            self._watch.run(),
-            self._follow_readiness(),
-            _watch_ray(),
-            _keep_log_small(),
-        ]
+        await self._deploy()
+        work = [self._follow(), _watch_ray(), keep_log_small()]
         tasks = [asyncio.ensure_future(part) for part in (stop.wait(), *work)]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             _LOG.info("stopping")
-            # The addresses first: a successor may wait for them.
-            await self._web.stop()
-            await self._gateway.stop()
-            daemon.leave_budgets(self._config.gateway.address, self._gateway.admission.budgets())
             await self._leave()
         finally:
             for task in tasks:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
-            await self._router.close()
-            self._end_traces()
+            self._logs.look()
         for result in results:
             if isinstance(result, Exception):
                 raise result
 
+    async def _deploy(self) -> None:
+        """Starts the service, or goes on with the one that is there. Raises OSError, RayError."""
+        try:
+            await self._controller.start()
+            self._logs.skip(_logs_here(await self._controller.view()))
+            found = True
+        except OSError:
+            found = False
+        if not found and self._predecessor is None:
+            for setting, address in (("gateway", self._address), ("telemetry", self._config.telemetry.address)):
+                await asyncio.to_thread(check_free, f"{setting}.address", address)
+        budgets, seconds = daemon.left_budgets(self._address)
+        deployment = Deployment(
+            self._config,
+            self._admin_key,
+            ray.util.get_node_ip_address(),
+            secrets.token_hex(4),
+            beside=self._predecessor is not None,
+            budgets=budgets,
+            budgets_at=time.time() - seconds,
+        )
+        served = await deploy(deployment, anew=self._predecessor is not None)
+        if self._predecessor is None:
+            daemon.sign(self._address, served.admin_key)
+        elif found:  # all that it had goes on
+            daemon.ask(self._address, daemon.LEAVE_SERVICE)
+            self._take_over(self._predecessor)
+
     async def _leave(self) -> None:
-        """Ends the workers, unless a successor goes on with them."""
-        address, cache = self._config.gateway.address, self._config.model.weights_cache
-        if daemon.asked(address, daemon.LEAVE_WORKERS):
+        """Ends the service, unless a successor goes on with it."""
+        if daemon.asked(self._address, daemon.LEAVE_SERVICE):
             return
-        await self._controller.end()
-        if daemon.asked(address, daemon.FORGET_WEIGHTS) and cache is not None:
+        daemon.leave_budgets(self._address, await self._controller.end())
+        cache = self._config.model.weights_cache
+        if daemon.asked(self._address, daemon.FORGET_WEIGHTS) and cache is not None:
             await asyncio.to_thread(forget_weights, cache)
 
-    def _follow(self, view: ServiceView) -> None:
-        self._router.follow(view)
-        for replica in view.replicas:
-            self._reporter.report(replica)
-
-    def _report(self) -> GatewayReport:
-        return GatewayReport(
-            self._config.gateway.address,
-            self._gateway.admission.in_flight,
-            self._router.unplaced,
-            self._latency.quantile(0.9),
-        )
-
-    async def _listen(self) -> None:
-        await self._web.start(wait=self._predecessor is not None)
-        await self._gateway.start()
-        _LOG.info("%s %s, metrics at %s", daemon.LISTENING, self._config.gateway.address, self._metrics_url)
-
-    async def _follow_readiness(self) -> None:
+    async def _follow(self) -> None:
+        """Shows what replicas and gateways do, and what they write to their logs on this host."""
+        listening = serving = False
         while True:
-            ready = await self._readiness.get()
-            garbage.settle()
-            if ready and self._predecessor is not None:
-                await self._take_over(self._predecessor)
-            await self._gateway.set_ready(ready)
-            _LOG.info(daemon.SERVING if ready else "not serving: no replica is ready")
+            with contextlib.suppress(OSError, ray.exceptions.RayError):
+                view = await self._controller.view()
+                self._logs.follow(_logs_here(view))
+                for replica in view.replicas:
+                    self._reporter.report(replica)
+                if not listening and any(gateway.listening for gateway in view.gateways):
+                    listening = True
+                    metrics = f"metrics at http://{self._config.telemetry.address}/metrics"
+                    _LOG.info("%s %s, %s", daemon.LISTENING, self._address, metrics)
+                ready = listening and any(replica.leader is not None for replica in view.replicas)
+                if ready and self._predecessor is not None:
+                    self._take_over(self._predecessor)
+                if ready != serving:
+                    serving = ready
+                    _LOG.info(daemon.SERVING if ready else "not serving: no replica is ready")
+            self._logs.look()
+            await asyncio.sleep(SHOW_SECONDS)
 
-    async def _take_over(self, predecessor: int) -> None:
-        """Listens beside the predecessor, asks it to end, and takes its place in the notes when it has."""
-        await self._gateway.start()
-        await self._gateway.set_ready(True)
-        _LOG.info("ready to replace process %d, which drains now", predecessor)
-        if daemon.running(self._config.gateway.address) == predecessor:
-            daemon.ask(self._config.gateway.address, daemon.LEAVE_WORKERS)
-            daemon.terminate(predecessor)
-        try:
-            await self._web.start(wait=True)
-        except OSError as error:  # without it there are no metrics, but there is service
-            _LOG.error("%s", error)
+    def _take_over(self, predecessor: int) -> None:
+        """Asks the predecessor to end, and takes its place in the notes when it has."""
         self._predecessor = None
+        _LOG.info("ready to replace process %d, which ends now", predecessor)
+        if daemon.running(self._address) == predecessor:
+            daemon.terminate(predecessor)
         loop = asyncio.get_running_loop()
 
         def inherit() -> None:
-            daemon.inherit(self._config.gateway.address)
+            daemon.inherit(self._address, self._admin_key)
             with contextlib.suppress(RuntimeError):  # this process ends too
-                loop.call_soon_threadsafe(self._inherit_budgets)
+                asyncio.run_coroutine_threadsafe(self._inherit_budgets(), loop)
 
         threading.Thread(target=inherit, daemon=True).start()
 
-    def _inherit_budgets(self) -> None:
-        """Keys have spent what they spent with the service before. What they spend with one that drains counts once it ends."""
-        self._gateway.admission.inherit(*daemon.left_budgets(self._config.gateway.address))
+    async def _inherit_budgets(self) -> None:
+        """Keys have spent what they spent with the service before."""
+        with contextlib.suppress(OSError, ray.exceptions.RayError):
+            await self._controller.inherit(*daemon.left_budgets(self._address))
 
 
-async def _keep_log_small() -> None:
-    while True:
-        with contextlib.suppress(
-            OSError, ValueError, AttributeError
-        ):  # a log that can't be kept small is no reason to stop
-            await asyncio.to_thread(logs.keep_small, sys.stderr.fileno(), MOST_LOG_BYTES)
-        await asyncio.sleep(LOG_SECONDS)
+def _logs_here(view: ServiceView) -> list[str]:
+    """The logs of a service's processes on this host."""
+    here = ray.util.get_node_ip_address()
+    found = [(view.address, view.log), *((gateway.address, gateway.log) for gateway in view.gateways)]
+    return [log for address, log in found if log and address == here]
 
 
 async def _watch_ray() -> None:
@@ -319,3 +277,15 @@ def _ray(config: Config) -> Iterator[None]:
                 time.sleep(1.0)
         stack.callback(ray.shutdown)
         yield
+
+
+def check_free(setting: str, address: str) -> None:
+    """Raises OSError if a process listens at the address of a setting, however it is spelled: gateways would share it."""
+    host, port = address.rsplit(":", 1)
+    for family, kind, protocol, _, place in socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM):
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(place)
+            except OSError as error:
+                raise OSError(f"{setting}={address} can't be listened on: {error.strerror}") from error

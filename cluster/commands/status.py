@@ -24,9 +24,16 @@ def run(arguments: argparse.Namespace) -> int:
 def format_status(status: cluster_pb2.GetStatusResponse) -> str:
     """The status as lines for an operator."""
     lines = [
-        f"model {status.model}, version {status.version}, {status.requests} requests in the gateway, "
-        f"{status.wanted_replicas} replicas wanted, metrics at {status.metrics_url}"
+        f"model {status.model}, version {status.version}, {status.requests} requests, "
+        f"{status.wanted_replicas} replicas wanted, metrics at {status.metrics_url}",
+        f"controller: pid {status.controller_pid}, metrics at {status.controller_metrics_url}",
     ]
+    for gateway in status.gateways:
+        state = "listening" if gateway.listening else "starting"
+        lines.append(
+            f"gateway: {gateway.address} pid {gateway.pid}, {state}, {gateway.requests} requests, "
+            f"metrics at {gateway.metrics_url}"
+        )
     for replica in status.replicas:
         state = cluster_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower()
         lines.append(

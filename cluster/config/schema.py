@@ -71,7 +71,9 @@ class GatewaySection:
 
     Attributes:
       address: where it listens.
-      max_requests: requests that may be in it at once; more are turned away.
+      processes: gateways on each of their hosts, which share the address.
+      hosts: head: they run where the service was started; all: on every host of the Ray cluster.
+      max_requests: requests that may be in one gateway at once; more are turned away.
       queue_seconds: a request that would likely wait longer for a slot, or longer than its deadline leaves, is turned away.
       max_message_bytes: of a client's message.
       drain_seconds: how long requests may go on after the service was asked to stop.
@@ -86,6 +88,8 @@ class GatewaySection:
     """
 
     address: Annotated[str, HostPort()] = "127.0.0.1:50051"
+    processes: Annotated[int, AtLeast(1)] = 1
+    hosts: Annotated[str, OneOf(("head", "all"))] = "head"
     max_requests: Annotated[int, AtLeast(1)] = 512
     queue_seconds: Annotated[float, AtLeast(0)] = 60.0
     max_message_bytes: Annotated[int, AtLeast(1)] = 4 * 1024 * 1024

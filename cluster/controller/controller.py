@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Mapping
 from typing import Protocol
 
 from cluster.config.schema import Config
 from cluster.controller.fleet import Fleet
 from cluster.controller.integrity import Digests
+from cluster.controller.ledger import Ledger
 from cluster.controller.placement import Placements
 from cluster.controller.replica import Replica
 from cluster.controller.view import GatewayReport, ServiceView
 
 #: A gateway that has not reported for so many seconds is gone.
 REPORT_SECONDS = 5.0
+
+
+_NOWHERE = ServiceView()
 
 
 class NoReplicaError(LookupError):
@@ -39,21 +43,43 @@ class ControllerClient(Protocol):
 class Controller:
     """The controller itself; see ControllerClient."""
 
-    def __init__(self, config: Config, placements: Placements, digests: Digests, metrics_url: str = "") -> None:
-        """`metrics_url`: where its metrics are."""
-        self._metrics_url = metrics_url
+    def __init__(self, config: Config, placements: Placements, digests: Digests, place: ServiceView = _NOWHERE) -> None:
+        """`place` is a view that has where the controller itself is."""
+        self._place = place
         self._reports: dict[str, tuple[GatewayReport, float]] = {}
-        self._fleet = Fleet(config, placements, digests, self._recent)
+        self._ledger = Ledger()
+        self._fleet = Fleet(config, placements, digests, lambda: self.reports)
 
     async def run(self) -> None:
         """Keeps replicas alive until cancelled, then ends them."""
         await self._fleet.run()
 
     async def sync(self, report: GatewayReport, version: tuple[str, int], seconds: float) -> ServiceView:
-        self._reports[report.name] = report, asyncio.get_running_loop().time()
-        view = await self._fleet.news(version, seconds)
-        requests = sum(report.requests for report in self._recent())
-        return dataclasses.replace(view, requests=requests, metrics_url=self._metrics_url, pid=os.getpid())
+        now = asyncio.get_running_loop().time()
+        self._reports[report.name] = report, now
+        keys = self._ledger.report(report.name, report.keys, now)
+        await self._fleet.news(version, seconds)
+        return dataclasses.replace(await self.view(), keys=keys)
+
+    async def view(self) -> ServiceView:
+        """The service as it is now."""
+        view, reports = await self._fleet.news(("", 0), 0.0), self.reports
+        return dataclasses.replace(
+            self._place,
+            replicas=view.replicas,
+            wanted=view.wanted,
+            version=view.version,
+            requests=sum(report.requests for report in reports),
+            gateways=tuple(reports),
+        )
+
+    def inherit(self, budgets: Mapping[str, tuple[int, float]], seconds: float) -> None:
+        """See `Ledger.inherit`."""
+        self._ledger.inherit(budgets, seconds, time.monotonic())
+
+    def budgets(self) -> dict[str, tuple[int, float]]:
+        """See `Ledger.budgets`."""
+        return self._ledger.budgets(time.monotonic())
 
     async def restart(self, replica: int) -> int:
         return await self._named(replica).restart()
@@ -68,7 +94,11 @@ class Controller:
             raise NoReplicaError(f"there is no replica {index}")
         return replica
 
-    def _recent(self) -> Sequence[GatewayReport]:
+    @property
+    def reports(self) -> list[GatewayReport]:
+        """Of all gateways that have reported lately."""
         oldest = asyncio.get_running_loop().time() - REPORT_SECONDS
-        self._reports = {name: told for name, told in self._reports.items() if told[1] >= oldest}
+        for name in [name for name, (_, at) in self._reports.items() if at < oldest]:
+            del self._reports[name]
+            self._ledger.forget(name)
         return [report for report, _ in self._reports.values()]

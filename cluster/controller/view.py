@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
+from cluster.controller.ledger import KeyState, KeyUse
 from cluster.leader_stream import LeaderAddress
 from grok.serving.v1 import cluster_pb2
 from workers.messages.frames import Status
@@ -57,6 +59,35 @@ class ReplicaView:
 
 
 @dataclasses.dataclass(frozen=True)
+class GatewayReport:
+    """What a gateway sees and leaders do not.
+
+    Attributes:
+      name: of the gateway's process, which no other has.
+      address: of its host.
+      pid: of the process.
+      metrics_url: where its metrics are.
+      log: path of its log, on its host.
+      listening: whether it takes requests.
+      requests: that are in it.
+      unplaced: those of them that wait for a replica.
+      time_to_first_token: seconds, of the slowest tenth of recent requests.
+      keys: what keys with limits use of it.
+    """
+
+    name: str
+    address: str = ""
+    pid: int = 0
+    metrics_url: str = ""
+    log: str = ""
+    listening: bool = False
+    requests: int = 0
+    unplaced: int = 0
+    time_to_first_token: float = 0.0
+    keys: Mapping[str, KeyUse] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class ServiceView:
     """A service.
 
@@ -65,29 +96,18 @@ class ServiceView:
       wanted: replicas that the autoscaler wants.
       version: of this controller's life, and a number that grows whenever gateways have to act.
       requests: in all gateways.
-      metrics_url, pid: of the controller.
+      address, pid, metrics_url, log: of the controller, as of a gateway.
+      gateways: that have reported lately.
+      keys: what gateways together know of the keys that were reported with the question.
     """
 
     replicas: tuple[ReplicaView, ...] = ()
     wanted: int = 0
     version: tuple[str, int] = ("", 0)
     requests: int = 0
-    metrics_url: str = ""
+    address: str = ""
     pid: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class GatewayReport:
-    """What a gateway sees and leaders do not.
-
-    Attributes:
-      name: of the gateway.
-      requests: that are in it.
-      unplaced: those of them that wait for a replica.
-      time_to_first_token: seconds, of the slowest tenth of recent requests.
-    """
-
-    name: str
-    requests: int = 0
-    unplaced: int = 0
-    time_to_first_token: float = 0.0
+    metrics_url: str = ""
+    log: str = ""
+    gateways: tuple[GatewayReport, ...] = ()
+    keys: Mapping[str, KeyState] = dataclasses.field(default_factory=dict)

@@ -14,7 +14,7 @@ import ray.exceptions
 from cluster.config.schema import Config
 from cluster.controller.controller import ControllerClient, NoReplicaError
 from cluster.controller.replica import NotReadyError
-from cluster.controller.view import HostView, ReplicaView
+from cluster.controller.view import GatewayReport, HostView, ReplicaView
 from cluster.gateway.controller_watch import ControllerWatch
 from cluster.gateway.errors import GatewayError, Violation, invalid, unavailable
 from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc
@@ -49,6 +49,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
             wanted_replicas=view.wanted,
             controller_metrics_url=view.metrics_url,
             controller_pid=view.pid,
+            gateways=[_gateway(gateway) for gateway in view.gateways],
         )
 
     async def GetStatus(
@@ -123,6 +124,16 @@ def _no_replica(index: int) -> GatewayError:
 
 def _not_ready(error: NotReadyError) -> GatewayError:
     return GatewayError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READY", str(error))
+
+
+def _gateway(gateway: GatewayReport) -> cluster_pb2.GatewayStatus:
+    return cluster_pb2.GatewayStatus(
+        address=gateway.address,
+        pid=gateway.pid,
+        metrics_url=gateway.metrics_url,
+        requests=gateway.requests,
+        listening=gateway.listening,
+    )
 
 
 def _host(rank: int, view: HostView) -> cluster_pb2.HostStatus:

@@ -25,8 +25,9 @@ class ControllerWatch:
         self,
         controller: ControllerClient,
         report: Callable[[], GatewayReport],
-        on_view: Callable[[ServiceView], None],
+        on_view: Callable[[ServiceView, GatewayReport], None],
     ) -> None:
+        """`on_view` gets each view, with the report that it answers."""
         self.view = ServiceView()
         self._controller = controller
         self._report = report
@@ -52,8 +53,9 @@ class ControllerWatch:
                 await self._sync(0.0)
 
     async def _sync(self, seconds: float) -> None:
-        view = await self._controller.sync(self._report(), self.view.version, seconds)
+        report = self._report()
+        view = await self._controller.sync(report, self.view.version, seconds)
         (life, number), (known, last) = view.version, self.view.version
         if life != known or number >= last:  # else an answer that was overtaken
             self.view = view
-            self._on_view(view)
+            self._on_view(view, report)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -71,12 +70,8 @@ class Gateway:
         latency: RecentLatency,
         cluster: cluster_pb2_grpc.ClusterServiceServicer,
         tracer: trace.Tracer,
-        *,
-        shares_port: bool = False,
     ) -> None:
-        """With `shares_port` another service may listen at the same address, as a predecessor does."""
         self._config = config.gateway
-        self._shares_port = shares_port
         self._lag: asyncio.Task[None] | None = None
         self._stall_seconds = config.telemetry.stall_seconds
         self._router = router
@@ -86,7 +81,7 @@ class Gateway:
         self._server = grpc.aio.server(
             interceptors=[CallInterceptor(keys, tracer, limits.message_bytes)],
             maximum_concurrent_rpcs=config.gateway.max_requests + EXTRA_CALLS,
-            # A successor listens on the same port before this one stops to.
+            # Gateways of a host share the address.
             options=[
                 *OPTIONS,
                 ("grpc.max_receive_message_length", config.gateway.max_message_bytes),
@@ -112,8 +107,6 @@ class Gateway:
 
     async def start(self) -> None:
         """Listens. Not serving until `set_ready`. Raises OSError if the address can't be had, TlsError."""
-        if not self._shares_port:
-            await asyncio.to_thread(_check_free, self._config.address)
         try:
             if self._config.tls_certificate is None:
                 self._server.add_insecure_port(self._config.address)
@@ -169,18 +162,6 @@ async def _measure_lag(stall_seconds: float | None) -> None:
         due = loop.time() + pause
         await asyncio.sleep(pause)
         metrics.LOOP_LAG.observe(max(loop.time() - due, 0.0))
-
-
-def _check_free(address: str) -> None:
-    """Raises OSError if a process listens at an address, however it is spelled: gRPC would share it with another service."""
-    host, port = address.rsplit(":", 1)
-    for family, kind, protocol, _, place in socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM):
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(place)
-            except OSError as error:
-                raise OSError(f"gateway.address={address} can't be listened on: {error.strerror}") from error
 
 
 def describe(name: str, limits: Limits) -> generation_pb2.GetModelResponse:

@@ -75,13 +75,18 @@ async def _live(request: web.Request) -> web.Response:
 
 
 def targets(status: cluster_pb2.GetStatusResponse, gateway: str) -> list[dict[str, Any]]:
-    """What Prometheus is to scrape, in the form of its http_sd_config: the gateway at `gateway`, the controller, every worker.
+    """What Prometheus is to scrape, in the form of its http_sd_config: the gateway at `gateway`, the others, the controller and
+    every worker.
 
     Labels: `component` (gateway, controller or worker), `model`, and of workers `replica` and `rank`.
     """
+    urls = {"controller": [status.controller_metrics_url], "gateway": [g.metrics_url for g in status.gateways]}
     found = [{"targets": [gateway], "labels": {"component": "gateway", "model": status.model}}]
-    if controller := urllib.parse.urlsplit(status.controller_metrics_url).netloc:
-        found.append({"targets": [controller], "labels": {"component": "controller", "model": status.model}})
+    for component, its in urls.items():
+        for url in its:
+            if url and url != status.metrics_url:
+                labels = {"component": component, "model": status.model}
+                found.append({"targets": [urllib.parse.urlsplit(url).netloc], "labels": labels})
     for replica in status.replicas:
         for host in replica.hosts:
             labels = {"component": "worker", "model": status.model}

@@ -22,21 +22,24 @@ def state(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_service_is_found_while_it_runs() -> None:
     assert daemon.running(ADDRESS) is None
-    with daemon.noted(ADDRESS):
+    with daemon.noted(ADDRESS, "key"):
         assert daemon.running(ADDRESS) == os.getpid()
         assert daemon.running("127.0.0.2:6001") is None
     assert daemon.running(ADDRESS) is None
 
 
 def test_a_second_service_at_an_address_is_refused_and_the_first_stays_known() -> None:
-    with daemon.noted(ADDRESS):
-        with pytest.raises(daemon.DaemonError, match=r"runs at 127\.0\.0\.1:6001 already"), daemon.noted(ADDRESS):
+    with daemon.noted(ADDRESS, "key"):
+        with (
+            pytest.raises(daemon.DaemonError, match=r"runs at 127\.0\.0\.1:6001 already"),
+            daemon.noted(ADDRESS, "key"),
+        ):
             pass
         assert daemon.running(ADDRESS) == os.getpid()
 
 
 def test_a_service_that_was_killed_is_not_taken_for_a_process_of_its_number() -> None:
-    code = f"import os; from cluster import daemon\nwith daemon.noted('{ADDRESS}'): os._exit(1)"
+    code = f"import os; from cluster import daemon\nwith daemon.noted('{ADDRESS}', 'key'): os._exit(1)"
     subprocess.run([sys.executable, "-c", code], check=False)
     assert daemon.running(ADDRESS) is None
     with pytest.raises(daemon.DaemonError, match="no service of yours runs"):

@@ -20,8 +20,8 @@ from cluster import daemon
 from cluster.cli import main
 from cluster.config.reader import load_config
 from cluster.config.schema import ConfigError
-from cluster.gateway.server import _check_free
 from cluster.local_ray import LocalClusterError, prepare_environment
+from cluster.service import check_free
 from cluster.telemetry.web import WebServer
 from grok.serving.v1 import cluster_pb2
 from grokmesh import Client, ClientError, Tls
@@ -173,8 +173,8 @@ def test_an_address_that_somebody_listens_at_is_refused_however_it_is_spelled() 
         port = taken.getsockname()[1]
         for address in (f"127.0.0.1:{port}", f"localhost:{port}", f"0.0.0.0:{port}"):
             with pytest.raises(OSError, match="can't be listened on"):
-                _check_free(address)
-    _check_free(f"127.0.0.1:{free_port('127.0.0.1')}")
+                check_free("gateway.address", address)
+    check_free("gateway.address", f"127.0.0.1:{free_port('127.0.0.1')}")
 
 
 def test_metrics_listen_at_an_ipv6_address_in_brackets() -> None:
@@ -208,11 +208,11 @@ def test_a_note_of_a_service_is_its_users_alone_and_gives_its_key(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
     assert daemon.admin_key(address) is None
-    with daemon.noted(address):
+    with daemon.noted(address, "gm-local-x"):
         (note,) = (tmp_path / "grokmesh").glob("*.json")
         assert stat.S_IMODE(note.stat().st_mode) == 0o600
         port = address.rpartition(":")[2]
-        assert daemon.admin_key(address) == daemon.admin_key(f"localhost:{port}") == daemon.ADMIN_KEY
+        assert daemon.admin_key(address) == daemon.admin_key(f"localhost:{port}") == "gm-local-x"
         assert daemon.admin_key(f"192.0.2.1:{port}") is None, "another machine's service is not ours"
     assert daemon.admin_key(address) is None
 

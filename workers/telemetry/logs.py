@@ -59,6 +59,13 @@ def keep_small(descriptor: int, most: int) -> None:
     os.ftruncate(descriptor, 0)
 
 
+def path() -> str:
+    """The file to which this process logs; empty if it is none."""
+    with contextlib.suppress(OSError):
+        return str(pathlib.Path("/proc/self/fd/2").readlink()) if stat.S_ISREG(os.fstat(2).st_mode) else ""
+    return ""
+
+
 def configure(**context: Any) -> None:
     """Sends this process's logs from level INFO to standard error, every line with `context`. May be called again."""
     handler = logging.StreamHandler(sys.stderr)

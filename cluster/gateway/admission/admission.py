@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+from cluster.controller.ledger import KeyState, KeyUse
 from cluster.gateway.auth.api_keys import ANONYMOUS, Caller
 from cluster.gateway.errors import KEY_LIMIT, Violation, exhausted, invalid, unavailable
 from cluster.telemetry import metrics
@@ -32,6 +33,8 @@ class Admission:
         self._clock = clock
         self._by_key: collections.Counter[str] = collections.Counter()
         self._buckets: dict[str, _Bucket] = {}
+        #: Requests of keys in other gateways.
+        self._elsewhere: dict[str, int] = {}
         self.in_flight = 0
         self.draining = False
 
@@ -74,14 +77,15 @@ class Admission:
             metrics.REJECTIONS.labels("draining").inc()
             raise unavailable("the gateway is shutting down")
         own, free = self._by_key[caller.name], self._limit - self.in_flight
+        everywhere = own + self._elsewhere.get(caller.name, 0)
         if free < count:
             metrics.REJECTIONS.labels("full").inc()
             raise exhausted(f"{self.in_flight} requests are in the gateway already", retry_seconds=1.0)
-        if (caller.max_requests is not None and own + count > caller.max_requests) or (
+        if (caller.max_requests is not None and everywhere + count > caller.max_requests) or (
             caller != ANONYMOUS and own + count > free
         ):
             metrics.REJECTIONS.labels("key_requests").inc()
-            raise exhausted(f"{own} requests of this key are in the gateway already", 1.0, KEY_LIMIT)
+            raise exhausted(f"{everywhere} requests of this key are under way already", 1.0, KEY_LIMIT)
         if caller.tokens_per_minute is not None:
             wait = self._bucket(caller.name, caller.tokens_per_minute).wait(self._clock())
             if wait > 0:
@@ -93,17 +97,25 @@ class Admission:
         if caller.tokens_per_minute is not None:
             self._bucket(caller.name, caller.tokens_per_minute).take(tokens, self._clock())
 
-    def budgets(self) -> dict[str, tuple[int, float]]:
-        """Of each key with a budget that is not whole: its tokens a minute, and how many are missing now."""
+    def uses(self) -> dict[str, KeyUse]:
+        """What keys use of this gateway, for the other ones."""
         now = self._clock()
-        found = {name: (bucket.per_minute, bucket.missing(now)) for name, bucket in self._buckets.items()}
-        return {name: budget for name, budget in found.items() if budget[1] > 0}
+        found = {
+            name: KeyUse(requests=count) for name, count in self._by_key.items() if count and name != ANONYMOUS.name
+        }
+        for name, bucket in self._buckets.items():
+            found[name] = KeyUse(bucket.per_minute, bucket.spent, bucket.missing(now), self._by_key[name])
+        return found
 
-    def inherit(self, budgets: Mapping[str, tuple[int, float]], seconds: float) -> None:
-        """Charges keys what was missing in the `budgets` of a gateway that ended so many seconds ago."""
-        for name, (per_minute, missing) in budgets.items():
-            left = max(missing - seconds * per_minute / 60, 0.0)
-            self._bucket(name, per_minute).take(left, self._clock())
+    def learn(self, reported: Mapping[str, KeyUse], states: Mapping[str, KeyState]) -> None:
+        """Takes over what gateways together know of keys since this one `reported` its uses."""
+        now = self._clock()
+        self._elsewhere = {name: state.elsewhere for name, state in states.items()}
+        for name, state in states.items():
+            use = reported.get(name, KeyUse())
+            if state.per_minute is not None and use.per_minute in (None, state.per_minute):
+                bucket = self._bucket(name, state.per_minute)
+                bucket.set_missing(state.missing + bucket.spent - use.spent, now)
 
     def _bucket(self, name: str, per_minute: int) -> _Bucket:
         bucket = self._buckets.get(name)
@@ -129,6 +141,8 @@ class _Bucket:
         self._rate = per_minute / 60
         self._most = self._level = float(per_minute)
         self._filled = now
+        #: All that was ever taken.
+        self.spent = 0.0
 
     def wait(self, now: float) -> float:
         """Seconds until something is in it."""
@@ -139,11 +153,16 @@ class _Bucket:
         """Takes tokens out of it."""
         self._fill(now)
         self._level -= tokens
+        self.spent += tokens
 
     def missing(self, now: float) -> float:
         """Tokens until it is full."""
         self._fill(now)
         return self._most - self._level
+
+    def set_missing(self, tokens: float, now: float) -> None:
+        """Has so many tokens missing from now on."""
+        self._level, self._filled = self._most - tokens, now
 
     def _fill(self, now: float) -> None:
         self._level = min(self._most, self._level + (now - self._filled) * self._rate)

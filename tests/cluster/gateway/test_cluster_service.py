@@ -64,7 +64,7 @@ class _Controller:
 def _service(problem: Exception | None = None) -> ClusterService:
     config = Config(model=ModelSpec("grok", "/m"), mesh=MeshSpec("cpu", 1, 4, 2, 2, "tensor"))
     controller = _Controller(problem)
-    watch = ControllerWatch(controller, lambda: GatewayReport("one"), lambda view: None)
+    watch = ControllerWatch(controller, lambda: GatewayReport("one"), lambda view, report: None)
     return ClusterService(config, "1.2", controller, watch, "http://gateway/metrics")
 
 

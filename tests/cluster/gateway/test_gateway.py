@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.controller.ledger import Ledger
 from cluster.gateway.admission.admission import MARGIN, Admission
 from cluster.gateway.auth.api_keys import ANONYMOUS, Caller
 from cluster.gateway.errors import GatewayError, Violation, exhausted, invalid
@@ -339,22 +340,35 @@ def test_a_key_gets_its_tokens_a_minute_and_is_told_when_there_are_more() -> Non
         pass
 
 
-def test_a_key_owes_its_next_gateway_what_it_owed_the_last_one() -> None:
+def test_the_limits_of_a_key_hold_over_all_gateways() -> None:
     now = 100.0
-    last, next_ = Admission(16, clock=lambda: now), Admission(16, clock=lambda: now)
-    alice, bob = Caller("alice", tokens_per_minute=60), Caller("bob", tokens_per_minute=60)
-    last.used(alice, 90)
-    last.used(bob, 5)
-    now += 10.0
-    budgets = last.budgets()
-    assert list(budgets) == ["alice"]  # bob's is whole again
-    assert budgets["alice"] == pytest.approx((60, 80.0))
-    next_.used(alice, 7)
-    next_.inherit(budgets, seconds=5.0)
-    with pytest.raises(GatewayError) as raised:
-        next_.check(alice)
-    assert raised.value.retry_seconds == pytest.approx(80.0 - 5.0 + 7.0 - 60.0 + 1.0)
-    next_.check(bob)
+    ledger, gateways = Ledger(), {name: Admission(16, clock=lambda: now) for name in ("one", "other")}
+
+    def report() -> None:
+        for name, gateway in gateways.items():
+            uses = gateway.uses()
+            gateway.learn(uses, ledger.report(name, uses, now))
+
+    one, other = gateways.values()
+    caller = Caller("alice", tokens_per_minute=60, max_requests=2)
+    report()
+    with one.admitted(caller, 2):
+        report()
+        with pytest.raises(GatewayError, match="2 requests of this key are under way already"):
+            other.check(caller)
+    one.used(caller, 50)
+    report()
+    other.check(caller)  # 10 are left
+    other.used(caller, 40)
+    report()
+    report()  # the first one has reported before the other had
+    for gateway in gateways.values():
+        with pytest.raises(GatewayError) as raised:
+            gateway.check(caller)
+        assert raised.value.retry_seconds == pytest.approx(31.0)
+    now += 31.0
+    report()
+    one.check(caller)
 
 
 def test_who_would_wait_too_long_is_turned_away_and_told_until_when() -> None:

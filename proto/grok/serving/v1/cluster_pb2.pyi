@@ -249,6 +249,44 @@ class LayerGroup(_message.Message):
 Global___LayerGroup: _TypeAlias = LayerGroup  # noqa: Y015
 
 @_typing.final
+class GatewayStatus(_message.Message):
+    """One gateway."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    METRICS_URL_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    LISTENING_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """Address of its host in the cluster."""
+    pid: _builtins.int
+    """Process id."""
+    metrics_url: _builtins.str
+    """Where its metrics are."""
+    requests: _builtins.int
+    """Requests in it."""
+    listening: _builtins.bool
+    """Whether it takes requests."""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        pid: _builtins.int = ...,
+        metrics_url: _builtins.str = ...,
+        requests: _builtins.int = ...,
+        listening: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "listening", b"listening", "metrics_url", b"metrics_url", "pid", b"pid", "requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GatewayStatus: _TypeAlias = GatewayStatus  # noqa: Y015
+
+@_typing.final
 class GetStatusResponse(_message.Message):
     """The status."""
 
@@ -262,10 +300,11 @@ class GetStatusResponse(_message.Message):
     WANTED_REPLICAS_FIELD_NUMBER: _builtins.int
     CONTROLLER_METRICS_URL_FIELD_NUMBER: _builtins.int
     CONTROLLER_PID_FIELD_NUMBER: _builtins.int
+    GATEWAYS_FIELD_NUMBER: _builtins.int
     requests: _builtins.int
     """Requests in all gateways."""
     metrics_url: _builtins.str
-    """Where the gateway's metrics are."""
+    """Where the metrics of the first gateway of the host are."""
     model: _builtins.str
     """Name of the served model."""
     version: _builtins.str
@@ -280,6 +319,10 @@ class GetStatusResponse(_message.Message):
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaStatus]:
         """All replicas."""
 
+    @_builtins.property
+    def gateways(self) -> _containers.RepeatedCompositeFieldContainer[Global___GatewayStatus]:
+        """All gateways."""
+
     def __init__(
         self,
         *,
@@ -291,10 +334,11 @@ class GetStatusResponse(_message.Message):
         wanted_replicas: _builtins.int = ...,
         controller_metrics_url: _builtins.str = ...,
         controller_pid: _builtins.int = ...,
+        gateways: _abc.Iterable[Global___GatewayStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_metrics_url", b"controller_metrics_url", "controller_pid", b"controller_pid", "metrics_url", b"metrics_url", "model", b"model", "replicas", b"replicas", "requests", b"requests", "version", b"version", "wanted_replicas", b"wanted_replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_metrics_url", b"controller_metrics_url", "controller_pid", b"controller_pid", "gateways", b"gateways", "metrics_url", b"metrics_url", "model", b"model", "replicas", b"replicas", "requests", b"requests", "version", b"version", "wanted_replicas", b"wanted_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
