@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -31,6 +32,16 @@ class DaemonError(RuntimeError):
     """A background service that does not start, is not there, or does not stop."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What is noted of a service, for others of its user: its key of the scope `admin`, the Ray cluster on which it runs (empty
+    if that ends with the process that has started it), and the name that the service has there."""
+
+    admin_key: str = dataclasses.field(repr=False)
+    cluster: str = ""
+    name: str = ""
+
+
 def state_directory() -> pathlib.Path:
     """Where running services are noted: $XDG_STATE_HOME/grokmesh, only for its owner's eyes. Raises DaemonError."""
     try:
@@ -56,28 +67,28 @@ def _note(address: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def noted(address: str, admin_key: str) -> Iterator[None]:
+def noted(address: str, entry: Entry) -> Iterator[None]:
     """Notes this process as the one that has started the service at `address`, while the block runs. The note is locked as
     long as it is true, however this process ends. Raises DaemonError if another process holds it."""
     with _opened(address) as note:
         if not _lock(note):
             raise DaemonError(f"a service runs at {address} already; grokmesh stop ends it")
-        _sign(note, admin_key)
+        _sign(note, entry)
         yield
         note.truncate(0)
 
 
-def sign(address: str, admin_key: str) -> None:
-    """Notes this process with another key, while it is noted at `address`."""
+def sign(address: str, entry: Entry) -> None:
+    """Notes something else of this process, while it is noted at `address`."""
     with _opened(address) as note:
-        _sign(note, admin_key)
+        _sign(note, entry)
 
 
-def inherit(address: str, admin_key: str) -> None:
+def inherit(address: str, entry: Entry) -> None:
     """Waits until the process that is noted as the service at `address` has ended, then notes this one until it ends."""
     note = _opened(address)
     fcntl.flock(note, fcntl.LOCK_EX)
-    _sign(note, admin_key)
+    _sign(note, entry)
     _INHERITED.append(note)
 
 
@@ -134,13 +145,31 @@ def admin_key(address: str) -> str | None:
     return None
 
 
+def left(address: str) -> Entry | None:
+    """The service at `address` that goes on though the process has ended that this user has started it with; None if there is
+    none."""
+    if running(address) is not None:
+        return None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(_note(address).read_text())
+        entry = Entry(str(found["admin_key"]), str(found["cluster"]), str(found["name"]))
+        return entry if entry.cluster else None
+    return None
+
+
+def clear(address: str) -> None:
+    """Notes that there is no service at `address` any more."""
+    with contextlib.suppress(OSError):
+        _note(address).unlink()
+
+
 def _opened(address: str) -> IO[str]:
     return open(os.open(_note(address), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "a+")  # noqa: PTH123
 
 
-def _sign(note: IO[str], admin_key: str) -> None:
+def _sign(note: IO[str], entry: Entry) -> None:
     note.truncate(0)
-    note.write(json.dumps({"pid": os.getpid(), "admin_key": admin_key}))
+    note.write(json.dumps({"pid": os.getpid(), **dataclasses.asdict(entry)}))
     note.flush()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import ipaddress
 import logging
 import pathlib
@@ -71,13 +72,18 @@ def serve(config: Config, path: pathlib.Path, *, replace: bool = False) -> None:
             config.gateway.address,
         )
     address = config.gateway.address
-    key = daemon.admin_key(address) or f"gm-local-{secrets.token_urlsafe(32)}"
+    ray_address = config.cluster.address
+    entry = daemon.Entry(
+        daemon.admin_key(address) or f"gm-local-{secrets.token_urlsafe(32)}",
+        "" if ray_address == "local" else ray_address,
+        _namespace(config.gateway.address),
+    )
     with contextlib.ExitStack() as stack:
         predecessor = daemon.replaceable(address) if replace else None
         if predecessor is None:
-            stack.enter_context(daemon.noted(address, key))
+            stack.enter_context(daemon.noted(address, entry))
         stack.enter_context(_ray(config))
-        asyncio.run(_Launch(config, key, predecessor).run())
+        asyncio.run(_Launch(config, entry, predecessor).run())
 
 
 def _loopback(address: str) -> bool:
@@ -96,10 +102,10 @@ class _Launch:
     """The service, as the process sees it that has started it: it shows what goes on, and ends the service when it is to end
     itself. The service outlives it otherwise, unless the Ray cluster is its own."""
 
-    def __init__(self, config: Config, admin_key: str, predecessor: int | None) -> None:
+    def __init__(self, config: Config, entry: daemon.Entry, predecessor: int | None) -> None:
         self._config = config
         self._address = config.gateway.address
-        self._admin_key = admin_key
+        self._entry = entry
         self._predecessor = predecessor
         self._controller = RayController()
         self._reporter = _Reporter()
@@ -140,7 +146,7 @@ class _Launch:
         budgets, seconds = daemon.left_budgets(self._address)
         deployment = Deployment(
             self._config,
-            self._admin_key,
+            self._entry.admin_key,
             ray.util.get_node_ip_address(),
             secrets.token_hex(4),
             beside=self._predecessor is not None,
@@ -149,7 +155,7 @@ class _Launch:
         )
         served = await deploy(deployment, anew=self._predecessor is not None)
         if self._predecessor is None:
-            daemon.sign(self._address, served.admin_key)
+            daemon.sign(self._address, dataclasses.replace(self._entry, admin_key=served.admin_key))
         elif found:  # all that it had goes on
             daemon.ask(self._address, daemon.LEAVE_SERVICE)
             self._take_over(self._predecessor)
@@ -194,7 +200,7 @@ class _Launch:
         loop = asyncio.get_running_loop()
 
         def inherit() -> None:
-            daemon.inherit(self._address, self._admin_key)
+            daemon.inherit(self._address, self._entry)
             with contextlib.suppress(RuntimeError):  # this process ends too
                 asyncio.run_coroutine_threadsafe(self._inherit_budgets(), loop)
 
@@ -259,24 +265,47 @@ def _ray(config: Config) -> Iterator[None]:
             hosts = config.replicas * config.mesh.hosts
             _LOG.info("starting a local Ray cluster of %d hosts", hosts)
             address = stack.enter_context(local_cluster(hosts, config.cluster.cpus_per_host))
-        deadline = time.monotonic() + RAY_SECONDS
-        while True:
-            try:
-                # Ray has workers search the current folder for modules, and what lies there is not ours.
-                with contextlib.chdir("/"):
-                    ray.init(
-                        address=address,
-                        log_to_driver=False,
-                        logging_level=logging.ERROR,
-                        namespace=f"grokmesh at {config.gateway.address}",
-                    )
-                break
-            except ConnectionError as error:
-                if time.monotonic() > deadline:
-                    raise OSError(f"cluster.address={address}: no Ray cluster answers: {error}") from error
-                time.sleep(1.0)
-        stack.callback(ray.shutdown)
+        stack.enter_context(_connected(address, _namespace(config.gateway.address)))
         yield
+
+
+def end_left(entry: daemon.Entry, *, forget: bool) -> None:
+    """Ends a service that goes on without the process that has started it. Raises OSError, RayError."""
+
+    async def end() -> None:
+        controller = RayController()
+        cache = (await controller.start()).config.model.weights_cache
+        await controller.end()
+        if forget and cache is not None:
+            await asyncio.to_thread(forget_weights, cache)
+
+    with _connected(entry.cluster, entry.name):
+        asyncio.run(end())
+
+
+def _namespace(address: str) -> str:
+    """Of Ray, for the service at an address."""
+    return f"grokmesh at {address}"
+
+
+@contextlib.contextmanager
+def _connected(address: str, namespace: str) -> Iterator[None]:
+    """Connects to a Ray cluster while the block runs. Raises OSError."""
+    deadline = time.monotonic() + RAY_SECONDS
+    while True:
+        try:
+            # Ray has workers search the current folder for modules, and what lies there is not ours.
+            with contextlib.chdir("/"):
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace=namespace)
+            break
+        except ConnectionError as error:
+            if time.monotonic() > deadline:
+                raise OSError(f"cluster.address={address}: no Ray cluster answers: {error}") from error
+            time.sleep(1.0)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def check_free(setting: str, address: str) -> None:

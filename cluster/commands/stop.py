@@ -16,6 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    daemon.stop(arguments.address, forget=arguments.forget)
+    left = daemon.left(arguments.address)
+    if left is None:
+        daemon.stop(arguments.address, forget=arguments.forget)
+    else:  # it goes on without the process that has started it
+        from cluster.service import end_left  # Ray takes a second to import
+
+        end_left(left, forget=arguments.forget)
+        daemon.clear(arguments.address)
     print(f"the service at {arguments.address} has ended")
     return 0

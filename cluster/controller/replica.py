@@ -100,6 +100,7 @@ class Replica:
             leader=None if stream is None else stream.leader,
             draining=self._draining,
             returns=self._has_served and not gone,
+            numbers=self._config.model.numbers if self._spec is None else self._spec.model.numbers,
             hosts=tuple(self.hosts),
             failures=self.failures,
             last_failure=self.last_failure,
@@ -257,12 +258,10 @@ class Replica:
     @property
     def outdated(self) -> bool:
         """Whether what its mesh serves, and how, is not what is configured."""
-        config = self._config
-        return self._spec is not None and (self._spec.model, self._spec.mesh, self._spec.engine) != (
-            config.model,
-            config.mesh,
-            config.engine,
-        )
+        spec, config = self._spec, self._config
+        if spec is None:
+            return False
+        return (spec.model.numbers, spec.mesh, spec.engine) != (config.model.numbers, config.mesh, config.engine)
 
     async def _adopt(self, running: RunningMesh) -> None:
         """Goes on with a mesh that another controller has left, to its end."""

@@ -34,6 +34,7 @@ class ReplicaView:
       leader: where requests go; None while it does not serve.
       draining: whether it takes no new requests, and only goes on with what it has.
       returns: whether requests may wait for it while it does not serve.
+      numbers: of the model that it serves, see `ModelSpec`.
       hosts: in rank order.
       failures: in a row.
       last_failure: in words.
@@ -46,6 +47,7 @@ class ReplicaView:
     leader: LeaderAddress | None = None
     draining: bool = False
     returns: bool = False
+    numbers: tuple[str | None, ...] = ()
     hosts: tuple[HostView, ...] = ()
     failures: int = 0
     last_failure: str = ""

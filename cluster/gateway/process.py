@@ -71,6 +71,7 @@ class GatewayProcess:
             config.gateway.failover_seconds,
             on_change=lambda ready: self._readiness.put_nowait(ready > 0),
             silence=config.cluster.silence_seconds,
+            numbers=config.model.numbers,
         )
         self._latency = RecentLatency()
         self._watch = ControllerWatch(controller, self._report, self._follow)

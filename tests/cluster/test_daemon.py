@@ -12,6 +12,7 @@ import pytest
 from cluster import daemon
 
 ADDRESS = "127.0.0.1:6001"
+ENTRY = daemon.Entry("key")
 
 
 @pytest.fixture(autouse=True)
@@ -22,28 +23,38 @@ def state(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_service_is_found_while_it_runs() -> None:
     assert daemon.running(ADDRESS) is None
-    with daemon.noted(ADDRESS, "key"):
+    with daemon.noted(ADDRESS, ENTRY):
         assert daemon.running(ADDRESS) == os.getpid()
         assert daemon.running("127.0.0.2:6001") is None
     assert daemon.running(ADDRESS) is None
 
 
 def test_a_second_service_at_an_address_is_refused_and_the_first_stays_known() -> None:
-    with daemon.noted(ADDRESS, "key"):
+    with daemon.noted(ADDRESS, ENTRY):
         with (
             pytest.raises(daemon.DaemonError, match=r"runs at 127\.0\.0\.1:6001 already"),
-            daemon.noted(ADDRESS, "key"),
+            daemon.noted(ADDRESS, ENTRY),
         ):
             pass
         assert daemon.running(ADDRESS) == os.getpid()
 
 
 def test_a_service_that_was_killed_is_not_taken_for_a_process_of_its_number() -> None:
-    code = f"import os; from cluster import daemon\nwith daemon.noted('{ADDRESS}', 'key'): os._exit(1)"
+    entry = "daemon.Entry('key', 'ray:1', 'name')"
+    code = f"import os; from cluster import daemon\nwith daemon.noted('{ADDRESS}', {entry}): os._exit(1)"
     subprocess.run([sys.executable, "-c", code], check=False)
     assert daemon.running(ADDRESS) is None
     with pytest.raises(daemon.DaemonError, match="no service of yours runs"):
         daemon.stop(ADDRESS)
+    assert daemon.left(ADDRESS) == daemon.Entry("key", "ray:1", "name")
+    daemon.clear(ADDRESS)
+    assert daemon.left(ADDRESS) is None
+
+
+def test_a_service_that_is_stopped_leaves_nothing() -> None:
+    with daemon.noted(ADDRESS, daemon.Entry("key", "ray:1", "name")):
+        assert daemon.left(ADDRESS) is None, "it is there"
+    assert daemon.left(ADDRESS) is None
 
 
 def test_an_address_without_port_is_explained() -> None:

@@ -8,8 +8,10 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import pytest
 
+from cluster import cli
 from cluster.local_ray import local_cluster, prepare_environment
 from grok.serving.v1 import cluster_pb2
 from grokmesh import Client
@@ -74,3 +76,43 @@ def test_a_service_that_dies_is_started_again_on_the_mesh_that_it_had(tmp_path: 
             assert _mesh(second) == before
             with Client(second.address) as client:
                 assert client.complete(PROMPT, max_tokens=8).tokens
+
+
+def test_gateways_die_and_no_mesh_and_no_client_notices(tmp_path: pathlib.Path, ray_address: str) -> None:
+    cluster = {"address": ray_address, "compilation_cache": str(tmp_path / "xla")}
+    with running(tmp_path, mesh=MESH, cluster=cluster, gateway={"processes": 2}) as service:
+        service.wait_for(lambda status: sum(gateway.listening for gateway in status.gateways) == 2, 30)
+        before = _mesh(service)
+        with Client(service.address) as client:
+            whole = client.complete(PROMPT, **LONG)
+            for _ in range(3):
+                stream = client.generate(PROMPT, **LONG)
+                parts = [next(stream)]
+                gateways = {gateway.pid for gateway in service.status().gateways}
+                for pid in gateways:
+                    os.kill(pid, signal.SIGKILL)
+                parts += stream
+                assert tuple(token for part in parts for token in part.tokens) == whole.tokens
+                service.wait_for(lambda status, dead=gateways: _listening(status, dead) == 2, 30)  # type: ignore[misc]
+        assert _mesh(service) == before
+
+
+def test_a_service_goes_on_without_the_process_that_started_it_until_it_is_stopped(
+    tmp_path: pathlib.Path, ray_address: str
+) -> None:
+    cluster = {"address": ray_address, "compilation_cache": str(tmp_path / "xla")}
+    with running(tmp_path, mesh=MESH, cluster=cluster) as service:
+        before = _mesh(service)
+        service.process.kill()
+        service.process.wait()
+        with Client(service.address) as client:
+            assert client.complete(PROMPT, max_tokens=8).tokens
+        assert _mesh(service) == before
+        assert cli.main(["stop", "--address", service.address]) == 0
+        with pytest.raises(grpc.RpcError):
+            service.status()
+        assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in before[1])
+
+
+def _listening(status: cluster_pb2.GetStatusResponse, dead: set[int]) -> int:
+    return sum(gateway.listening for gateway in status.gateways if gateway.pid not in dead)

@@ -208,7 +208,7 @@ def test_a_note_of_a_service_is_its_users_alone_and_gives_its_key(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
     assert daemon.admin_key(address) is None
-    with daemon.noted(address, "gm-local-x"):
+    with daemon.noted(address, daemon.Entry("gm-local-x")):
         (note,) = (tmp_path / "grokmesh").glob("*.json")
         assert stat.S_IMODE(note.stat().st_mode) == 0o600
         port = address.rpartition(":")[2]

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import grpc
 import yaml
 
 from cluster import daemon
@@ -46,8 +47,11 @@ class Service:
 
     def wait_for(self, reached: Callable[[cluster_pb2.GetStatusResponse], bool], seconds: float) -> None:
         """Returns once the status is as wanted; fails after `seconds`."""
-        deadline = time.monotonic() + seconds
-        while not reached(status := self.status()):
+        deadline, status = time.monotonic() + seconds, None
+        while True:
+            with contextlib.suppress(grpc.RpcError):  # a gateway may just be starting
+                if reached(status := self.status()):
+                    return
             assert time.monotonic() < deadline, f"not reached within {seconds} s: {status}"
             time.sleep(0.05)
 

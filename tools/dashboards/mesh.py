@@ -26,11 +26,11 @@ MESH = Dashboard(
                 ),
                 Panel(
                     "Epoch",
-                    "Number of the current mesh of each replica, as the supervisor and as each host knows it. A step up is a "
+                    "Number of the current mesh of each replica, as the controller and as each host knows it. A step up is a "
                     "rebuild. A host that shows less than the others is being replaced.",
                     "short",
                     (
-                        *_each("grokmesh_replica_epoch", "supervisor, replica {{replica}}"),
+                        *_each("grokmesh_replica_epoch", "controller, replica {{replica}}"),
                         *_each("grokmesh_worker_epoch"),
                     ),
                 ),

@@ -12,7 +12,7 @@ class CheckpointError(ValueError):
         self._arguments = (path, problem, tensor, offset)
 
     def __reduce__(self) -> tuple[object, tuple[object, str, str | None, int | None]]:
-        """Lets Ray carry the error from a worker to the supervisor."""
+        """Lets Ray carry the error from a worker to the controller."""
         return _again, self._arguments
 
 

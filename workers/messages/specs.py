@@ -45,6 +45,11 @@ class ModelSpec:
     kv_cache: Annotated[str | None, OneOf(KV_CACHES)] = None
     weights_cache: Annotated[str | None, AbsolutePath()] = None
 
+    @property
+    def numbers(self) -> tuple[str | None, ...]:
+        """What decides which tokens come: a request can go on only where this is the same."""
+        return self.checkpoint, self.weights, self.activations, self.kv_cache
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:

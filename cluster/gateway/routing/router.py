@@ -34,9 +34,15 @@ class Router:
     """
 
     def __init__(
-        self, max_wait: float, on_change: Callable[[int], None] = lambda _: None, silence: float = 1.5
+        self,
+        max_wait: float,
+        on_change: Callable[[int], None] = lambda _: None,
+        silence: float = 1.5,
+        numbers: tuple[str | None, ...] = (),
     ) -> None:
-        """Leaders that say nothing for `silence` seconds are lost."""
+        """Leaders that send nothing for `silence` seconds are suspected. Replicas must serve a model of these `numbers`, see
+        `ModelSpec`, if any are given."""
+        self._numbers = numbers
         self._max_wait = max_wait
         self._silence = silence
         self._links: dict[int, ReplicaLink] = {}
@@ -70,9 +76,10 @@ class Router:
         return len(self._waiting) + len(self._untried)
 
     def follow(self, view: ServiceView) -> None:
-        """Keeps a stream to the leader of each replica that serves, and none to others."""
-        self._returning = {replica.index for replica in view.replicas if replica.returns}
-        leaders = {replica.leader: replica.draining for replica in view.replicas if replica.leader is not None}
+        """Keeps a stream to the leader of each replica that serves this gateway's model, and none to others."""
+        replicas = [replica for replica in view.replicas if self._numbers in ((), replica.numbers)]
+        self._returning = {replica.index for replica in replicas if replica.returns}
+        leaders = {replica.leader: replica.draining for replica in replicas if replica.leader is not None}
         self._draining = {leader for leader, draining in leaders.items() if draining}
         for leader in set(self._serving) - set(leaders):
             self._serving.pop(leader).cancel()
