@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -105,7 +106,8 @@ class Replica:
             failures=self.failures,
             last_failure=self.last_failure,
             load=Load() if stream is None else stream.load,
-            status=Status() if stream is None else stream.status,
+            # What gateways hear of each other's requests they hear from the leader.
+            status=Status() if stream is None else dataclasses.replace(stream.status, others=()),
         )
 
     async def drain(self) -> None:

@@ -31,6 +31,9 @@ class WaitingQueue:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._entries
 
+    def __iter__(self) -> Iterator[Waiting]:
+        return iter(self._entries.values())
+
     def append(self, entry: Waiting) -> None:
         """Adds a request behind all others."""
         self._entries[entry.request.id] = entry

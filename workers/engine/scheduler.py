@@ -24,7 +24,7 @@ from workers.messages.plan import (
     StepTokens,
     Token,
 )
-from workers.messages.request import Constraint, Failure, Load, Refused, Request, TokenEvent
+from workers.messages.request import Ahead, Constraint, Failure, Load, Refused, Request, TokenEvent
 
 #: Waiting requests that a plan passes over, as their prompts will be shared, before it looks at no more.
 MAX_PASSED_OVER = 16
@@ -101,6 +101,14 @@ class Scheduler:
             pages_cached=pages.cached,
             positions=pages.total * self._shape.page_size,
         )
+
+    def ahead(self) -> Iterator[tuple[str, Ahead]]:
+        """All requests, by id, as those behind them see them."""
+        for sequence in self._running.values():
+            request = sequence.request
+            yield request.id, Ahead.of(request, request.max_tokens - len(request.resumed) - sequence.left)
+        for entry in self._waiting:
+            yield entry.request.id, Ahead.of(entry.request)
 
     def submit(self, request: Request, constraint: Constraint | None = None) -> None:
         """Queues a request, with what its grammar allows after `request.resumed` if it has one.

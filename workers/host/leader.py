@@ -18,7 +18,7 @@ from workers.host.streams import GatewayLink, Incoming, LeaderServer, LinkError
 from workers.host.watchdog import Watchdog
 from workers.messages.frames import LayerGroup, LeaderOutput, Refusal, RefusalKind, Status
 from workers.messages.plan import ALTERNATIVES, Plan, Sampling, StepTokens
-from workers.messages.request import Failure, Refused, Request, Timing, TokenEvent
+from workers.messages.request import Ahead, Failure, Refused, Request, Timing, TokenEvent
 from workers.model.config import GrokConfig
 from workers.runtime.profiler import Profiler
 from workers.runtime.runtime import Pending, Runtime
@@ -304,10 +304,11 @@ class Leader:
                 by_gateway.setdefault(owner, []).append(self._timed(event))
                 if event.finish is not None:
                     self._forget(event.request_id)
-        now, status = time.monotonic(), None
+        now, status, ahead = time.monotonic(), None, dict[str, Ahead]()
         if now >= self._status_due or self._gateways - self._greeted:
             self._status_due = now + STATUS_SECONDS
             status = Status(self._compilations(), self._routing.layer_groups)
+            ahead = dict(self._scheduler.ahead()) if len(self._gateways) > 1 else {}
         for gateway in self._gateways:
             gateway.send(
                 LeaderOutput(
@@ -315,11 +316,15 @@ class Leader:
                     tokens=tuple(by_gateway.get(gateway, ())),
                     refusals=tuple(self._refusals.pop(gateway, ())),
                     load=load,
-                    status=status,
+                    status=status and dataclasses.replace(status, others=self._others(ahead, gateway)),
                     canary=() if gateway in self._greeted else self._canary,
                 )
             )
         self._greeted |= self._gateways
+
+    def _others(self, ahead: dict[str, Ahead], gateway: GatewayLink) -> tuple[Ahead, ...]:
+        """Requests of other gateways than this one."""
+        return tuple(one for name, one in ahead.items() if self._owners.get(name) not in (None, gateway))
 
     def _count(self, plan: Plan) -> None:
         metrics.PLANS.inc()

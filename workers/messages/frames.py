@@ -6,7 +6,7 @@ import dataclasses
 import enum
 
 from workers.messages.plan import Plan
-from workers.messages.request import Load, Request, TokenEvent
+from workers.messages.request import Ahead, Load, Request, TokenEvent
 
 #: Version of the frames. It changes when a peer that does not know a change would do something wrong. A field that is added
 #: with a default is no such change.
@@ -77,10 +77,12 @@ class LayerGroup:
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """What a replica's leader reports about once a second: programs compiled since warm-up, and its experts' work."""
+    """What a replica's leader reports about once a second: programs compiled since warm-up, its experts' work, and requests
+    that have come by other streams than the one that carries this."""
 
     compilations: int = 0
     layer_groups: tuple[LayerGroup, ...] = ()
+    others: tuple[Ahead, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

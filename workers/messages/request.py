@@ -67,6 +67,29 @@ class Finish(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
+class Ahead:
+    """A request on a replica, as far as it matters to those behind it.
+
+    Attributes:
+      positions: of its prompt and of tokens that it resumes from.
+      tokens: that it may generate, at most.
+      generated: of them so far.
+      priority: see Request.
+    """
+
+    positions: int
+    tokens: int
+    generated: int = 0
+    priority: int = 0
+
+    @classmethod
+    def of(cls, request: Request, generated: int = 0) -> Ahead:
+        """A request that has generated so many tokens, without those that it resumes from."""
+        resumed = len(request.resumed)
+        return cls(len(request.prompt) + resumed, request.max_tokens - resumed, generated, request.priority)
+
+
+@dataclasses.dataclass(frozen=True)
 class Timing:
     """Where the seconds until a request's first token went.
 

@@ -6,18 +6,10 @@ import dataclasses
 import heapq
 from collections.abc import Iterable
 
-from workers.messages.request import Request
+from workers.messages.request import Ahead, Request
 
 #: Weight of the latest request in the averages.
 AGING = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class Ahead:
-    """A request that is on a replica, and how many tokens of it have been generated, without resumed ones."""
-
-    request: Request
-    generated: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +36,7 @@ class Forecast:
     def learn(self, request: Request, generated: int, prefill: float, decode: float, *, whole: bool = True) -> None:
         """Notes a request: seconds until its first token, and from that to the last one of `generated`, at least one. One that
         is not whole, as its client left, shows how fast tokens come but not how many."""
-        self._position = _averaged(self._position, prefill / _positions(request))
+        self._position = _averaged(self._position, prefill / Ahead.of(request).positions)
         if generated > 1:
             self._token = _averaged(self._token, decode / (generated - 1))
         if whole:
@@ -52,14 +44,14 @@ class Forecast:
 
     def own(self, request: Request) -> float:
         """Seconds that a request will likely take once it has a slot."""
-        return self._left(Ahead(request, 0))
+        return self._left(Ahead.of(request))
 
     def wait(self, ahead: Iterable[Ahead], capacity: Capacity) -> float:
         """Seconds until a newcomer has a slot; 0 as long as nothing is known."""
         before = list(ahead)
         if not before or self._position is None or not capacity.slots:
             return 0.0
-        lengths = sum(len(a.request.prompt) + a.request.max_tokens * self._used for a in before) / len(before)
+        lengths = sum(a.positions + a.tokens * self._used for a in before) / len(before)
         together = max(1, min(capacity.slots, int(capacity.positions / lengths)))
         ends: list[float] = []
         # Those with tokens have a slot, and so come first; the sort is stable.
@@ -70,14 +62,9 @@ class Forecast:
 
     def _left(self, one: Ahead) -> float:
         """Seconds that a request still takes."""
-        request = one.request
-        positions = 0 if one.generated else _positions(request)
-        tokens = max(1.0, (request.max_tokens - len(request.resumed)) * self._used - one.generated)
+        positions = 0 if one.generated else one.positions
+        tokens = max(1.0, one.tokens * self._used - one.generated)
         return positions * (self._position or 0.0) + tokens * (self._token or 0.0)
-
-
-def _positions(request: Request) -> int:
-    return len(request.prompt) + len(request.resumed)
 
 
 def _averaged(average: float | None, latest: float) -> float:

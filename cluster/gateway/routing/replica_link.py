@@ -7,7 +7,7 @@ from collections.abc import Callable
 from cluster.gateway.session import Session
 from cluster.leader_stream import LeaderAddress, LeaderStream
 from workers.messages.frames import LeaderInput, LeaderOutput, Refusal
-from workers.messages.request import Load
+from workers.messages.request import Ahead, Load
 
 
 class ReplicaLink:
@@ -38,9 +38,15 @@ class ReplicaLink:
         return self._stream.suspect
 
     @property
+    def others(self) -> tuple[Ahead, ...]:
+        """Requests of other gateways on the replica, a second ago at the most."""
+        return self._stream.status.others
+
+    @property
     def outstanding(self) -> int:
-        """Tokens that its sessions still wait for."""
-        return sum(session.owed for session in self.sessions.values())
+        """Tokens that the replica has still to compute, for whichever gateway."""
+        others = sum(one.tokens - one.generated + (0 if one.generated else one.positions) for one in self.others)
+        return sum(session.owed for session in self.sessions.values()) + others
 
     def submit(self, session: Session) -> None:
         """Sends a session's request; the tokens that it lacks will be delivered to it."""

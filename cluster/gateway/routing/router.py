@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Callable
 
 from cluster.controller.view import ServiceView
-from cluster.gateway.admission.forecast import Ahead, Capacity, Forecast
+from cluster.gateway.admission.forecast import Capacity, Forecast
 from cluster.gateway.errors import Violation, breaking, exhausted, failed, invalid, unavailable
 from cluster.gateway.routing.affinity import choose, prefix_key
 from cluster.gateway.routing.replica_link import ReplicaLink
@@ -16,6 +16,7 @@ from cluster.gateway.session import Session
 from cluster.leader_stream import LeaderAddress, LeaderStream
 from cluster.telemetry import metrics
 from workers.messages.frames import Refusal, RefusalKind
+from workers.messages.request import Ahead
 
 #: Seconds until a session is sent again that a replica could not take, as it had too many.
 REFUSED_SECONDS = 0.5
@@ -159,11 +160,9 @@ class Router:
         link = self._least_busy()
         if link is None:
             return 0.0
-        ahead = (
-            Ahead(session.request, session.generated)
-            for session in link.sessions.values()
-            if session.generated or session.request.priority >= priority  # a session that has tokens keeps its slot
-        )
+        own = (Ahead.of(session.request, session.generated) for session in link.sessions.values())
+        # One that has tokens keeps its slot.
+        ahead = (one for one in (*own, *link.others) if one.generated or one.priority >= priority)
         return self.forecast.wait(ahead, Capacity(link.load.slots, link.load.positions))
 
     def start(self, session: Session) -> None:

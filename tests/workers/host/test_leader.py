@@ -18,7 +18,7 @@ from workers.host.streams import Link, LinkError, connect
 from workers.messages.codec import decode, encode
 from workers.messages.frames import Hello, LeaderInput, LeaderOutput, Refusal, RefusalKind
 from workers.messages.plan import EngineShape, Sampling, StepTokens
-from workers.messages.request import Request
+from workers.messages.request import Ahead, Request
 from workers.text.grammar import json_schema, regex
 from workers.text.sandbox import Sandbox
 
@@ -168,3 +168,21 @@ def test_the_first_load_to_a_gateway_brings_what_the_mesh_computed_of_its_first_
                 loads.append(output.canary)
             _submit(link, f"r{len(loads)}")
         assert loads == [(-1.0,), ()]
+
+
+def test_a_gateway_gets_to_know_of_other_gateways_requests() -> None:
+    with leading(dataclasses.replace(SHAPE, slots=1), 100, 10, seconds=0.01) as address:
+        links = [connect(address, Hello(1, b"s"), 5) for _ in range(2)]
+        one, other = links
+        for id, priority in (("runs", 0), ("waits", 3)):
+            one.send(encode(LeaderInput(submit=Request(id, (5,) * 20, 200, Sampling(), priority=priority))))
+        found: tuple[Ahead, ...] = ()
+        while len(found) < 2:
+            output = decode(LeaderOutput, other.receive() or b"")
+            found = output.status.others if output.status is not None else found
+        runs, waits = sorted(found, key=lambda one: one.priority)
+        assert (runs.positions, runs.tokens) == (20, 200)
+        assert runs.generated > 0
+        assert waits == Ahead(20, 200, 0, 3)
+        for link in links:
+            link.close()
