@@ -211,7 +211,7 @@ def test_a_successor_takes_over_and_no_request_fails(tmp_path: pathlib.Path) -> 
             assert models[-1] == "demo-2"
             assert f'"prompt": "{PROMPT}"' in log.read_text()
             assert PROMPT not in (tmp_path / "serve.log").read_text()
-            assert read_metrics(service.status().metrics_url)["grokmesh_replicas_ready"] == 1
+            assert read_metrics(service.status().controller_metrics_url)["grokmesh_replicas_ready"] == 1
             wait_until(lambda: daemon.running(service.address) == successor.pid, 10)
             time.sleep(1.0)
             with (
