@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo serve stop check format lint types proto test test-fast coverage test-rayup determinism operations chaos restarts fuzz audit aot bench-loader bench overload hostile bench-peers load golden docs dashboards pictures clean
+.PHONY: help install demo serve stop check format lint types proto test test-fast coverage test-rayup determinism operations chaos front restarts fuzz audit aot bench-loader bench overload hostile bench-peers load golden docs dashboards pictures clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -68,6 +68,9 @@ operations: install ## a hundred thousand random operations on the scheduler, wh
 
 chaos: install ## two hundred random faults under load; FAULTS=N for another number
 	GROKMESH_FAULTS=$(or $(FAULTS),200) $(BIN)/python -m pytest -q -s tests/chaos
+
+front: install ## gateways and the controller are killed under load, fifty times each; KILLS=N for another number
+	GROKMESH_KILLS=$(or $(KILLS),50) $(BIN)/python -m pytest -q -s tests/chaos/test_front.py
 
 restarts: install ## fifty rolling restarts of replicas, and of gateways, under load, with not one failed request
 	GROKMESH_RESTARTS=50 $(BIN)/python -m pytest -q -s tests/chaos/test_restarts.py

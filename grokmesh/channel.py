@@ -12,6 +12,8 @@ import grpc
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 #: Seconds before a second attempt, and at most before any, unless the server asks for more.
 FIRST_PAUSE, LONGEST_PAUSE = 0.4, 10.0
+#: The same, of a stream that has broken for the first time since it last brought something.
+BROKEN_PAUSE = 0.1
 #: Of the services' calls, those that answer at once and may be sent twice.
 _RETRIED = {
     "GenerationService": ("GenerateOnce", "Tokenize", "Detokenize", "CountTokens", "GetModel"),

@@ -10,7 +10,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from grok.serving.v1 import generation_pb2
-from grokmesh.channel import FIRST_PAUSE, LONGEST_PAUSE
+from grokmesh.channel import BROKEN_PAUSE, FIRST_PAUSE, LONGEST_PAUSE
 from grokmesh.completions import Completion, completion_of
 
 #: Of pauses: not the one that programs seed for their own ends.
@@ -71,7 +71,9 @@ class ResumingStream:
         if not (gone or error.code() is grpc.StatusCode.UNAVAILABLE) or self._failed >= self._attempts:
             raise error
         self._next()
-        backoff: float = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (self._failed - 1)) * _RANDOM.uniform(0.5, 1.0)
+        # One broken stream is no sign of load: another gateway can go on at once.
+        longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (self._failed - 2)) if self._failed > 1 else BROKEN_PAUSE
+        backoff: float = longest * _RANDOM.uniform(0.5, 1.0)
         return max(backoff, _asked_for(error))
 
     def _next(self) -> None:

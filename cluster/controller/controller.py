@@ -56,8 +56,11 @@ class Controller:
 
     async def sync(self, report: GatewayReport, version: tuple[str, int], seconds: float) -> ServiceView:
         now = asyncio.get_running_loop().time()
+        before = self._reports.get(report.name)
+        if before is not None and before[0].pid != report.pid:  # it has died, and was started again
+            self._ledger.forget(before[0].life)
         self._reports[report.name] = report, now
-        keys = self._ledger.report(report.name, report.keys, now)
+        keys = self._ledger.report(report.life, report.keys, now)
         await self._fleet.news(version, seconds)
         return dataclasses.replace(await self.view(), keys=keys)
 
@@ -98,7 +101,7 @@ class Controller:
     def reports(self) -> list[GatewayReport]:
         """Of all gateways that have reported lately."""
         oldest = asyncio.get_running_loop().time() - REPORT_SECONDS
-        for name in [name for name, (_, at) in self._reports.items() if at < oldest]:
-            del self._reports[name]
-            self._ledger.forget(name)
+        for report in [report for report, at in self._reports.values() if at < oldest]:
+            del self._reports[report.name]
+            self._ledger.forget(report.life)
         return [report for report, _ in self._reports.values()]

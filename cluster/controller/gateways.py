@@ -71,7 +71,7 @@ class Gateways:
             if name in there:  # it waits for a node that is gone
                 await self._kill(name)
             self._running[name] = nodes[address], self._start(name, nodes[address], index)
-        listening = {report.name.rpartition("-")[0] for report in self._reports() if report.listening}
+        listening = {report.name for report in self._reports() if report.listening}
         for name in sorted(there - set(wanted)):
             # As many as there are of the new ones: an address is never without a gateway.
             if listening >= set(wanted):

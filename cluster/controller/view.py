@@ -65,7 +65,7 @@ class GatewayReport:
     """What a gateway sees and leaders do not.
 
     Attributes:
-      name: of the gateway's process, which no other has.
+      name: of the gateway, which its next process has too if this one dies.
       address: of its host.
       pid: of the process.
       metrics_url: where its metrics are.
@@ -87,6 +87,11 @@ class GatewayReport:
     unplaced: int = 0
     time_to_first_token: float = 0.0
     keys: Mapping[str, KeyUse] = dataclasses.field(default_factory=dict)
+
+    @property
+    def life(self) -> str:
+        """Names the gateway's process."""
+        return f"{self.name}-{self.pid}"
 
 
 @dataclasses.dataclass(frozen=True)

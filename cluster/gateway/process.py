@@ -60,7 +60,7 @@ class GatewayProcess:
         sandbox = Sandbox(
             "cluster.gateway.text_job", [config.model.checkpoint, str(model.vocab_size), str(model.eos_token)]
         )
-        self._name = f"{name}-{os.getpid()}"
+        self._name = name
         self._beside = deployment.beside
         self._listening = False
         self._stopping = asyncio.Event()

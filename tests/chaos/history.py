@@ -131,17 +131,18 @@ class Load:
                 self._one(client, rng.choice(self._cases))
 
     def _one(self, client: Client, case: Case) -> None:
-        parts, pause, last = [], 0.0, time.monotonic()
+        parts, last = [], time.monotonic()
         error = None
         try:
             for part in client.generate(case.prompt, **case.options):
                 parts.append(part)
-                pause, last = max(pause, time.monotonic() - last), time.monotonic()
+                pause, last = time.monotonic() - last, time.monotonic()
+                with self._lock:
+                    self.history.longest_pause = max(self.history.longest_pause, pause)
         except grpc.RpcError as raised:
             error = f"{raised.code()}: {raised.details()}"
         tokens = tuple(token for part in parts for token in part.tokens)
         with self._lock:
-            self.history.longest_pause = max(self.history.longest_pause, pause)
             if error is not None:
                 self.history.failed.append(error)
                 if tokens != case.tokens[: len(tokens)]:

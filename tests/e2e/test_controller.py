@@ -12,9 +12,9 @@ import grpc
 import pytest
 
 from cluster import cli
-from cluster.local_ray import local_cluster, prepare_environment
 from grok.serving.v1 import cluster_pb2
 from grokmesh import Client
+from tests.support.ray_cluster import ray_cluster
 from tests.support.service import Service, running
 
 MESH = {"hosts": 2, "devices_per_host": 1, "data": 1, "model": 2}
@@ -25,14 +25,8 @@ PROMPT = "In the beginning"
 @pytest.fixture(scope="module")
 def ray_address() -> Iterator[str]:
     """A cluster of two hosts that no service has started."""
-    before = dict(os.environ)
-    prepare_environment()
-    try:
-        with local_cluster(2, 1) as address:
-            yield address
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with ray_cluster(2) as address:
+        yield address
 
 
 def _served(status: cluster_pb2.GetStatusResponse) -> bool:
