@@ -8,7 +8,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 
-from workers.host.liveness import why_lost
+from cluster.network import REAL, Network
 from workers.host.streams import LENGTH, MAX_FRAME, PULSE_SECONDS
 from workers.messages.codec import CodecError, decode, encode
 from workers.messages.frames import Hello, LeaderInput, LeaderOutput, Status
@@ -38,7 +38,12 @@ class LeaderStream:
     probabilities of the epoch's first token."""
 
     def __init__(
-        self, leader: LeaderAddress, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, silence: float
+        self,
+        leader: LeaderAddress,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        silence: float,
+        network: Network = REAL,
     ) -> None:
         self.leader = leader
         self.load, self.status = Load(), Status()
@@ -46,25 +51,26 @@ class LeaderStream:
         #: Whether it is being found out if the leader is lost.
         self.suspect = False
         self._most_silent = silence
+        self._network = network
         self._silent = 0
         self._reader = reader
         self._writer = writer
 
     @classmethod
-    async def connect(cls, leader: LeaderAddress, silence: float) -> LeaderStream:
+    async def connect(cls, leader: LeaderAddress, silence: float, network: Network = REAL) -> LeaderStream:
         """Opens the stream, as soon as the leader listens, and says Hello. Raises OSError after CONNECT_SECONDS."""
         host, port = leader.address.rsplit(":", 1)
         deadline = asyncio.get_running_loop().time() + CONNECT_SECONDS
         while True:
             try:
                 async with asyncio.timeout_at(deadline):  # packets may be dropped on the way
-                    reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+                    reader, writer = await network.connect(host.strip("[]"), int(port))
                 break
             except ConnectionRefusedError:
                 if asyncio.get_running_loop().time() > deadline:
                     raise
                 await asyncio.sleep(0.05)
-        stream = cls(leader, reader, writer, silence)
+        stream = cls(leader, reader, writer, silence, network)
         stream._write(Hello(leader.epoch, leader.secret))
         return stream
 
@@ -100,7 +106,7 @@ class LeaderStream:
             elif self._silent % look == 0:
                 self.suspect = True
                 silent = self._silent * PULSE_SECONDS
-                reason = await asyncio.to_thread(why_lost, self.leader.liveness, silent)
+                reason = await self._network.why_lost(self.leader.liveness, silent)
                 if reason is not None and self._silent >= look:
                     _LOG.error("the leader of replica %d is lost: %s", replica, reason)
                     self.abort()

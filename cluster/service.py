@@ -178,11 +178,12 @@ class _Launch:
                 self._logs.follow(_logs_here(view))
                 for replica in view.replicas:
                     self._reporter.report(replica)
-                if not listening and any(gateway.listening for gateway in view.gateways):
+                gateways = [gateway for gateway in view.gateways if gateway.listening]
+                if gateways and not listening:
                     listening = True
                     metrics = f"metrics at http://{self._config.telemetry.address}/metrics"
                     _LOG.info("%s %s, %s", daemon.LISTENING, self._address, metrics)
-                ready = listening and any(replica.leader is not None for replica in view.replicas)
+                ready = bool(gateways) and all(gateway.ready for gateway in gateways)
                 if ready and self._predecessor is not None:
                     self._take_over(self._predecessor)
                 if ready != serving:

@@ -15,6 +15,7 @@ from cluster.controller.ledger import Ledger
 from cluster.controller.placement import Placements
 from cluster.controller.replica import Replica
 from cluster.controller.view import GatewayReport, ServiceView
+from cluster.network import REAL, Network
 
 #: A gateway that has not reported for so many seconds is gone.
 REPORT_SECONDS = 5.0
@@ -43,12 +44,19 @@ class ControllerClient(Protocol):
 class Controller:
     """The controller itself; see ControllerClient."""
 
-    def __init__(self, config: Config, placements: Placements, digests: Digests, place: ServiceView = _NOWHERE) -> None:
+    def __init__(
+        self,
+        config: Config,
+        placements: Placements,
+        digests: Digests,
+        place: ServiceView = _NOWHERE,
+        network: Network = REAL,
+    ) -> None:
         """`place` is a view that has where the controller itself is."""
         self._place = place
         self._reports: dict[str, tuple[GatewayReport, float]] = {}
         self._ledger = Ledger()
-        self._fleet = Fleet(config, placements, digests, lambda: self.reports)
+        self._fleet = Fleet(config, placements, digests, lambda: self.reports, network)
 
     async def run(self) -> None:
         """Keeps replicas alive until cancelled, then ends them."""

@@ -15,6 +15,7 @@ from cluster.controller.placement import Placements, RunningMesh
 from cluster.controller.quarantine import Quarantine
 from cluster.controller.replica import NotReadyError, Replica
 from cluster.controller.view import GatewayReport, ServiceView
+from cluster.network import REAL, Network
 from cluster.telemetry import metrics
 from grok.serving.v1 import cluster_pb2
 
@@ -35,11 +36,13 @@ class Fleet:
         placements: Placements,
         digests: Digests,
         reports: Callable[[], Sequence[GatewayReport]],
+        network: Network = REAL,
     ) -> None:
         self.wanted = config.replicas
         self._config = config
         self._placements = placements
         self._reports = reports
+        self._network = network
         self._version = secrets.token_hex(4), 0
         self._routes: object = None
         self._changed = asyncio.Event()
@@ -144,6 +147,7 @@ class Fleet:
             self._note,
             self._epochs.get(index, 0),
             running,
+            self._network,
         )
         self._replicas[index] = replica
         self._lives[index] = asyncio.ensure_future(replica.run())

@@ -18,8 +18,8 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from cluster.network import REAL, Network
 from workers.host.actor import Host
-from workers.host.liveness import why_lost
 from workers.messages.specs import Assignment, Endpoint, EngineSpec, MeshSpec, ModelSpec, Progress, RankSpec
 
 _LOG = logging.getLogger(__name__)
@@ -119,6 +119,7 @@ class Placement:
         generation: int = 0,
         standbys: Sequence[Any] = (),
         endpoints: Sequence[Endpoint] = (),
+        network: Network = REAL,
     ) -> None:
         """`generation` counts the workers that the group has had, `name` is its name."""
         self.group = group
@@ -129,6 +130,7 @@ class Placement:
         self._generation = generation
         self._standbys = list(standbys)
         self._endpoints = list(endpoints)
+        self._network = network
 
     def dump_stacks(self) -> None:
         """Has each worker that still can write to its log what its threads are doing."""
@@ -172,7 +174,7 @@ class Placement:
             try:
                 while not (await asyncio.wait([call], timeout=SILENT_SECONDS))[0]:
                     liveness = self._endpoints[rank].liveness
-                    reason = await asyncio.to_thread(why_lost, liveness, loop.time() - began)
+                    reason = await self._network.why_lost(liveness, loop.time() - began)
                     if reason is not None and not call.done():
                         raise HostError(rank, TimeoutError(reason))
                 found: Progress = call.result()
@@ -204,7 +206,7 @@ class Placement:
             return
         environments = await asyncio.gather(*(host.environment.remote() for host in self.hosts))
         names = [WorkerName(self._name, self._generation + 1, rank) for rank in range(self._mesh.hosts)]
-        self._standbys = [start_host(self.group, name, num_cpus=0) for name in names]
+        self._standbys = [self._start(name) for name in names]
         await asyncio.gather(
             *(
                 host.prepare.remote(model, self._mesh, engine, env)
@@ -217,11 +219,11 @@ class Placement:
         is left."""
         standbys, endpoints, self._standbys = self._standbys, self._endpoints, []
         self._kill(self.hosts)
-        renewed = Placement(self.group, self._name, self._mesh, self.nodes, standbys, self._generation + 1)
+        renewed = self._with(standbys)
         try:
             if len(standbys) < len(self.hosts):
                 raise TimeoutError("there is no standby")
-            if not all(await asyncio.gather(*(_reachable(endpoint.liveness) for endpoint in endpoints))):
+            if not all(await asyncio.gather(*(self._reachable(endpoint.liveness) for endpoint in endpoints))):
                 raise TimeoutError("a host is out of reach")
             # The standby kills its predecessor: on the same host it can wait until that has released the accelerators.
             await asyncio.gather(
@@ -245,7 +247,7 @@ class Placement:
             try:
                 await answer(host.progress.remote(), BRIEF_SECONDS, "")
             except TimeoutError:
-                return await asyncio.to_thread(why_lost, liveness, BRIEF_SECONDS, BRIEF_SECONDS) is not None
+                return await self._network.why_lost(liveness, BRIEF_SECONDS, BRIEF_SECONDS) is not None
             except (OSError, ray.exceptions.RayError):
                 return True
             return False
@@ -257,12 +259,35 @@ class Placement:
     def remove(self) -> None:
         """Kills all workers and frees their hosts."""
         self._kill([*self.hosts, *self._standbys])
-        remove_placement_group(self.group)
+        self._free()
 
-    @staticmethod
-    def _kill(hosts: list[Any]) -> None:
+    async def _reachable(self, address: str) -> bool:
+        """Whether the host at `host:port` answers within SILENT_SECONDS, be it that nothing listens there."""
+        host, port = address.rsplit(":", 1)
+        try:
+            async with asyncio.timeout(SILENT_SECONDS):
+                _, writer = await self._network.connect(host, int(port))
+        except ConnectionRefusedError:
+            return True
+        except (OSError, TimeoutError):
+            return False
+        writer.close()
+        return True
+
+    def _with(self, hosts: list[Any]) -> Placement:
+        """The same hosts with the next workers."""
+        return Placement(self.group, self._name, self._mesh, self.nodes, hosts, self._generation + 1)
+
+    def _start(self, name: WorkerName) -> Any:
+        """A worker that takes nothing of its host's resources."""
+        return start_host(self.group, name, num_cpus=0)
+
+    def _kill(self, hosts: list[Any]) -> None:
         for host in hosts:
             ray.kill(host)
+
+    def _free(self) -> None:
+        remove_placement_group(self.group)
 
 
 async def answer(result: Awaitable[Answer], seconds: float, peer: str) -> Answer:
@@ -277,19 +302,6 @@ async def answer(result: Awaitable[Answer], seconds: float, peer: str) -> Answer
         return call.result()
     finally:
         call.cancel()
-
-
-async def _reachable(address: str) -> bool:
-    """Whether the host at `host:port` answers within SILENT_SECONDS, be it that nothing listens there."""
-    try:
-        async with asyncio.timeout(SILENT_SECONDS):
-            _, writer = await asyncio.open_connection(*address.rsplit(":", 1))
-    except ConnectionRefusedError:
-        return True
-    except (OSError, TimeoutError):
-        return False
-    writer.close()
-    return True
 
 
 def start_host(group: PlacementGroup, name: WorkerName, **resources: Any) -> Any:

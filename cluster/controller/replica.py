@@ -17,6 +17,7 @@ from cluster.controller.placement import HostError, Placement, Placements, Runni
 from cluster.controller.quarantine import RAISED, Quarantine
 from cluster.controller.view import HostView, ReplicaView
 from cluster.leader_stream import LeaderAddress, LeaderStream
+from cluster.network import REAL, Network
 from cluster.telemetry import metrics
 from grok.serving.v1 import cluster_pb2
 from workers.host.streams import LinkError
@@ -64,6 +65,7 @@ class Replica:
         on_change: Callable[[Replica], None],
         epoch: int = 0,
         running: RunningMesh | None = None,
+        network: Network = REAL,
     ) -> None:
         """`epoch` is the last one of the replica that had this number before; `running` a mesh of it that goes on."""
         self.index = index
@@ -73,6 +75,7 @@ class Replica:
         self.failures = 0
         self.last_failure = ""
         self._placements = placements
+        self._network = network
         self._quarantine = quarantine
         self._digests = digests
         self._canary = canary
@@ -294,7 +297,7 @@ class Replica:
         """Watches a mesh that serves, whose leader has this spec, until it ends."""
         self._spec = spec
         leader = LeaderAddress(self.index, self.epoch, spec.leader, spec.secret, spec.liveness)
-        stream = self._stream = await LeaderStream.connect(leader, spec.silence_seconds)
+        stream = self._stream = await LeaderStream.connect(leader, spec.silence_seconds, self._network)
         try:
             # The first that ends decides: a mesh without one host is none.
             await _first(

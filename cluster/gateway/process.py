@@ -149,6 +149,7 @@ class GatewayProcess:
             metrics_url=self._metrics_url,
             log=logs.path(),
             listening=self._listening,
+            ready=self._router.ready > 0,
             requests=self._gateway.admission.in_flight,
             unplaced=self._router.unplaced,
             time_to_first_token=self._latency.quantile(0.9),

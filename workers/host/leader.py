@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import faulthandler
 import logging
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 from workers.engine.prefill_budget import PrefillBudget
 from workers.engine.scheduler import Counts, Scheduler
@@ -39,6 +41,29 @@ HEAR_SECONDS = 0.005
 STATUS_SECONDS = 1.0
 #: Seconds that the loop waits for what tokens may come next, while the devices are busy anyway.
 SETTLE_SECONDS = 0.002
+
+
+class Nothing(enum.Enum):
+    """That nothing has come."""
+
+    NOTHING = 0
+
+
+NOTHING = Nothing.NOTHING
+
+
+@dataclasses.dataclass(frozen=True)
+class InboxWait:
+    """The loop waits so many seconds for what gateways send; is sent that, or NOTHING."""
+
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StepWait:
+    """The loop waits for a step, and is sent its tokens."""
+
+    pending: Pending
 
 
 class Leader:
@@ -81,19 +106,29 @@ class Leader:
         self._canary: tuple[float, ...] = ()
         self._refusals: dict[GatewayLink, list[Refusal]] = {}
         self._status_due = 0.0
-        self._watchdog = Watchdog(self._give_up, self._working, excused=lambda: bool(server.suspects))
+        self.watchdog = Watchdog(self._give_up, self._working, excused=lambda: bool(server.suspects))
 
     def run(self) -> None:
         """Serves until a follower is lost, which raises LinkError; gateways only once all hosts have computed a token."""
-        self._watchdog.start()
-        self._prove()
+        self.watchdog.start()
+        turns = self.turns()
+        wait = next(turns)
+        while True:
+            if isinstance(wait, StepWait):
+                wait = turns.send(self._runtime.read(wait.pending))
+            else:
+                wait = turns.send(self._next(wait.seconds))
+
+    def turns(self) -> Generator[InboxWait | StepWait, Any, None]:
+        """The loop without its waiting: yields what it waits for, and is sent what has come of it."""
+        yield from self._prove()
         pending: Pending | None = None
         clock = _Clock()
         prefill_budget = self._runtime.shape.chunk
         idle = True
         while True:
             self._stalls.turn()
-            self._hear(block=idle)
+            yield from self._hear(block=idle)
             if idle:
                 clock.restart()
             self._submit_opened()
@@ -110,7 +145,9 @@ class Leader:
             events: list[TokenEvent] = []
             finished = pending.plan if pending is not None else None
             if pending is not None:
-                events = self._read(pending)
+                with self._waiting(pending.plan):
+                    tokens = yield StepWait(pending)
+                events = self._complete(pending.plan, tokens)
                 clock.lap("device")
                 if dispatched is not None:
                     self._constraints.settle(SETTLE_SECONDS)
@@ -128,14 +165,14 @@ class Leader:
             prefill_budget = self._budget.after(finished, clock.step())
             metrics.PREFILL_BUDGET.set(prefill_budget)
 
-    def _prove(self) -> None:
+    def _prove(self) -> Generator[StepWait, StepTokens, None]:
         self._scheduler.submit(CANARY)
         while (plan := self._scheduler.plan()) is not None:
             self._broadcast(plan)
             self._count(plan)
             pending = self._execute(plan)
             with self._waiting(plan):
-                tokens = self._runtime.read(pending)
+                tokens = yield StepWait(pending)
             self._canary += tuple(
                 logprob for token in tokens.prefilled for logprob in (token.logprob, *dict(token.top).values())
             )
@@ -158,36 +195,30 @@ class Leader:
         self._server.broadcast(plan)
 
     def _execute(self, plan: Plan) -> Pending:
-        self._watchdog.dispatched(plan)
+        self.watchdog.dispatched(plan)
         with self._waiting(plan):
             return self._runtime.execute(plan)
 
     @contextlib.contextmanager
     def _waiting(self, plan: Plan) -> Iterator[None]:
         """The devices have to do with a plan while the block runs."""
-        with self._watchdog.waiting(plan), self._stalls.resting():
+        with self.watchdog.waiting(plan), self._stalls.resting():
             yield
 
-    def _read(self, pending: Pending) -> list[TokenEvent]:
-        with self._waiting(pending.plan):
-            tokens = self._runtime.read(pending)
-        return self._complete(pending.plan, tokens)
-
     def _complete(self, plan: Plan, tokens: StepTokens) -> list[TokenEvent]:
-        self._watchdog.done(plan)
+        self.watchdog.done(plan)
         if self._plan_log is not None:
             self._plan_log.tokens(tokens)
         self._routing.add(tokens.expert_tokens)
         return [event for event in self._scheduler.complete(tokens) if event.request_id != CANARY.id]
 
-    def _hear(self, block: bool) -> None:
+    def _hear(self, block: bool) -> Generator[InboxWait, Incoming | Nothing | None, None]:
         """Takes what gateways sent. If there is nothing to compute it waits, and computes the canary's token if nothing comes,
         so that a broken mesh is found before a request needs it. Raises LinkError when the mesh is broken."""
         until = time.monotonic() + (CANARY_SECONDS if block else 0.0) + HEAR_SECONDS
         while time.monotonic() < until:
-            try:
-                incoming = self._next(block)
-            except queue.Empty:
+            incoming = yield InboxWait(CANARY_SECONDS if block else 0.0)
+            if incoming is NOTHING:
                 if block:
                     with contextlib.suppress(Refused):  # the last one waits for a slot still
                         self._scheduler.submit(CANARY)
@@ -208,11 +239,14 @@ class Leader:
             elif message.cancel:
                 self._cancel(message.cancel)
 
-    def _next(self, block: bool) -> Incoming | None:
-        if not block:
-            return self._server.inbox.get_nowait()
-        with self._stalls.resting():
-            return self._server.inbox.get(timeout=CANARY_SECONDS)
+    def _next(self, seconds: float) -> Incoming | Nothing | None:
+        try:
+            if not seconds:
+                return self._server.inbox.get_nowait()
+            with self._stalls.resting():
+                return self._server.inbox.get(timeout=seconds)
+        except queue.Empty:
+            return NOTHING
 
     def _submit(self, gateway: GatewayLink, request: Request) -> None:
         try:

@@ -14,6 +14,7 @@ from cluster.gateway.routing.affinity import choose, prefix_key
 from cluster.gateway.routing.replica_link import ReplicaLink
 from cluster.gateway.session import Session
 from cluster.leader_stream import LeaderAddress, LeaderStream
+from cluster.network import REAL, Network
 from cluster.telemetry import metrics
 from workers.messages.frames import Refusal, RefusalKind
 from workers.messages.request import Ahead
@@ -40,10 +41,12 @@ class Router:
         on_change: Callable[[int], None] = lambda _: None,
         silence: float = 1.5,
         numbers: tuple[str | None, ...] = (),
+        network: Network = REAL,
     ) -> None:
         """Leaders that send nothing for `silence` seconds are suspected. Replicas must serve a model of these `numbers`, see
         `ModelSpec`, if any are given."""
         self._numbers = numbers
+        self._network = network
         self._max_wait = max_wait
         self._silence = silence
         self._links: dict[int, ReplicaLink] = {}
@@ -102,7 +105,7 @@ class Router:
         """Carries sessions to a leader, over another stream whenever one has broken, until cancelled."""
         while True:
             with contextlib.suppress(OSError):
-                stream = await LeaderStream.connect(leader, self._silence)
+                stream = await LeaderStream.connect(leader, self._silence, self._network)
                 await self._serve(ReplicaLink(stream, self._refused, self._proceeded))
             await asyncio.sleep(RECONNECT_SECONDS)
 

@@ -29,7 +29,7 @@ class _Replica:
     busy: set[int] = set()
 
     def __init__(self, index: int, *others: Any) -> None:
-        *_, epoch, _ = others
+        *_, epoch, _, _ = others
         self.index, self.epoch, self.state, self.outdated = index, epoch + 1, READY, False
 
     @property

@@ -16,6 +16,7 @@ from cluster.controller.integrity import Canary, Digests
 from cluster.controller.placement import HostError, Placement, RunningMesh
 from cluster.controller.quarantine import TOO_MANY, Quarantine
 from cluster.controller.replica import GIVE_UP_FAILURES, Replica
+from cluster.network import REAL
 from grok.serving.v1 import cluster_pb2
 from tests.conftest import DEMO
 from workers.host.streams import LinkError
@@ -71,6 +72,7 @@ class _Placement(Placement):
         self.nodes = nodes
         self.hosts = [_Host(node) for node in nodes]
         self._endpoints = []
+        self._network = REAL
         self._log = log
 
     async def renew(self) -> _Placement | None:

@@ -12,7 +12,6 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster import leader_stream
 from cluster.controller.view import ReplicaView, ServiceView
 from cluster.gateway.errors import GatewayError
 from cluster.gateway.routing.router import MOST_TRIALS, Router
@@ -21,6 +20,7 @@ from cluster.gateway.stop import StopTexts
 from cluster.leader_stream import LeaderAddress
 from grok.serving.v1 import cluster_pb2
 from tests.conftest import DEMO
+from workers.host import liveness
 from workers.host.streams import PULSE_SECONDS
 from workers.messages.codec import decode, encode
 from workers.messages.frames import Hello, LeaderInput, LeaderOutput, Refusal, RefusalKind
@@ -195,7 +195,7 @@ def test_a_leader_that_is_suspected_gets_no_sessions_and_keeps_those_that_it_has
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     looks: list[float] = []
-    monkeypatch.setattr(leader_stream, "why_lost", lambda address, silent: looks.append(silent))
+    monkeypatch.setattr(liveness, "why_lost", lambda address, silent, confirm: looks.append(silent))
 
     async def play() -> None:
         router, kept, new = _Router(max_wait=5, silence=0.5), _session(), _session("new")
