@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -19,37 +20,44 @@ _LOG = logging.getLogger(__name__)
 #: A worker that does not answer for so long is part of no mesh that serves. Busy ones need their time.
 ANSWER_SECONDS = 10.0
 #: A worker of another controller: its handle, and what it is part of; None if it does not answer or has failed.
-_Found = tuple[Any, Assignment | None]
+Found = tuple[Any, Assignment | None]
 
 
 async def adopt() -> tuple[list[RunningMesh], dict[int, int]]:
     """See `Placements.running`. Workers and groups are those of this namespace."""
     names = [name for name in map(WorkerName.parse, await asyncio.to_thread(ray.util.list_named_actors)) if name]
     found = dict(zip(names, await asyncio.gather(*map(_ask, names)), strict=True))
-    specs = [
-        assignment.spec for _, assignment in found.values() if assignment is not None and assignment.spec is not None
-    ]
-    epochs = {spec.replica: 0 for spec in specs}
-    for spec in specs:
-        epochs[spec.replica] = max(epochs[spec.replica], spec.epoch)
-    meshes: dict[int, RunningMesh] = {}
-    kept: set[WorkerName] = set()
-    for group in sorted({name.group for name in names}):
-        mesh, its = _mesh({name: one for name, one in found.items() if name.group == group})
-        if mesh is not None and mesh.spec.epoch == epochs[mesh.spec.replica] and mesh.spec.replica not in meshes:
-            meshes[mesh.spec.replica] = mesh
-            kept |= its
+    meshes, kept, epochs = whole_meshes(found, _placed)
     for name in found.keys() - kept:
         _LOG.info("removing %s, which is part of no mesh that serves", name)
         if (host := found[name][0]) is not None:
             ray.kill(host)
     await asyncio.to_thread(_remove_groups, {name.group for name in kept})
-    for mesh in meshes.values():
+    for mesh in meshes:
         _LOG.info("replica %d goes on in epoch %d", mesh.spec.replica, mesh.spec.epoch)
-    return list(meshes.values()), epochs
+    return meshes, epochs
 
 
-def _mesh(workers: dict[WorkerName, _Found]) -> tuple[RunningMesh | None, set[WorkerName]]:
+def whole_meshes(
+    found: Mapping[WorkerName, Found], placed: Callable[..., Placement]
+) -> tuple[list[RunningMesh], set[WorkerName], dict[int, int]]:
+    """The meshes that go on, at most one of each replica; the workers that belong to them; and the last epoch of each replica.
+    `placed` makes a Placement, of the name of its group and Placement's other arguments."""
+    specs = [one.spec for _, one in found.values() if one is not None and one.spec is not None]
+    epochs = dict(sorted((spec.replica, spec.epoch) for spec in specs))  # the last one counts
+    meshes: dict[int, RunningMesh] = {}
+    kept: set[WorkerName] = set()
+    for group in sorted({name.group for name in found}):
+        mesh, its = _mesh({name: one for name, one in found.items() if name.group == group}, placed)
+        if mesh is not None and mesh.spec.epoch == epochs[mesh.spec.replica] and mesh.spec.replica not in meshes:
+            meshes[mesh.spec.replica] = mesh
+            kept |= its
+    return list(meshes.values()), kept, epochs
+
+
+def _mesh(
+    workers: dict[WorkerName, Found], placed: Callable[..., Placement]
+) -> tuple[RunningMesh | None, set[WorkerName]]:
     """The mesh of a placement group's workers, if they are one that serves; and which of them belong to it: those that stand by
     do too, if there is one beside each."""
     generations: dict[int, dict[int, WorkerName]] = collections.defaultdict(dict)
@@ -66,8 +74,7 @@ def _mesh(workers: dict[WorkerName, _Found]) -> tuple[RunningMesh | None, set[Wo
             continue
         beside = generations.get(generation + 1, {})
         standbys = [beside[rank] for rank in sorted(beside)] if len(beside) == len(names) else []
-        placement = Placement(
-            ray.util.get_placement_group(names[0].group),
+        placement = placed(
             names[0].group,
             specs[0].mesh,
             [assignment.endpoint.node for assignment in assignments],
@@ -80,7 +87,11 @@ def _mesh(workers: dict[WorkerName, _Found]) -> tuple[RunningMesh | None, set[Wo
     return None, set()
 
 
-async def _ask(name: WorkerName) -> _Found:
+def _placed(name: str, *others: Any) -> Placement:
+    return Placement(ray.util.get_placement_group(name), name, *others)
+
+
+async def _ask(name: WorkerName) -> Found:
     try:
         host = await asyncio.to_thread(ray.get_actor, str(name))
     except ValueError:  # it has just ended

@@ -437,7 +437,8 @@ async def _first(*parts: Awaitable[object]) -> None:
     error says more."""
     tasks = [asyncio.ensure_future(part) for part in parts]
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        done = [task for task in tasks if task.done()]
         for task in sorted(done, key=lambda task: task.exception() is None):
             task.result()
     finally:

@@ -13,8 +13,6 @@ from workers.telemetry import logs
 
 #: Bytes of a log after which it begins anew, the last one kept beside it, and seconds between looks.
 MOST_LOG_BYTES, LOG_SECONDS = 64 * 1024 * 1024, 30.0
-#: Lines that Ray itself writes into its workers' logs begin so.
-_RAYS = (":job_id:", ":actor_name:", ":task_name:")
 
 
 async def keep_log_small() -> None:
@@ -26,7 +24,7 @@ async def keep_log_small() -> None:
 
 
 class LogFollower:
-    """Copies what other processes add to their logs."""
+    """Copies the lines that other processes of this project add to their logs. Ray writes its own there too."""
 
     def __init__(self, output: TextIO) -> None:
         self._output = output
@@ -55,5 +53,5 @@ class LogFollower:
                 whole = added[: added.rfind(b"\n") + 1]
                 self._read[path] = read + len(whole)
                 lines = whole.decode(errors="replace").splitlines(keepends=True)
-                self._output.write("".join(line for line in lines if not line.startswith(_RAYS)))
+                self._output.write("".join(line for line in lines if line.startswith("{")))
         self._output.flush()

@@ -100,13 +100,14 @@ class Leader:
         self._routing = Routing(runtime.config)
         metrics.SLOTS.set(runtime.shape.slots)
         self._owners: dict[str, GatewayLink] = {}
-        self._gateways: set[GatewayLink] = set()
+        # In the order in which they came.
+        self._gateways: dict[GatewayLink, None] = {}
         self._greeted: set[GatewayLink] = set()
         #: Of the first canary.
         self._canary: tuple[float, ...] = ()
         self._refusals: dict[GatewayLink, list[Refusal]] = {}
         self._status_due = 0.0
-        self.watchdog = Watchdog(self._give_up, self._working, excused=lambda: bool(server.suspects))
+        self.watchdog = Watchdog(self._give_up, self._working, time.monotonic, excused=lambda: bool(server.suspects))
 
     def run(self) -> None:
         """Serves until a follower is lost, which raises LinkError; gateways only once all hosts have computed a token."""
@@ -233,7 +234,7 @@ class Leader:
             if message is None:
                 self._drop(gateway)
                 continue
-            self._gateways.add(gateway)
+            self._gateways[gateway] = None
             if message.submit is not None:
                 self._submit(gateway, message.submit)
             elif message.cancel:
@@ -297,7 +298,7 @@ class Leader:
 
     def _drop(self, gateway: GatewayLink) -> None:
         """Cancels what a lost gateway asked for."""
-        self._gateways.discard(gateway)
+        self._gateways.pop(gateway, None)
         self._greeted.discard(gateway)
         self._refusals.pop(gateway, None)
         for request_id in [id for id, owner in self._owners.items() if owner is gateway]:
@@ -339,7 +340,7 @@ class Leader:
                 if event.finish is not None:
                     self._forget(event.request_id)
         now, status, ahead = time.monotonic(), None, dict[str, Ahead]()
-        if now >= self._status_due or self._gateways - self._greeted:
+        if now >= self._status_due or self._gateways.keys() - self._greeted:
             self._status_due = now + STATUS_SECONDS
             status = Status(self._compilations(), self._routing.layer_groups)
             ahead = dict(self._scheduler.ahead()) if len(self._gateways) > 1 else {}
@@ -354,7 +355,7 @@ class Leader:
                     canary=() if gateway in self._greeted else self._canary,
                 )
             )
-        self._greeted |= self._gateways
+        self._greeted |= self._gateways.keys()
 
     def _others(self, ahead: dict[str, Ahead], gateway: GatewayLink) -> tuple[Ahead, ...]:
         """Requests of other gateways than this one."""

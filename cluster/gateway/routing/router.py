@@ -16,6 +16,7 @@ from cluster.gateway.session import Session
 from cluster.leader_stream import LeaderAddress, LeaderStream
 from cluster.network import REAL, Network
 from cluster.telemetry import metrics
+from grok.serving.v1 import cluster_pb2
 from workers.messages.frames import Refusal, RefusalKind
 from workers.messages.request import Ahead
 
@@ -27,6 +28,10 @@ RECONNECT_SECONDS = 0.2
 WAIT_SECONDS = 0.02
 #: Replicas that may be lost with a session as their only suspect. Else one that breaks them would break all, for ever.
 MOST_TRIALS = 2
+
+
+#: Replicas in these states are not built again.
+_GONE = (cluster_pb2.REPLICA_STATE_GIVEN_UP, cluster_pb2.REPLICA_STATE_DRAINING)
 
 
 class Router:
@@ -51,6 +56,9 @@ class Router:
         self._silence = silence
         self._links: dict[int, ReplicaLink] = {}
         self._serving: dict[LeaderAddress, asyncio.Task[None]] = {}
+        #: Whether there is a view yet: before, it is not known what sessions can wait for.
+        self._informed = False
+        self._served: set[int] = set()
         #: Replicas that sessions may wait for, and leaders that take no new ones.
         self._returning: set[int] = set()
         self._draining: set[LeaderAddress] = set()
@@ -81,8 +89,12 @@ class Router:
 
     def follow(self, view: ServiceView) -> None:
         """Keeps a stream to the leader of each replica that serves this gateway's model, and none to others."""
+        self._informed = True
         replicas = [replica for replica in view.replicas if self._numbers in ((), replica.numbers)]
-        self._returning = {replica.index for replica in replicas if replica.returns}
+        # A controller that has just begun may not know that a replica served before.
+        self._served |= {replica.index for replica in replicas if replica.leader is not None}
+        served = self._served & {replica.index for replica in replicas if replica.state not in _GONE}
+        self._returning = served | {replica.index for replica in replicas if replica.returns}
         leaders = {replica.leader: replica.draining for replica in replicas if replica.leader is not None}
         self._draining = {leader for leader, draining in leaders.items() if draining}
         for leader in set(self._serving) - set(leaders):
@@ -246,7 +258,7 @@ class Router:
             self._untried[session.request.id] = session, timer
             return True
         link = self._choose(session)
-        if link is None and not self._returning:
+        if link is None and self._informed and not self._returning:
             return False
         if session.suspect:
             self._trial = session

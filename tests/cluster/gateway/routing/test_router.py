@@ -288,6 +288,12 @@ def test_a_session_that_breaks_every_replica_breaks_no_more_and_takes_no_others_
 def test_without_any_replica_there_is_nothing_to_wait_for() -> None:
     async def play() -> None:
         router = _Router(max_wait=5)
+        early = _session()
+        router.start(early)  # nothing is known yet
+        assert router.unplaced == 1
+        router.follow(ServiceView())
+        with pytest.raises(GatewayError, match="there is no other"):
+            await early.next_deltas()
         with pytest.raises(GatewayError, match="no replica is ready"):
             router.start(_session())
         async with _leading(router, 0, 1):

@@ -1,0 +1,1 @@
+"""The whole control plane on a virtual clock; see README.md."""

@@ -1,0 +1,103 @@
+"""Clients, which know what they have to get."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+
+from cluster.gateway.auth.api_keys import Caller
+from cluster.gateway.errors import GatewayError
+from grok.serving.v1 import generation_pb2
+from tests.simulation.devices import completion
+from tests.simulation.service import GoneError, SimGateway
+from tests.simulation.workers import CONTEXT
+from tests.simulation.world import World
+
+
+@dataclasses.dataclass
+class Report:
+    """What clients saw.
+
+    Attributes:
+      whole: streams that were as they should be.
+      left: streams that their clients have left.
+      resumed: how often one went on at another gateway.
+      longest: virtual seconds that one took.
+      errors: that reached a client.
+    """
+
+    whole: int = 0
+    left: int = 0
+    resumed: int = 0
+    longest: float = 0.0
+    errors: list[str] = dataclasses.field(default_factory=list)
+
+
+class Clients:
+    """So many clients of some gateways, each with one stream."""
+
+    def __init__(self, world: World, gateways: list[SimGateway]) -> None:
+        self.report = Report()
+        self._world, self._gateways = world, gateways
+        rng = random.Random(world.rng.getrandbits(32))
+        self._prefixes = [[rng.randrange(3, 2000) for _ in range(80)] for _ in range(3)]
+        self._said: list[list[int]] = []
+
+    async def one(self, number: int) -> None:
+        world, rng = self._world, random.Random(self._world.rng.getrandbits(32))
+        await asyncio.sleep(rng.uniform(0, 25))
+        prompt = self._prompt(rng)
+        most, seed = rng.randint(1, min(90, CONTEXT - len(prompt))), rng.getrandbits(31)
+        wanted = list(completion(tuple(prompt), seed, most))
+        leaves = rng.randint(1, 40) if rng.random() < 0.15 else None
+        slow = rng.uniform(0, 1.5) if rng.random() < 0.15 else 0.0
+        breaks = rng.randint(1, 30) if rng.random() < 0.2 else None
+        sampling = generation_pb2.SamplingParams(seed=seed, temperature=1.0)
+        asked = generation_pb2.Completion(max_tokens=most, sampling=sampling)
+        asked.tokens.ids.extend(prompt)
+        caller = Caller(rng.choice(("alice", "bob", "carol")))
+        got: list[int] = []
+        finish, began = 0, world.loop.time()
+        while not finish:
+            running = [gateway for gateway in self._gateways if gateway.process.runs]
+            if not running:
+                await asyncio.sleep(0.2)
+                continue
+            call = rng.choice(running).begin(generation_pb2.GenerateRequest(completion=asked), caller)
+            try:
+                while not finish and (part := await call.next()) is not None:
+                    got += [token.id for token in part.tokens]
+                    finish = part.finish_reason
+                    assert got == wanted[: len(got)], f"client {number}: {got} is not {wanted}"
+                    if leaves is not None and len(got) >= leaves:
+                        self.report.left += 1
+                        return
+                    if breaks is not None and len(got) >= breaks and not finish:
+                        breaks = None
+                        break
+                    if slow:
+                        await asyncio.sleep(slow)
+            except GatewayError as error:
+                waited = world.loop.time() - began
+                self.report.errors.append(f"client {number} after {waited:.1f} s: {error.code.name}: {error}")
+                return
+            except GoneError:
+                pass
+            finally:
+                call.leave()
+            if not finish:
+                self.report.resumed += 1
+                del asked.resume.ids[:]
+                asked.resume.ids.extend(got)
+                await asyncio.sleep(rng.uniform(0, 0.5))
+        assert got == wanted, f"client {number}: {len(got)} of {len(wanted)} tokens"
+        self._said.append([*prompt, *got])
+        self.report.whole += 1
+        self.report.longest = max(self.report.longest, world.loop.time() - began)
+
+    def _prompt(self, rng: random.Random) -> list[int]:
+        if self._said and rng.random() < 0.3:  # the next turn of a conversation
+            return [*rng.choice(self._said)[: CONTEXT - 40], *(rng.randrange(3, 2000) for _ in range(3))]
+        prefix = rng.choice(self._prefixes)[: rng.randint(1, 80)]
+        return [*prefix, *(rng.randrange(3, 2000) for _ in range(rng.randint(0, 5)))]

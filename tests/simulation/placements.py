@@ -1,0 +1,119 @@
+"""Ray, as far as a controller needs it to place workers. What a controller that has died still wants is not done."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from typing import Any
+
+import ray.exceptions
+
+from cluster.controller.adoption import ANSWER_SECONDS, whole_meshes
+from cluster.controller.placement import GROUP_PREFIX, Placement, RunningMesh, WorkerName, answer
+from tests.simulation.workers import Conditions, SimHost, SimWorker
+from tests.simulation.world import SimNetwork, SimNode, SimProcess, World
+from workers.messages.specs import MeshSpec
+
+
+@dataclasses.dataclass
+class Cluster:
+    """What Ray knows: workers by name, and the hosts of each placement group."""
+
+    world: World
+    conditions: Conditions
+    workers: dict[WorkerName, SimWorker] = dataclasses.field(default_factory=dict)
+    groups: dict[str, list[SimNode]] = dataclasses.field(default_factory=dict)
+
+    def free(self, group: str) -> None:
+        for node in self.groups.pop(group, []):
+            node.free = True
+
+
+class SimPlacements:
+    """A `cluster.controller.placement.Placements` of one life of the controller."""
+
+    def __init__(self, cluster: Cluster, mesh: MeshSpec, controller: SimProcess) -> None:
+        self._cluster, self._mesh, self._controller = cluster, mesh, controller
+
+    async def running(self) -> tuple[list[RunningMesh], dict[int, int]]:
+        names = [name for name, worker in self._cluster.workers.items() if not worker.process.dead.is_set()]
+        found = dict(zip(names, await asyncio.gather(*map(self._ask, names)), strict=True))
+        meshes, kept, epochs = whole_meshes(found, self._placed)
+        for name in names:
+            if name not in kept and self._controller.runs:
+                self._cluster.workers[name].process.die()
+        for group in set(self._cluster.groups) - {name.group for name in kept}:
+            self._cluster.free(group)
+        return meshes, epochs
+
+    async def create(self, replica: int, avoided: tuple[str, ...]) -> Placement:
+        world, mesh = self._cluster.world, self._mesh
+        began = world.loop.time()
+        while True:
+            fit = [node for node in world.hosts if node.free and world.reaches(self._controller.node, node)]
+            others = [node for node in fit if node.id not in avoided]
+            late = world.loop.time() - began > 5
+            chosen = others if len(others) >= mesh.hosts or not late else fit
+            if len(chosen) >= mesh.hosts:
+                break
+            await asyncio.sleep(0.5)
+        nodes = world.rng.sample(chosen, mesh.hosts)
+        group = f"{GROUP_PREFIX}{replica}-{next(world.numbers)}"
+        self._cluster.groups[group] = nodes
+        for node in nodes:
+            node.free = False
+        hosts = [self._host(WorkerName(group, 0, rank)) for rank in range(mesh.hosts)]
+        return self._placed(group, mesh, [node.id for node in nodes], hosts)
+
+    async def spares_beside(self, avoided: frozenset[str]) -> bool:
+        world = self._cluster.world
+        there = [node for node in world.hosts if world.reaches(self._controller.node, node)]
+        return sum(node.id not in avoided for node in there) >= self._mesh.hosts
+
+    def _placed(self, *arguments: Any) -> Placement:
+        return SimPlacement(self._cluster, self._controller, *arguments)
+
+    def _host(self, name: WorkerName) -> SimHost:
+        return start(self._cluster, self._controller, name)
+
+    async def _ask(self, name: WorkerName) -> tuple[Any, Any]:
+        host: Any = SimHost(self._controller, self._cluster.workers[name])
+        try:
+            return host, await answer(host.assignment.remote(), ANSWER_SECONDS, str(name))
+        except (OSError, ray.exceptions.RayError):
+            return host, None
+
+
+def start(cluster: Cluster, controller: SimProcess, name: WorkerName) -> SimHost:
+    """A new worker. On a host without power it is dead from the beginning."""
+    node = cluster.groups[name.group][name.rank]
+    worker = cluster.workers[name] = SimWorker(node, cluster.conditions)
+    if not node.on or not controller.runs:
+        worker.process.die(silently=not node.on)
+    return SimHost(controller, worker)
+
+
+class SimPlacement(Placement):
+    """The project's own, but for what it asks of Ray."""
+
+    def __init__(self, cluster: Cluster, controller: SimProcess, name: str, *others: Any) -> None:
+        unused: Any = None
+        super().__init__(unused, name, *others)
+        self._network = SimNetwork(controller)
+        self._cluster, self._controller = cluster, controller
+
+    def _with(self, hosts: list[Any]) -> Placement:
+        arguments = self._name, self._mesh, self.nodes, hosts, self._generation + 1
+        return SimPlacement(self._cluster, self._controller, *arguments)
+
+    def _start(self, name: WorkerName) -> Any:
+        return start(self._cluster, self._controller, name)
+
+    def _kill(self, hosts: list[Any]) -> None:
+        if self._controller.runs:
+            for host in hosts:
+                host.worker.process.die()
+
+    def _free(self) -> None:
+        if self._controller.runs:
+            self._cluster.free(self._name)

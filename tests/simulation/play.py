@@ -1,0 +1,276 @@
+"""One seed: a service, its clients, what goes wrong, and what must hold in the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import random
+import secrets
+import signal
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+from cluster.config.schema import AutoscalingSection, ClusterSection, Config, GatewaySection
+from tests.conftest import DEMO
+from tests.simulation.clients import Clients, Report
+from tests.simulation.loop import BEGIN, VirtualLoop
+from tests.simulation.placements import Cluster
+from tests.simulation.service import Controllers, SimGateway
+from tests.simulation.workers import CONTEXT, Conditions, workers_of
+from tests.simulation.world import World
+from workers.host import leader as leader_module
+from workers.messages.specs import EngineSpec, MeshSpec, ModelSpec
+
+FAULTS = (
+    "kill leader", "kill follower", "stop leader", "stop follower", "power off", "cut off", "cut pair", "sick host",
+    "slow steps", "step raises", "restart replica", "kill controller", "kill gateway", "kill all gateways",
+)  # fmt: skip
+#: Virtual seconds that a request waits for a replica, and in which all must be well again.
+FAILOVER_SECONDS, RECOVERY_SECONDS = 120.0, 200.0
+#: Real seconds that a seed may take.
+REAL_SECONDS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a seed came to: `problem` is empty if all held."""
+
+    seed: int
+    problem: str
+    digest: str
+    seconds: float
+    notes: tuple[str, ...]
+    report: Report
+
+
+class _Play:
+    def __init__(self, seed: int, kinds: Sequence[str]) -> None:
+        rng = random.Random(seed)
+        self._kinds = kinds
+        hosts, self._replicas = rng.choice((1, 2, 2, 3)), rng.choice((1, 1, 2))
+        self.world = World(seed, hosts * self._replicas + rng.choice((1, 2)))
+        self._conditions = Conditions(batch_invariant=rng.random() < 0.6)
+        self._cluster = Cluster(self.world, self._conditions)
+        scaling = AutoscalingSection()
+        if seed % 3 == 0:  # replicas come and go while they break
+            scaling = AutoscalingSection(self._replicas + 1, queue_per_replica=0.5, up_seconds=0.5, down_seconds=3)
+        config = Config(
+            ModelSpec("demo", str(DEMO)),
+            ClusterSection("auto"),
+            self._replicas,
+            scaling,
+            MeshSpec("cpu", hosts, 1, 1, hosts),
+            EngineSpec(
+                slots=rng.choice((2, 4, 8)),
+                page_size=4,
+                prefill_chunk=8,
+                context=CONTEXT,
+                kv_pages=CONTEXT // 4 + 1 + rng.choice((0, 20, 200)),
+                steps_per_plan=rng.choice((1, 1, 3)),
+            ),
+            GatewaySection(drain_seconds=2.0, failover_seconds=FAILOVER_SECONDS),
+        )
+        self._config = config
+        self._controllers = Controllers(self._cluster, config)
+        count = rng.choice((1, 2, 2, 3))
+        self._gateways = [self._gateway(f"gateway-{i}") for i in range(count)]
+        self.clients = Clients(self.world, self._gateways)
+        self._clients = rng.randint(4, 24)
+        self._beside: list[asyncio.Future[Any]] = []
+
+    async def run(self) -> None:
+        await self._until_well(60)
+        running = [asyncio.ensure_future(self.clients.one(i)) for i in range(self._clients)]
+        breaking = asyncio.ensure_future(self._break())
+        try:
+            async with asyncio.timeout(400):
+                await asyncio.gather(*running, breaking)
+            self._mend()
+            await self._until_well(RECOVERY_SECONDS)
+            await asyncio.sleep(1)
+            self._check()
+        finally:
+            for task in (*running, breaking, *self._beside):
+                task.cancel()
+            await asyncio.gather(*running, breaking, *self._beside, return_exceptions=True)
+        await self._end()
+        assert not self.world.defects, self.world.defects[0]
+
+    def _gateway(self, name: str) -> SimGateway:
+        return SimGateway(self.world, self._controllers, self._config, name)
+
+    async def _until_well(self, seconds: float) -> None:
+        """Returns once all replicas serve, all gateways know, and the controller knows them."""
+        async with asyncio.timeout(seconds):
+            while not self._well():
+                await asyncio.sleep(0.25)
+
+    def _well(self) -> bool:
+        known = {report.pid for report in self._controllers.controller.reports}
+        return self._controllers.process.runs and all(
+            gateway.process.runs and gateway.router.ready >= self._replicas and gateway.process.pid in known
+            for gateway in self._gateways
+        )
+
+    async def _break(self) -> None:
+        rng = random.Random(self.world.rng.getrandbits(32))
+        for _ in range(rng.randint(1, 4) if self._kinds else 0):
+            await asyncio.sleep(rng.uniform(0.5, 15))
+            self._strike(rng.choice(list(self._kinds)), rng)
+
+    def _strike(self, kind: str, rng: random.Random) -> None:
+        world, mended = self.world, rng.uniform(1, 20)
+        leaders = [leader for leader in self._conditions.leaders if leader.runs]
+        if kind in ("kill controller", "kill gateway", "kill all gateways"):
+            world.note(kind)
+            self._strike_front(kind, rng)
+            return
+        if not leaders:
+            return
+        members = rng.choice(leaders).worker.members
+        process = members.get(1 if "follower" in kind else rng.choice(sorted(members)), members[0]).process
+        node = process.node
+        world.note(f"{kind}: {node.address}")
+        if kind.startswith("kill"):
+            process.die()
+        elif kind.startswith("stop"):
+            process.stop()
+        elif kind == "power off":
+            node.power_off()
+            world.loop.call_later(mended, setattr, node, "on", True)
+        elif kind == "cut off":
+            node.alone = True
+            world.loop.call_later(mended, setattr, node, "alone", False)
+        elif kind in ("cut pair", "sick host") and not self._spares():
+            world.note("not done: no host is left to take its place")
+        elif kind == "cut pair" and len(members) > 1:
+            world.cut.add(frozenset(member.process.node.address for _, member in sorted(members.items())[:2]))
+        elif kind == "sick host":
+            node.sick = True
+            process.die()
+        elif kind == "slow steps":
+            self._conditions.slow = rng.uniform(0.1, 0.9)
+            world.loop.call_later(mended / 4, setattr, self._conditions, "slow", 0.0)
+        elif kind == "step raises":
+            self._conditions.raises = True
+        elif kind == "restart replica":
+            self._beside.append(asyncio.ensure_future(self._restart(rng)))
+
+    def _spares(self) -> int:
+        """Hosts that could be broken for good, and there would still be enough."""
+        broken = sum(node.sick for node in self.world.hosts) + len(self.world.cut)
+        return len(self.world.hosts) - self._replicas * self._config.mesh.hosts - broken
+
+    def _strike_front(self, kind: str, rng: random.Random) -> None:
+        if kind == "kill controller":
+            if self._controllers.process.runs:
+                self._controllers.kill()
+            return
+        chosen = self._gateways if kind == "kill all gateways" else [rng.choice(self._gateways)]
+        for gateway in list(chosen):
+            if gateway.process.runs:
+                gateway.die()
+                self.world.loop.call_later(rng.uniform(0.5, 3), self._start_again, gateway)
+
+    def _start_again(self, gateway: SimGateway) -> None:
+        self._gateways[self._gateways.index(gateway)] = self._gateway(gateway.name)
+
+    async def _restart(self, rng: random.Random) -> None:
+        with contextlib.suppress(Exception):  # it may not serve just now, or fail meanwhile
+            await self._controllers.controller.restart(rng.randrange(self._replicas))
+
+    def _mend(self) -> None:
+        """Hosts come back; what is broken for good stays so, and there is one host too many."""
+        for node in self.world.hosts:
+            node.on, node.alone = True, False
+        self._conditions.slow, self._conditions.raises = 0.0, False
+
+    def _check(self) -> None:
+        for gateway in self._gateways:
+            assert gateway.admission.in_flight == 0, (
+                f"{gateway.admission.in_flight} places of a gateway are still taken"
+            )
+            assert gateway.router.sessions == 0, f"{gateway.router.sessions} sessions are left"
+        for leader in (leader for leader in self._conditions.leaders if leader.runs):
+            load = leader.scheduler.load
+            leader.scheduler.check_integrity()
+            assert load.waiting == 0, f"requests are left on the engine: {load}"
+            assert load.running <= 1, f"requests are left on the engine: {load}"  # a canary may be
+            assert not leader.leader._owners, "a leader remembers requests that are over"
+            assert not leader.leader._waits, "a leader remembers requests that are over"
+        serving = [(leader.spec.replica, leader.spec.epoch) for leader in self._conditions.leaders if leader.runs]
+        assert len(serving) == len(set(serving)), f"an epoch has two leaders: {serving}"
+
+    async def _end(self) -> None:
+        """An orderly end leaves nothing."""
+        for gateway in self._gateways:
+            gateway.die()
+        self._controllers.end()
+        await asyncio.sleep(5)
+        left = workers_of(self.world)
+        assert not left, f"{len(left)} workers are left"
+        assert all(node.free for node in self.world.hosts), "hosts are still taken"
+        self._controllers.process.die()
+
+
+def play(seed: int, kinds: Sequence[str] = FAULTS) -> Outcome:
+    """Plays a seed with faults of these kinds."""
+    loop = VirtualLoop()
+    asyncio.set_event_loop(loop)
+    plays: list[_Play] = []
+    problem = ""
+
+    async def run() -> None:
+        plays.append(_Play(seed, kinds))
+        await plays[0].run()
+
+    with _virtual(loop):
+        try:
+            loop.run_until_complete(run())
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            problem = f"{type(error).__name__}: {error} ({where.name}:{where.lineno})"
+        finally:
+            for task in asyncio.all_tasks(loop):
+                task.cancel()
+            with contextlib.suppress(Exception):
+                loop.run_until_complete(asyncio.sleep(0.1))
+    seconds = loop.now - BEGIN
+    loop.close()
+    asyncio.set_event_loop(None)
+    if not plays:
+        return Outcome(seed, problem, "", seconds, (), Report())
+    world, report = plays[0].world, plays[0].clients.report
+    problem = problem or "; ".join(report.errors[:3])
+    return Outcome(seed, problem, world.digest, seconds, tuple(world.notes), report)
+
+
+@contextlib.contextmanager
+def _virtual(loop: VirtualLoop) -> Iterator[None]:
+    """Clocks show the loop's time; what takes too long in real time is ended."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"{REAL_SECONDS} real seconds without an end")
+
+    names = random.Random(0)
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(REAL_SECONDS)
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            mock.patch.object(time, "monotonic", loop.time),
+            mock.patch.object(time, "perf_counter", loop.time),
+            mock.patch.object(leader_module, "faulthandler"),
+            mock.patch.object(secrets, "token_hex", lambda size: names.randbytes(size).hex()),
+            mock.patch.object(secrets, "token_bytes", names.randbytes),
+        ):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
