@@ -92,7 +92,7 @@ class Router:
         self._informed = True
         replicas = [replica for replica in view.replicas if self._numbers in ((), replica.numbers)]
         # A controller that has just begun may not know that a replica served before.
-        self._served |= {replica.index for replica in replicas if replica.leader is not None}
+        self._served |= {replica.index for replica in replicas if replica.returns or replica.leader is not None}
         served = self._served & {replica.index for replica in replicas if replica.state not in _GONE}
         self._returning = served | {replica.index for replica in replicas if replica.returns}
         leaders = {replica.leader: replica.draining for replica in replicas if replica.leader is not None}
