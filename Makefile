@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo serve stop check format lint types proto test test-fast coverage test-rayup determinism operations chaos simulate front restarts fuzz audit aot bench-loader bench overload hostile bench-peers load golden docs dashboards pictures clean
+.PHONY: help install demo serve stop check format lint types proto test test-fast coverage test-rayup determinism operations chaos simulate simulate-mutants front restarts fuzz audit aot bench-loader bench overload hostile bench-peers load golden docs dashboards pictures clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -71,6 +71,9 @@ chaos: install ## two hundred random faults under load; FAULTS=N for another num
 
 simulate: install ## the control plane on a virtual clock, from one seed each: SEEDS=N, FIRST=N
 	PYTHONHASHSEED=0 $(BIN)/python -m tests.simulation --seeds $(or $(SEEDS),1000) --first $(or $(FIRST),0)
+
+simulate-mutants: install ## faults in the code, one at a time, and how many seeds find each
+	$(BIN)/python -m tests.simulation.mutants
 
 front: install ## gateways and the controller are killed under load, fifty times each; KILLS=N for another number
 	GROKMESH_KILLS=$(or $(KILLS),50) $(BIN)/python -m pytest -q -s tests/chaos/test_front.py

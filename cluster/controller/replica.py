@@ -36,6 +36,8 @@ GIVE_UP_FAILURES, GIVEN_UP_SECONDS = 10, 300.0
 HEALTHY_SECONDS = 5.0
 #: Bytes of a trace that are fetched at a time: what Ray unpacks holds the gateway's loop up.
 TRACE_PART = 256 * 1024
+#: Seconds that a mesh has to compute its first token, which its leader asks for at once.
+PROVE_SECONDS = 60.0
 #: Seconds that a leader has to say why its stream has ended.
 REASON_SECONDS = 0.5
 #: A replica that drains is empty when it has had no request for so long: gateways may not know at once that it drains.
@@ -304,6 +306,7 @@ class Replica:
                 self._watch_hosts(placement),
                 stream.run(lambda _: None, self._accept),
                 self._stand_by(placement),
+                self._prove(),
                 self._restart.wait(),
             )
         finally:
@@ -320,6 +323,15 @@ class Replica:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REASON_SECONDS):
                     await self._watch_hosts(placement, 0.05)
+
+    async def _prove(self) -> None:
+        """Raises TimeoutError if the mesh does not compute a token in time."""
+        try:
+            async with asyncio.timeout(PROVE_SECONDS):
+                await self._serving.wait()
+        except TimeoutError as error:
+            raise TimeoutError(f"the mesh has not computed a token in {PROVE_SECONDS:g} s") from error
+        await asyncio.Event().wait()
 
     async def _watch_hosts(self, placement: Placement, pause: float = POLL_SECONDS) -> None:
         """Asks again and again what the hosts do. Raises HostError for one that is lost, or whose part has failed."""

@@ -20,18 +20,22 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1000, help="how many (default: %(default)s)")
     parser.add_argument("--faults", default=",".join(FAULTS), help="kinds, separated by commas")
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--until-found", action="store_true", help="end with the first seed after which not all held")
     parser.add_argument("--notes", action="store_true", help="show what happened in seeds after which not all held")
     arguments = parser.parse_args()
     kinds = tuple(kind for kind in arguments.faults.split(",") if kind)
     jobs = [(seed, kinds) for seed in range(arguments.first, arguments.first + arguments.seeds)]
     began, outcomes = time.perf_counter(), list[Outcome]()
     with multiprocessing.get_context("fork").Pool(arguments.processes) as pool:
-        for outcome in pool.imap_unordered(_play, jobs, 4):
+        played = pool.imap(_play, jobs) if arguments.until_found else pool.imap_unordered(_play, jobs, 4)
+        for outcome in played:
             outcomes.append(outcome)
             if outcome.problem:
                 print(f"seed {outcome.seed}: {outcome.problem}", flush=True)
                 if arguments.notes:
                     print(*outcome.notes, sep="\n  ", flush=True)
+                if arguments.until_found:
+                    break
     seconds = time.perf_counter() - began
     broken = sum(bool(outcome.problem) for outcome in outcomes)
     reports = [outcome.report for outcome in outcomes]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
+from collections.abc import Callable
 
 from cluster.gateway.auth.api_keys import Caller
 from cluster.gateway.errors import GatewayError
@@ -37,8 +38,10 @@ class Report:
 class Clients:
     """So many clients of some gateways, each with one stream."""
 
-    def __init__(self, world: World, gateways: list[SimGateway]) -> None:
+    def __init__(self, world: World, gateways: list[SimGateway], on_left: Callable[[str], None]) -> None:
+        """`on_left` gets the ids of requests whose clients have left."""
         self.report = Report()
+        self._on_left = on_left
         self._world, self._gateways = world, gateways
         rng = random.Random(world.rng.getrandbits(32))
         self._prefixes = [[rng.randrange(3, 2000) for _ in range(80)] for _ in range(3)]
@@ -46,7 +49,7 @@ class Clients:
 
     async def one(self, number: int) -> None:
         world, rng = self._world, random.Random(self._world.rng.getrandbits(32))
-        await asyncio.sleep(rng.uniform(0, 25))
+        await asyncio.sleep(rng.choice((3.0, 12.0, rng.uniform(0, 25))))  # some come together
         prompt = self._prompt(rng)
         most, seed = rng.randint(1, min(90, CONTEXT - len(prompt))), rng.getrandbits(31)
         wanted = list(completion(tuple(prompt), seed, most))
@@ -72,6 +75,7 @@ class Clients:
                     assert got == wanted[: len(got)], f"client {number}: {got} is not {wanted}"
                     if leaves is not None and len(got) >= leaves:
                         self.report.left += 1
+                        self._on_left(part.request_id)
                         return
                     if breaks is not None and len(got) >= breaks and not finish:
                         breaks = None

@@ -28,10 +28,13 @@ from workers.messages.specs import EngineSpec, MeshSpec, ModelSpec
 
 FAULTS = (
     "kill leader", "kill follower", "stop leader", "stop follower", "power off", "cut off", "cut pair", "sick host",
-    "slow steps", "step raises", "restart replica", "kill controller", "kill gateway", "kill all gateways",
+    "slow steps", "step raises", "step hangs", "streams break", "restart replica",
+    "kill controller", "kill gateway", "kill all gateways",
 )  # fmt: skip
 #: Virtual seconds that a request waits for a replica, and in which all must be well again.
 FAILOVER_SECONDS, RECOVERY_SECONDS = 120.0, 200.0
+#: Virtual seconds in which a request is forgotten whose client has left: its gateway may have died with it.
+LEFT_SECONDS = 1.0
 #: Real seconds that a seed may take.
 REAL_SECONDS = 20
 
@@ -79,7 +82,7 @@ class _Play:
         self._controllers = Controllers(self._cluster, config)
         count = rng.choice((1, 2, 2, 3))
         self._gateways = [self._gateway(f"gateway-{i}") for i in range(count)]
-        self.clients = Clients(self.world, self._gateways)
+        self.clients = Clients(self.world, self._gateways, self._left)
         self._clients = rng.randint(4, 24)
         self._beside: list[asyncio.Future[Any]] = []
 
@@ -158,6 +161,11 @@ class _Play:
             world.loop.call_later(mended / 4, setattr, self._conditions, "slow", 0.0)
         elif kind == "step raises":
             self._conditions.raises = True
+        elif kind == "step hangs":
+            self._conditions.hangs = True
+        elif kind == "streams break":
+            for end in rng.choice(self._gateways).process.ends:
+                end.close()
         elif kind == "restart replica":
             self._beside.append(asyncio.ensure_future(self._restart(rng)))
 
@@ -165,6 +173,22 @@ class _Play:
         """Hosts that could be broken for good, and there would still be enough."""
         broken = sum(node.sick for node in self.world.hosts) + len(self.world.cut)
         return len(self.world.hosts) - self._replicas * self._config.mesh.hosts - broken
+
+    def _left(self, request_id: str) -> None:
+        """Soon after its client has left nothing knows a request any more."""
+
+        def look() -> None:
+            for leader in self._conditions.leaders:
+                if leader.runs and leader.computes and self.world.reaches(self.world.front, leader.worker.process.node):
+                    assert request_id not in leader.leader._owners, "a request goes on whose client has left"
+
+        def check() -> None:
+            try:
+                look()
+            except AssertionError as error:
+                self.world.defects.append(str(error))
+
+        self.world.loop.call_later(LEFT_SECONDS, check)
 
     def _strike_front(self, kind: str, rng: random.Random) -> None:
         if kind == "kill controller":
@@ -188,7 +212,7 @@ class _Play:
         """Hosts come back; what is broken for good stays so, and there is one host too many."""
         for node in self.world.hosts:
             node.on, node.alone = True, False
-        self._conditions.slow, self._conditions.raises = 0.0, False
+        self._conditions.slow, self._conditions.raises, self._conditions.hangs = 0.0, False, False
 
     def _check(self) -> None:
         for gateway in self._gateways:

@@ -31,11 +31,11 @@ _CALLS = (
 
 class Conditions:
     """What the devices of all meshes are like: whether kernels are batch-invariant, seconds that steps take longer, whether the
-    next step raises."""
+    next step raises, or never ends."""
 
     def __init__(self, *, batch_invariant: bool) -> None:
         self.batch_invariant = batch_invariant
-        self.slow, self.raises = 0.0, False
+        self.slow, self.raises, self.hangs = 0.0, False, False
         #: The workers of each epoch, by replica, epoch and secret.
         self.meshes: dict[tuple[int, int, bytes], dict[int, SimWorker]] = {}
         self.leaders: list[SimLeader] = []
@@ -83,6 +83,7 @@ class SimWorker:
         self._prepared = False
         self._phase = "starting"
         self._failure: Exception | None = None
+        self._leader: SimLeader | None = None
         self._serving = False
         self._reached: set[str] = set()
         self._port = next(node.world.numbers)
@@ -112,8 +113,9 @@ class SimWorker:
         await asyncio.sleep(0.02)
 
     async def progress(self) -> Progress:
-        if self._failure is not None:
-            raise self._failure
+        failure = self._failure or (self._leader.server.broken if self._leader and self._leader.server.closed else None)
+        if failure is not None:
+            raise failure
         return Progress(self._phase, 0.5)
 
     async def assignment(self) -> Assignment:
@@ -144,7 +146,7 @@ class SimWorker:
     async def _serve(self) -> None:
         assert self.spec is not None
         try:
-            await (self._follow(self.spec) if self.spec.rank else self._leader.run())
+            await (self._follow(self.spec) if self._leader is None else self._leader.run())
         except Exception as error:
             if not isinstance(error, OSError) and "XlaRuntimeError" not in str(error):
                 self.world.defects.append(f"rank {self.spec.rank} died of {error!r}")
@@ -234,6 +236,7 @@ class SimServer:
             self.closed = True
             self.broken = LinkError(reason, rank)
             self.inbox.put_nowait(None)
+            self._process.world.listeners.pop(self._spec.leader, None)
             for end in self._ends:
                 end.close()
 
@@ -302,11 +305,17 @@ class SimLeader:
         self.leader = Leader(
             devices, self.scheduler, server, spec.epoch, lambda: 0, unused, unused, stalls, engine.prefill_slowdown
         )
+        self._stepped = 0.0
         conditions.leaders.append(self)
 
     @property
     def runs(self) -> bool:
         return self.worker.process.runs and not self.server.closed
+
+    @property
+    def computes(self) -> bool:
+        """Whether it computes as fast as ever."""
+        return self.worker.computes() and self.worker.world.loop.time() - self._stepped < 0.1
 
     async def run(self) -> None:
         try:
@@ -340,8 +349,10 @@ class SimLeader:
         if conditions.raises:
             conditions.raises = False
             raise RuntimeError("XlaRuntimeError: INTERNAL")
-        while not self.worker.computes():
+        hangs, conditions.hangs = conditions.hangs, False
+        while hangs or not self.worker.computes():
             await asyncio.sleep(0.05)
+        self._stepped = self.worker.world.loop.time()
 
     async def _watch(self) -> None:
         while not self.leader.watchdog.check():

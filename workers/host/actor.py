@@ -157,8 +157,9 @@ class Host:
 
     def progress(self) -> Progress:
         """What the worker is doing. Raises what has ended its part of the mesh."""
-        if self._failure is not None:
-            raise self._failure
+        failure = self._failure or (self._worker.failure if self._worker else None)
+        if failure is not None:
+            raise failure
         return self._worker.progress if self._worker else Progress("starting", 0.0)
 
 

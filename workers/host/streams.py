@@ -204,6 +204,11 @@ class LeaderServer:
         for link in self._followers.values():
             link.send(frame)
 
+    @property
+    def failure(self) -> LinkError | None:
+        """Why the mesh is over, if it is."""
+        return self.broken if self._closed else None
+
     def wake(self) -> None:
         """Wakes the leader's loop. Any thread may call it."""
         self.inbox.put((None, None))

@@ -156,6 +156,11 @@ class Worker:
         self.runtime.set_parameters(parameters)
         return read.digests
 
+    @property
+    def failure(self) -> Exception | None:
+        """Why the mesh that this rank leads is over, if it is, though a step of it may hang still."""
+        return self._server.failure if self._server is not None else None
+
     def warm_up(self) -> None:
         """Runs every program once, together with all other hosts, which must have formed."""
         self._report(WARMING_UP, 0.0)
