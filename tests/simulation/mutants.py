@@ -66,12 +66,6 @@ MUTANTS = (
         "            return",
     ),
     Mutant(
-        "a leader that is gone keeps its stream",
-        "cluster/gateway/routing/router.py",
-        "self._serving.pop(leader).cancel()",
-        "self._serving.pop(leader)",
-    ),
-    Mutant(
         "a gateway that knows nothing yet turns requests away",
         "cluster/gateway/routing/router.py",
         "self._informed = False",
@@ -114,6 +108,18 @@ MUTANTS = (
         "resumed=tuple(known[:-1]))",
     ),
     Mutant(
+        "tokens that a resumed request has are not decoded again",
+        "workers/engine/policy.py",
+        "        return request.resumed\n",
+        "        return ()\n",
+    ),
+    Mutant(
+        "a row is decoded at the place before",
+        "workers/engine/sequence.py",
+        "row = DecodeRow(self.slot, self.position)",
+        "row = DecodeRow(self.slot, self.position - 1)",
+    ),
+    Mutant(
         "a page leaks",
         "workers/engine/pages.py",
         "for page in reversed(self._owned.pop(owner)):",
@@ -126,12 +132,6 @@ MUTANTS = (
         "",
     ),
     Mutant(
-        "what a prefix matches is a page short",
-        "workers/engine/pages.py",
-        "node = self._tree.get((node, tokens[start : start + self._size]))",
-        "node = self._tree.get((node, tokens[start : start + self._size - 1]))",
-    ),
-    Mutant(
         "no host is ever blamed",
         "cluster/controller/replica.py",
         "        for rank in blamed:\n",
@@ -142,12 +142,6 @@ MUTANTS = (
         "cluster/controller/replica.py",
         "            await placement.check_reachable(endpoints)",
         "            pass",
-    ),
-    Mutant(
-        "a mesh without one of its hosts is adopted",
-        "cluster/controller/adoption.py",
-        "if len(names) != specs[0].mesh.hosts or any(assignment.phase != READY for assignment in assignments):",
-        "if False:",
     ),
     Mutant(
         "no mesh is adopted",

@@ -29,7 +29,7 @@ from workers.messages.specs import EngineSpec, MeshSpec, ModelSpec
 FAULTS = (
     "kill leader", "kill follower", "stop leader", "stop follower", "power off", "cut off", "cut pair", "sick host",
     "slow steps", "step raises", "step hangs", "streams break", "restart replica",
-    "kill controller", "kill gateway", "kill all gateways",
+    "kill controller", "kill gateway", "kill all gateways", "kill controller and a worker",
 )  # fmt: skip
 #: Virtual seconds that a request waits for a replica, and in which all must be well again.
 FAILOVER_SECONDS, RECOVERY_SECONDS = 120.0, 200.0
@@ -129,10 +129,11 @@ class _Play:
     def _strike(self, kind: str, rng: random.Random) -> None:
         world, mended = self.world, rng.uniform(1, 20)
         leaders = [leader for leader in self._conditions.leaders if leader.runs]
-        if kind in ("kill controller", "kill gateway", "kill all gateways"):
+        if "controller" in kind or "gateway" in kind:
             world.note(kind)
             self._strike_front(kind, rng)
-            return
+            if "worker" not in kind:
+                return
         if not leaders:
             return
         members = rng.choice(leaders).worker.members
@@ -179,19 +180,19 @@ class _Play:
 
         def look() -> None:
             for leader in self._conditions.leaders:
-                if leader.runs and leader.computes and self.world.reaches(self.world.front, leader.worker.process.node):
-                    assert request_id not in leader.leader._owners, "a request goes on whose client has left"
+                if not (
+                    leader.runs and leader.computes and self.world.reaches(self.world.front, leader.worker.process.node)
+                ):
+                    continue
+                if request_id in leader.leader._owners or request_id in dict(leader.scheduler.ahead()):
+                    self.world.defects.append("a request goes on whose client has left")
+                if not all(owner.open for owner in leader.leader._owners.values()):
+                    self.world.defects.append("a request goes on whose gateway has died")
 
-        def check() -> None:
-            try:
-                look()
-            except AssertionError as error:
-                self.world.defects.append(str(error))
-
-        self.world.loop.call_later(LEFT_SECONDS, check)
+        self.world.loop.call_later(LEFT_SECONDS, look)
 
     def _strike_front(self, kind: str, rng: random.Random) -> None:
-        if kind == "kill controller":
+        if "controller" in kind:
             if self._controllers.process.runs:
                 self._controllers.kill()
             return
@@ -200,6 +201,7 @@ class _Play:
             if gateway.process.runs:
                 gateway.die()
                 self.world.loop.call_later(rng.uniform(0.5, 3), self._start_again, gateway)
+                self._left("")
 
     def _start_again(self, gateway: SimGateway) -> None:
         self._gateways[self._gateways.index(gateway)] = self._gateway(gateway.name)
