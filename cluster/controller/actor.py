@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -26,6 +27,9 @@ from workers.telemetry import logs
 from workers.telemetry.metrics_server import serve_metrics
 
 _LOG = logging.getLogger(__name__)
+
+#: Seconds that finding out what another controller has left may take.
+SETTLE_SECONDS = 20.0
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
@@ -76,6 +80,9 @@ class ControllerActor:
         """Drains gateways, then ends all replicas."""
         await self._gateways.end()
         if self._life is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SETTLE_SECONDS):
+                    await self._controller.settled()
             self._life.remove_done_callback(_end_with)
             self._life.cancel()
             await asyncio.gather(self._life, return_exceptions=True)

@@ -62,6 +62,10 @@ class Controller:
         """Keeps replicas alive until cancelled, then ends them."""
         await self._fleet.run()
 
+    async def settled(self) -> None:
+        """Returns once it is known what another controller has left: only then can all of it be ended."""
+        await self._fleet.adopted.wait()
+
     async def sync(self, report: GatewayReport, version: tuple[str, int], seconds: float) -> ServiceView:
         now = asyncio.get_running_loop().time()
         before = self._reports.get(report.name)

@@ -236,7 +236,7 @@ class _Play:
         """An orderly end leaves nothing."""
         for gateway in self._gateways:
             gateway.die()
-        self._controllers.end()
+        await self._controllers.end()
         await asyncio.sleep(5)
         left = workers_of(self.world)
         assert not left, f"{len(left)} workers are left"

@@ -52,8 +52,9 @@ class Controllers:
         self.process.die()
         self._world.loop.call_later(self._world.rng.uniform(0.5, 3), self.start)
 
-    def end(self) -> None:
+    async def end(self) -> None:
         """Ends all replicas, as an orderly end does."""
+        await self.controller.settled()
         self._life.cancel()
 
     def client(self, process: SimProcess) -> SimControllerClient:
