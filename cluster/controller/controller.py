@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -11,7 +10,7 @@ from typing import Protocol
 from cluster.config.schema import Config
 from cluster.controller.fleet import Fleet
 from cluster.controller.integrity import Digests
-from cluster.controller.ledger import Ledger
+from cluster.controller.ledger import KeyState, Ledger
 from cluster.controller.placement import Placements
 from cluster.controller.replica import Replica
 from cluster.controller.view import GatewayReport, ServiceView
@@ -67,25 +66,30 @@ class Controller:
         await self._fleet.adopted.wait()
 
     async def sync(self, report: GatewayReport, version: tuple[str, int], seconds: float) -> ServiceView:
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         before = self._reports.get(report.name)
         if before is not None and before[0].pid != report.pid:  # it has died, and was started again
             self._ledger.forget(before[0].life)
         self._reports[report.name] = report, now
         keys = self._ledger.report(report.life, report.keys, now)
-        await self._fleet.news(version, seconds)
-        return dataclasses.replace(await self.view(), keys=keys)
+        return self._whole(await self._fleet.news(version, seconds), keys)
 
     async def view(self) -> ServiceView:
         """The service as it is now."""
-        view, reports = await self._fleet.news(("", 0), 0.0), self.reports
+        await self.settled()
+        return self._whole(self._fleet.view(), {})
+
+    def _whole(self, fleet: ServiceView, keys: Mapping[str, KeyState]) -> ServiceView:
+        """A view of the replicas, with what else there is."""
+        reports = self.reports
         return dataclasses.replace(
             self._place,
-            replicas=view.replicas,
-            wanted=view.wanted,
-            version=view.version,
+            replicas=fleet.replicas,
+            wanted=fleet.wanted,
+            version=fleet.version,
             requests=sum(report.requests for report in reports),
             gateways=tuple(reports),
+            keys=keys,
         )
 
     def inherit(self, budgets: Mapping[str, tuple[int, float]], seconds: float) -> None:
@@ -112,7 +116,7 @@ class Controller:
     @property
     def reports(self) -> list[GatewayReport]:
         """Of all gateways that have reported lately."""
-        oldest = asyncio.get_running_loop().time() - REPORT_SECONDS
+        oldest = time.monotonic() - REPORT_SECONDS
         for report in [report for report, at in self._reports.values() if at < oldest]:
             del self._reports[report.name]
             self._ledger.forget(report.life)

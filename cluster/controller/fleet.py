@@ -85,11 +85,7 @@ class Fleet:
 
     def view(self) -> ServiceView:
         """The service as it is now."""
-        return ServiceView(
-            tuple(replica.view for replica in self.replicas),
-            self.wanted,
-            self._version,
-        )
+        return ServiceView(tuple(replica.view for replica in self.replicas), self.wanted, self._version)
 
     async def news(self, version: tuple[str, int], seconds: float) -> ServiceView:
         """The view as soon as it has another version than this; after `seconds` in any case, if there is one."""
@@ -99,10 +95,6 @@ class Fleet:
                 while version == self._version:
                     await self._changed.wait()
         return self.view()
-
-    def _note(self, replica: Replica) -> None:
-        del replica
-        self._look()
 
     def _look(self) -> None:
         """Gives the view another version if gateways have to act on it."""
@@ -144,7 +136,7 @@ class Fleet:
             self._quarantine,
             self._digests,
             self._canary,
-            self._note,
+            lambda _: self._look(),
             self._epochs.get(index, 0),
             running,
             self._network,
@@ -154,11 +146,10 @@ class Fleet:
 
     def _renew(self) -> None:
         """Gives a replica of another configuration new workers, one at a time, if all others serve."""
-        others = [replica for replica in self.replicas if not replica.outdated]
+        outdated = [replica for replica in self.replicas if replica.outdated]
         serving = all(replica.state == cluster_pb2.REPLICA_STATE_READY for replica in self.replicas)
-        if serving and len(others) < len(self._replicas) and (self._renewal is None or self._renewal.done()):
-            outdated = next(replica for replica in self.replicas if replica.outdated)
-            self._renewal = asyncio.ensure_future(_renewed(outdated))
+        if outdated and serving and (self._renewal is None or self._renewal.done()):
+            self._renewal = asyncio.ensure_future(_renewed(outdated[0]))
 
     def _adjust(self) -> None:
         metrics.REPLICAS_WANTED.set(self.wanted)

@@ -8,8 +8,10 @@ import logging
 from typing import Any
 from unittest import mock
 
+import ray.exceptions
+
 from tests.simulation.devices import SimDevices
-from tests.simulation.world import End, SimNetwork, SimNode, SimProcess, World, call
+from tests.simulation.world import DeadError, End, SimNetwork, SimNode, SimProcess, World, call
 from workers.engine.scheduler import Scheduler
 from workers.host.leader import NOTHING, Leader, StepWait
 from workers.host.streams import LENGTH, PULSE_SECONDS, LinkError
@@ -56,10 +58,6 @@ class _Remote:
         self._caller, self._worker, self._name = caller, worker, name
 
     def __call__(self, *arguments: Any) -> asyncio.Task[Any]:
-        import ray.exceptions
-
-        from tests.simulation.world import DeadError
-
         async def made() -> Any:
             try:
                 method = getattr(self._worker, self._name)
