@@ -11,9 +11,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.controller.client import NAME, RayController
 from cluster.controller.controller import Controller
+from cluster.controller.epochs import forget
 from cluster.controller.gateways import Gateways
 from cluster.controller.integrity import Digests
 from cluster.controller.ray_placements import RayPlacements
@@ -34,7 +36,7 @@ SETTLE_SECONDS = 20.0
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class ControllerActor:
-    """The controller's process. Ray starts it again wherever a node is left."""
+    """The controller's process. Ray starts it again, on another host if its own is gone."""
 
     def __init__(self, deployment: Deployment) -> None:
         logs.configure()
@@ -86,6 +88,7 @@ class ControllerActor:
             self._life.remove_done_callback(_end_with)
             self._life.cancel()
             await asyncio.gather(self._life, return_exceptions=True)
+            await forget()
         return self._controller.budgets()
 
 
@@ -106,6 +109,8 @@ async def deploy(deployment: Deployment, *, anew: bool) -> Deployment:
         await controller.kill()
     except OSError:  # there is none
         pass
-    options: dict[str, Any] = {"name": NAME, "lifetime": "detached", "max_concurrency": 1000}
+    # Beside the gateways: a host that computes may be lost, and should not take the controller with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"name": NAME, "lifetime": "detached", "max_concurrency": 1000, "scheduling_strategy": here}
     ControllerActor.options(**options).remote(deployment)  # type: ignore[attr-defined]
     return await controller.start()

@@ -12,6 +12,7 @@ import ray
 import ray.exceptions
 from ray.util.placement_group import placement_group_table, remove_placement_group
 
+from cluster.controller.epochs import remembered
 from cluster.controller.placement import GROUP_PREFIX, Placement, RunningMesh, WorkerName, answer
 from workers.messages.specs import READY, Assignment
 
@@ -27,7 +28,7 @@ async def adopt() -> tuple[list[RunningMesh], dict[int, int]]:
     """See `Placements.running`. Workers and groups are those of this namespace."""
     names = [name for name in map(WorkerName.parse, await asyncio.to_thread(ray.util.list_named_actors)) if name]
     found = dict(zip(names, await asyncio.gather(*map(_ask, names)), strict=True))
-    meshes, kept, epochs = whole_meshes(found, _placed)
+    meshes, kept, epochs = whole_meshes(found, await remembered(), _placed)
     for name in found.keys() - kept:
         _LOG.info("removing %s, which is part of no mesh that serves", name)
         if (host := found[name][0]) is not None:
@@ -39,12 +40,12 @@ async def adopt() -> tuple[list[RunningMesh], dict[int, int]]:
 
 
 def whole_meshes(
-    found: Mapping[WorkerName, Found], placed: Callable[..., Placement]
+    found: Mapping[WorkerName, Found], remembered: Mapping[int, int], placed: Callable[..., Placement]
 ) -> tuple[list[RunningMesh], set[WorkerName], dict[int, int]]:
-    """The meshes that go on, at most one of each replica; the workers that belong to them; and the last epoch of each replica.
-    `placed` makes a Placement, of the name of its group and Placement's other arguments."""
+    """The meshes that go on, at most one of each replica; the workers that belong to them; and the last epoch of each replica,
+    which may be one that is `remembered`. `placed` makes a Placement, of its group's name and Placement's other arguments."""
     specs = [one.spec for _, one in found.values() if one is not None and one.spec is not None]
-    epochs = dict(sorted((spec.replica, spec.epoch) for spec in specs))  # the last one counts
+    epochs = dict(sorted([*remembered.items(), *((spec.replica, spec.epoch) for spec in specs)]))  # the last one counts
     meshes: dict[int, RunningMesh] = {}
     kept: set[WorkerName] = set()
     for group in sorted({name.group for name in found}):

@@ -92,8 +92,11 @@ class Placements(Protocol):
     """Finds hosts for replicas."""
 
     async def running(self) -> tuple[list[RunningMesh], dict[int, int]]:
-        """The meshes that another controller has left, at most one for each replica, and the last epoch of each replica of
-        which anything is left. All else that it has left is removed."""
+        """The meshes that another controller has left, at most one for each replica, and the last epoch of each replica. All
+        else that it has left is removed."""
+
+    async def begins(self, replica: int, epoch: int) -> None:
+        """Remembers that an epoch begins, for the controllers that come after this one."""
 
     async def create(self, replica: int, avoided: tuple[str, ...]) -> Placement:
         """Waits until there are hosts enough, then starts a worker on each; see RayPlacements."""

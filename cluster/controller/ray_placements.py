@@ -11,6 +11,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from cluster.config.schema import ClusterSection
 from cluster.controller.adoption import adopt
+from cluster.controller.epochs import remember
 from cluster.controller.placement import GROUP_PREFIX, Placement, RunningMesh, WorkerName, start_host
 from workers.messages.specs import MeshSpec
 
@@ -28,6 +29,10 @@ class RayPlacements:
     async def running(self) -> tuple[list[RunningMesh], dict[int, int]]:
         """See Placements."""
         return await adopt()
+
+    async def begins(self, replica: int, epoch: int) -> None:
+        """See Placements."""
+        await remember(replica, epoch)
 
     async def create(self, replica: int, avoided: tuple[str, ...]) -> Placement:
         """Waits until there are hosts enough, then starts a worker on each. On the nodes `avoided` only if no others are there

@@ -217,6 +217,7 @@ class Replica:
         if self.state != cluster_pb2.REPLICA_STATE_DRAINING:
             self._draining = False
             self._enter(cluster_pb2.REPLICA_STATE_PLACING)
+        await self._placements.begins(self.index, self.epoch)
         now = asyncio.get_running_loop().time()
         failing = self._quarantine.failing(now)
         if self._placement is not None:

@@ -150,6 +150,12 @@ MUTANTS = (
         "if mesh is None and mesh.spec.epoch",
     ),
     Mutant(
+        "a controller forgets the epochs of another one",
+        "cluster/controller/replica.py",
+        "        await self._placements.begins(self.index, self.epoch)",
+        "        pass",
+    ),
+    Mutant(
         "a replica that fails is not built again",
         "cluster/controller/replica.py",
         "                await self._fail(failure)",

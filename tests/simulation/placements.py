@@ -17,12 +17,13 @@ from workers.messages.specs import MeshSpec
 
 @dataclasses.dataclass
 class Cluster:
-    """What Ray knows: workers by name, and the hosts of each placement group."""
+    """What Ray knows: workers by name, the hosts of each placement group, and the last epoch of each replica."""
 
     world: World
     conditions: Conditions
     workers: dict[WorkerName, SimWorker] = dataclasses.field(default_factory=dict)
     groups: dict[str, list[SimNode]] = dataclasses.field(default_factory=dict)
+    epochs: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def free(self, group: str) -> None:
         for node in self.groups.pop(group, []):
@@ -38,13 +39,17 @@ class SimPlacements:
     async def running(self) -> tuple[list[RunningMesh], dict[int, int]]:
         names = [name for name, worker in self._cluster.workers.items() if not worker.process.dead.is_set()]
         found = dict(zip(names, await asyncio.gather(*map(self._ask, names)), strict=True))
-        meshes, kept, epochs = whole_meshes(found, self._placed)
+        meshes, kept, epochs = whole_meshes(found, self._cluster.epochs, self._placed)
         for name in names:
             if name not in kept and self._controller.runs:
                 self._cluster.workers[name].process.die()
         for group in set(self._cluster.groups) - {name.group for name in kept}:
             self._cluster.free(group)
         return meshes, epochs
+
+    async def begins(self, replica: int, epoch: int) -> None:
+        if self._controller.runs:
+            self._cluster.epochs[replica] = epoch
 
     async def create(self, replica: int, avoided: tuple[str, ...]) -> Placement:
         world, mesh = self._cluster.world, self._mesh

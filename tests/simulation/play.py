@@ -231,6 +231,8 @@ class _Play:
             assert not leader.leader._waits, "a leader remembers requests that are over"
         serving = [(leader.spec.replica, leader.spec.epoch) for leader in self._conditions.leaders if leader.runs]
         assert len(serving) == len(set(serving)), f"an epoch has two leaders: {serving}"
+        epochs = [mesh[:2] for mesh in self._conditions.meshes]
+        assert len(epochs) == len(set(epochs)), f"two meshes have the same epoch: {epochs}"
 
     async def _end(self) -> None:
         """An orderly end leaves nothing."""

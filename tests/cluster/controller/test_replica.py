@@ -92,6 +92,9 @@ class _Placements:
     async def running(self) -> tuple[list[RunningMesh], dict[int, int]]:
         return [], {}
 
+    async def begins(self, replica: int, epoch: int) -> None:
+        pass
+
     async def create(self, replica: int, avoided: tuple[str, ...]) -> Placement:
         del replica
         placement: Placement = await self._create(avoided)
