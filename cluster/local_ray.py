@@ -7,6 +7,7 @@ for it does, however that ends.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pathlib
 import secrets
@@ -105,6 +106,7 @@ def _main() -> None:
     """Runs the cluster until standard input ends."""
     from ray.cluster_utils import Cluster
 
+    logging.getLogger("ray").setLevel(logging.ERROR)  # else it speaks of clusters that were here before, in lines of its own
     hosts, cpus_per_host = map(int, sys.argv[1:])
     cluster = Cluster()
     try:

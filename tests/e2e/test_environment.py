@@ -20,7 +20,7 @@ from cluster import daemon
 from cluster.cli import main
 from cluster.config.reader import load_config
 from cluster.config.schema import ConfigError
-from cluster.local_ray import LocalClusterError, prepare_environment
+from cluster.local_ray import LocalClusterError, local_cluster, prepare_environment
 from cluster.service import check_free
 from cluster.telemetry.web import WebServer
 from grok.serving.v1 import cluster_pb2
@@ -101,6 +101,21 @@ def test_ray_does_not_use_a_folder_that_somebody_else_has_laid_out(monkeypatch: 
         monkeypatch.setattr("tempfile.gettempdir", lambda: base)
         with pytest.raises(LocalClusterError, match=r"another user's; set RAY_TMPDIR to a short folder of yours"):
             prepare_environment()
+
+
+@pytest.mark.usefixtures("ray_environment")
+def test_a_local_cluster_writes_nothing_to_the_services_log(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="g", dir="/tmp") as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        prepare_environment()
+        before = pathlib.Path(folder) / "ray" / "ray_current_cluster"
+        before.parent.mkdir()
+        before.write_text("127.0.0.1:1")
+        with local_cluster(1, 1) as address:
+            assert before.read_text() == address
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("optimize", ["1", "2"])
