@@ -61,7 +61,7 @@ def test_a_controller_that_dies_goes_on_with_the_mesh_and_no_stream_notices(
         assert client.complete(PROMPT, **LONG).tokens == whole.tokens
         for pid in (service.status().controller_pid, *_mesh(service)[1]):
             os.kill(pid, signal.SIGKILL)
-        service.wait_for(lambda status: status.replicas[0].epoch == before[0] + 2 and _served(status), 60)
+        service.wait_for(lambda status: _served(status) and status.replicas[0].epoch == before[0] + 2, 60)
 
 
 def test_a_service_that_dies_is_started_again_on_the_mesh_that_it_had(tmp_path: pathlib.Path, ray_address: str) -> None:
