@@ -106,7 +106,8 @@ def _main() -> None:
     """Runs the cluster until standard input ends."""
     from ray.cluster_utils import Cluster
 
-    logging.getLogger("ray").setLevel(logging.ERROR)  # else it speaks of clusters that were here before, in lines of its own
+    # Else it speaks of clusters that were here before, in lines of its own.
+    logging.getLogger("ray").setLevel(logging.ERROR)
     hosts, cpus_per_host = map(int, sys.argv[1:])
     cluster = Cluster()
     try:

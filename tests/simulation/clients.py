@@ -63,7 +63,7 @@ class Clients:
         got: list[int] = []
         finish, began = 0, world.loop.time()
         while not finish:
-            running = [gateway for gateway in self._gateways if gateway.process.runs]
+            running = [gateway for gateway in self._gateways if not gateway.process.dead.is_set()]
             if not running:
                 await asyncio.sleep(0.2)
                 continue

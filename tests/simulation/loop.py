@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import heapq
 import selectors
 from typing import Any
 
 BEGIN = 1000.0
+#: The process to which the task that runs belongs, and whatever it begins.
+OWNER: contextvars.ContextVar[object] = contextvars.ContextVar("owner", default=None)
 
 
 class StuckError(Exception):
@@ -27,19 +30,44 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def __init__(self) -> None:
         self.now = BEGIN
+        self._paused: dict[object, list[Any]] = {}
         super().__init__(_NoSelector())
 
     def time(self) -> float:
         return self.now
 
-    def _run_once(self) -> None:
-        # What asyncio keeps for itself: handles that are ready, and timers in a heap.
+    def pause(self, owner: object) -> None:
+        """Runs nothing of an owner any more."""
+        self._paused.setdefault(owner, [])
+
+    def resume(self, owner: object) -> None:
+        """Goes on with what has become ready meanwhile."""
         loop: Any = self
-        if not loop._ready and not loop._stopping:
-            while loop._scheduled and loop._scheduled[0]._cancelled:
-                loop._timer_cancelled_count -= 1
-                heapq.heappop(loop._scheduled)._scheduled = False
-            if not loop._scheduled:
+        loop._ready.extend(self._paused.pop(owner, ()))
+
+    def _run_once(self) -> None:
+        # In place of asyncio's own, which asks the kernel each time. It keeps handles that are ready, and timers in a heap.
+        loop: Any = self
+        ready, timers = loop._ready, loop._scheduled
+        while timers and timers[0]._cancelled:
+            loop._timer_cancelled_count -= 1
+            heapq.heappop(timers)._scheduled = False
+        if not ready and not loop._stopping:
+            if not timers:
                 raise StuckError("no timer is set and nothing is ready: all wait for ever")
-            self.now = max(self.now, loop._scheduled[0]._when)
-        super()._run_once()  # type: ignore[misc]
+            self.now = max(self.now, timers[0]._when)
+        while timers and timers[0]._when <= self.now:
+            timer = heapq.heappop(timers)
+            timer._scheduled = False
+            if timer._cancelled:
+                loop._timer_cancelled_count -= 1
+            else:
+                ready.append(timer)
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if handle._cancelled:
+                continue
+            if self._paused and (held := self._paused.get(handle._context.get(OWNER))) is not None:
+                held.append(handle)
+                continue
+            handle._run()

@@ -21,7 +21,7 @@ from tests.simulation.clients import Clients, Report
 from tests.simulation.loop import BEGIN, VirtualLoop
 from tests.simulation.placements import Cluster
 from tests.simulation.service import Controllers, SimGateway
-from tests.simulation.workers import CONTEXT, Conditions, workers_of
+from tests.simulation.workers import CONTEXT, UNUSED, Conditions, workers_of
 from tests.simulation.world import World
 from workers.host import leader as leader_module
 from workers.messages.specs import EngineSpec, MeshSpec, ModelSpec
@@ -30,6 +30,12 @@ FAULTS = (
     "kill leader", "kill follower", "stop leader", "stop follower", "power off", "cut off", "cut pair", "sick host",
     "slow steps", "step raises", "step hangs", "streams break", "restart replica",
     "kill controller", "kill gateway", "kill all gateways", "kill controller and a worker",
+    "pause leader", "pause follower", "pause briefly", "pause gateway", "pause controller",
+)  # fmt: skip
+#: What costs no mesh.
+HARMLESS = (
+    "pause briefly", "pause gateway", "pause controller", "kill controller", "kill gateway", "kill all gateways",
+    "streams break",
 )  # fmt: skip
 #: Virtual seconds that a request waits for a replica, and in which all must be well again.
 FAILOVER_SECONDS, RECOVERY_SECONDS = 120.0, 200.0
@@ -144,6 +150,8 @@ class _Play:
             process.die()
         elif kind.startswith("stop"):
             process.stop()
+        elif kind.startswith("pause"):
+            process.stop(rng.uniform(0.2, 1.4 if "briefly" in kind else 6))
         elif kind == "power off":
             node.power_off()
             world.loop.call_later(mended, setattr, node, "on", True)
@@ -179,6 +187,8 @@ class _Play:
         """Soon after its client has left nothing knows a request any more."""
 
         def look() -> None:
+            if self.world.loop.time() < self.world.stopped_until + LEFT_SECONDS:
+                return
             for leader in self._conditions.leaders:
                 if not (
                     leader.runs and leader.computes and self.world.reaches(self.world.front, leader.worker.process.node)
@@ -192,8 +202,12 @@ class _Play:
         self.world.loop.call_later(LEFT_SECONDS, look)
 
     def _strike_front(self, kind: str, rng: random.Random) -> None:
+        controller = self._controllers.process
+        if kind.startswith("pause"):
+            (controller if "controller" in kind else rng.choice(self._gateways).process).stop(rng.uniform(0.2, 6))
+            return
         if "controller" in kind:
-            if self._controllers.process.runs:
+            if controller.runs:
                 self._controllers.kill()
             return
         chosen = self._gateways if kind == "kill all gateways" else [rng.choice(self._gateways)]
@@ -231,6 +245,8 @@ class _Play:
             assert not leader.leader._waits, "a leader remembers requests that are over"
         serving = [(leader.spec.replica, leader.spec.epoch) for leader in self._conditions.leaders if leader.runs]
         assert len(serving) == len(set(serving)), f"an epoch has two leaders: {serving}"
+        if set(self._kinds) <= set(HARMLESS) and not self._config.autoscaling.max_replicas:
+            assert len(self._conditions.meshes) == self._replicas, "a mesh was lost for nothing"
         epochs = [mesh[:2] for mesh in self._conditions.meshes]
         assert len(epochs) == len(set(epochs)), f"two meshes have the same epoch: {epochs}"
 
@@ -293,7 +309,7 @@ def _virtual(loop: VirtualLoop) -> Iterator[None]:
         with (
             mock.patch.object(time, "monotonic", loop.time),
             mock.patch.object(time, "perf_counter", loop.time),
-            mock.patch.object(leader_module, "faulthandler"),
+            mock.patch.object(leader_module, "faulthandler", UNUSED),
             mock.patch.object(secrets, "token_hex", lambda size: names.randbytes(size).hex()),
             mock.patch.object(secrets, "token_bytes", names.randbytes),
         ):

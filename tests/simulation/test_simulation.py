@@ -10,7 +10,7 @@ import os
 
 import pytest
 
-from tests.simulation.play import FAULTS, play
+from tests.simulation.play import FAULTS, HARMLESS, play
 
 SEEDS = int(os.environ.get("GROKMESH_SEEDS", "120"))
 FIRST = int(os.environ.get("GROKMESH_SEED", datetime.date.today().toordinal() * 1000))
@@ -29,6 +29,10 @@ def test_each_fault_alone_is_survived(fault: str) -> None:
     outcomes = [play(seed, (fault,)) for seed in range(4)]
     assert [outcome.problem for outcome in outcomes] == [""] * 4
     assert all(outcome.report.whole for outcome in outcomes)
+
+
+def test_no_mesh_is_lost_for_what_is_no_loss_of_its_hosts() -> None:
+    assert [outcome.problem for seed in range(1, 31) if (outcome := play(seed, HARMLESS)).problem] == []
 
 
 def test_a_seed_replays_bit_for_bit() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import ray.exceptions
 
@@ -14,7 +15,7 @@ from tests.simulation.devices import SimDevices
 from tests.simulation.world import DeadError, End, SimNetwork, SimNode, SimProcess, World, call
 from workers.engine.scheduler import Scheduler
 from workers.host.leader import NOTHING, Leader, StepWait
-from workers.host.streams import LENGTH, PULSE_SECONDS, LinkError
+from workers.host.streams import LATE_SECONDS, LENGTH, PULSE_SECONDS, LinkError
 from workers.host.watchdog import CHECK_SECONDS
 from workers.messages.codec import decode, encode
 from workers.messages.frames import Done, Hello, LeaderInput, LeaderOutput, PlanFrame
@@ -29,6 +30,19 @@ CONTEXT, VOCAB_SIZE = 160, 4096
 _CALLS = (
     "endpoint", "environment", "unreachable", "prepare", "replace", "form", "warm_up", "serve", "progress", "assignment",
 )  # fmt: skip
+
+
+class _Unused:
+    """Whatever is asked of it, nothing comes of it."""
+
+    def __getattr__(self, name: str) -> _Unused:
+        return self
+
+    def __call__(self, *_: object, **__: object) -> _Unused:
+        return self
+
+
+UNUSED: Any = _Unused()
 
 
 class Conditions:
@@ -49,8 +63,13 @@ class SimHost:
     def __init__(self, caller: SimProcess, worker: SimWorker) -> None:
         self.worker = worker
         for name in _CALLS:
-            setattr(self, name, mock.Mock(remote=_Remote(caller, worker, name)))
-        self.dump_stacks = mock.Mock()
+            setattr(self, name, _Method(_Remote(caller, worker, name)))
+        self.dump_stacks = UNUSED
+
+
+@dataclasses.dataclass(frozen=True)
+class _Method:
+    remote: Callable[..., Any]
 
 
 class _Remote:
@@ -215,8 +234,8 @@ class SimServer:
     def __init__(self, process: SimProcess, spec: RankSpec) -> None:
         self.inbox: asyncio.Queue[Any] = asyncio.Queue()
         self.followers: dict[int, End] = {}
-        self.suspects: set[int] = set()
-        self.activity = mock.Mock()
+        self._heard: dict[int, float] = {}
+        self.activity = UNUSED
         self.broken = LinkError("the mesh is broken")
         self.closed = False
         self._process, self._spec = process, spec
@@ -238,6 +257,10 @@ class SimServer:
             for end in self._ends:
                 end.close()
 
+    def late(self) -> bool:
+        now = self._process.world.loop.time()
+        return any(now - heard > LATE_SECONDS for heard in self._heard.values())
+
     async def _accept(self, reader: asyncio.StreamReader, end: End) -> None:
         hello = decode(Hello, await _frame(reader))
         if hello.epoch != self._spec.epoch or hello.secret != self._spec.secret:
@@ -257,17 +280,17 @@ class SimServer:
         self.inbox.put_nowait((link, None))
 
     async def _hear_follower(self, reader: asyncio.StreamReader, end: End, rank: int, liveness: str) -> None:
-        self.followers[rank] = end
+        loop = self._process.world.loop
+        self.followers[rank], self._heard[rank] = end, loop.time()
         frame = asyncio.ensure_future(_frame(reader))
         try:
             while True:
                 await asyncio.wait([frame], timeout=self._spec.silence_seconds)
                 if frame.done():
                     frame.result()
-                    self.suspects.discard(rank)
+                    self._heard[rank] = loop.time()
                     frame = asyncio.ensure_future(_frame(reader))
                     continue
-                self.suspects.add(rank)
                 reason = await SimNetwork(self._process).why_lost(liveness, self._spec.silence_seconds)
                 if reason is not None and not frame.done():
                     self.give_up(f"follower {rank} is lost: {reason}", rank)
@@ -297,11 +320,10 @@ class SimLeader:
         self.server = SimServer(worker.process, spec)
         self.scheduler = Scheduler(shape, VOCAB_SIZE, engine.max_waiting, engine.steps_per_plan)
         stalls = StallWatch("the leader's loop", None, logging.warning)
-        unused: Any = mock.Mock()
         server: Any = self.server
         devices: Any = SimDevices(shape)
         self.leader = Leader(
-            devices, self.scheduler, server, spec.epoch, lambda: 0, unused, unused, stalls, engine.prefill_slowdown
+            devices, self.scheduler, server, spec.epoch, lambda: 0, UNUSED, UNUSED, stalls, engine.prefill_slowdown
         )
         self._stepped = 0.0
         conditions.leaders.append(self)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
+import contextvars
 import hashlib
 import itertools
 import random
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from tests.simulation.loop import BEGIN
+from tests.simulation.loop import BEGIN, OWNER, VirtualLoop
 from workers.host.liveness import CONFIRM_SECONDS
 
 Accept = Callable[[asyncio.StreamReader, "End"], Coroutine[Any, Any, None]]
@@ -22,7 +22,12 @@ class World:
 
     def __init__(self, seed: int, hosts: int) -> None:
         self.rng = random.Random(seed)
-        self.loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        self.loop = loop
+        self.nobodys = contextvars.copy_context()
+        #: Until when a process was stopped.
+        self.stopped_until = 0.0
         self.hosts = [SimNode(self, f"10.0.0.{i + 1}") for i in range(hosts)]
         self.front = SimNode(self, "10.0.1.1")
         self.cut: set[frozenset[str]] = set()
@@ -87,27 +92,38 @@ class SimProcess:
         return not self.stopped and not self.dead.is_set()
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.ensure_future(work)
+        context = contextvars.copy_context()
+        context.run(OWNER.set, self)
+        task = self.world.loop.create_task(work, context=context)
         self._tasks[task] = None
         task.add_done_callback(self._done)
-        if not self.runs:
+        if self.dead.is_set():
             task.cancel()
         return task
 
     def listen(self, address: str, accept: Accept) -> None:
         self.world.listeners[address] = self, accept
 
-    def stop(self) -> None:
-        """As SIGSTOP does, for good: its sockets stay open, and nothing comes from them."""
+    def stop(self, seconds: float | None = None) -> None:
+        """As SIGSTOP does, and SIGCONT after so many seconds: its sockets stay open, and nothing comes from them."""
         self.stopped = True
-        self._cancel()
+        self.world.loop.pause(self)
+        if seconds is not None:
+            self.world.stopped_until = max(self.world.stopped_until, self.world.loop.time() + seconds)
+            self.world.loop.call_later(seconds, self._go_on)
+
+    def _go_on(self) -> None:
+        self.stopped = False
+        self.world.loop.resume(self)
 
     def die(self, *, silently: bool = False) -> None:
         """As SIGKILL does. Peers are told by its host, unless that has lost its power."""
         if self.dead.is_set():
             return
         self.dead.set()
-        self._cancel()
+        for task in list(self._tasks):
+            task.cancel()
+        self.world.loop.resume(self)
         self.node.processes.remove(self)
         for address in [address for address, (owner, _) in self.world.listeners.items() if owner is self]:
             del self.world.listeners[address]
@@ -116,10 +132,6 @@ class SimProcess:
                 end.vanish()
             else:
                 end.close()
-
-    def _cancel(self) -> None:
-        for task in list(self._tasks):
-            task.cancel()
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.pop(task, None)
@@ -168,7 +180,7 @@ class End:
         if not self._on_its_way:
             self._on_its_way = True
             self._due = max(self._due, self.world.loop.time() + self.world.latency())
-            self.world.loop.call_at(self._due, self._arrive)
+            self.world.loop.call_at(self._due, self._arrive, context=self.world.nobodys)
 
     def _arrive(self) -> None:
         if self.vanished or not self._queue:
@@ -239,21 +251,21 @@ async def call(caller: SimProcess, callee: SimProcess, function: Callable[..., A
     world, rng = caller.world, caller.world.rng
     await asyncio.sleep(world.latency())
     died = asyncio.ensure_future(callee.dead.wait())
+    running: asyncio.Task[Any] | None = None
+    reached = world.loop.time()
     try:
-        if callee.runs and world.reaches(caller.node, callee.node):
-            running = callee.spawn(_run(function, arguments))
-            await asyncio.wait((running, died), return_when=asyncio.FIRST_COMPLETED)
-            while not world.reaches(caller.node, callee.node) and callee.runs:
-                await asyncio.sleep(0.2)
-            if callee.runs and running.done() and not running.cancelled():
-                await asyncio.sleep(world.latency())
-                return running.result()
-        began = world.loop.time()
-        while not callee.dead.is_set():  # stopped or out of reach: Ray takes a host for dead after some seconds
-            if not world.reaches(caller.node, callee.node) and world.loop.time() - began > 6:
+        while not callee.dead.is_set():
+            if world.reaches(caller.node, callee.node):
+                reached = world.loop.time()
+                running = running or callee.spawn(_run(function, arguments))
+                if running.done() and not running.cancelled():
+                    await asyncio.sleep(world.latency())
+                    return running.result()
+            elif world.loop.time() - reached > 6:  # Ray takes its host for dead
                 raise DeadError("the node is dead")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(died), 0.5)
+            waits = died, *([running] if running and not running.done() else [])
+            seconds = None if len(waits) > 1 and not callee.stopped else 0.2
+            await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         await asyncio.sleep(rng.uniform(0.02, 0.3) if callee.node.on else rng.uniform(3, 9))
         raise DeadError("the process died")
     finally:

@@ -107,7 +107,7 @@ class Leader:
         self._canary: tuple[float, ...] = ()
         self._refusals: dict[GatewayLink, list[Refusal]] = {}
         self._status_due = 0.0
-        self.watchdog = Watchdog(self._give_up, self._working, time.monotonic, excused=lambda: bool(server.suspects))
+        self.watchdog = Watchdog(self._give_up, self._working, time.monotonic, excused=server.late)
 
     def run(self) -> None:
         """Serves until a follower is lost, which raises LinkError; gateways only once all hosts have computed a token."""

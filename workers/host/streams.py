@@ -37,6 +37,8 @@ MAX_LAG = 64
 MAX_OUTGOING = 10_000
 #: Seconds between signs of life on a stream that its peer watches.
 PULSE_SECONDS = 0.25
+#: A follower's signs of life are late that has sent nothing for so many seconds.
+LATE_SECONDS = 2 * PULSE_SECONDS
 #: Connections that may be about to say Hello: each has two threads.
 MAX_GREETINGS = 256
 #: Gateways may be silent for longer: their loops are busy, and a late one harms no other request.
@@ -169,8 +171,8 @@ class LeaderServer:
         self._secret = secret
         self._followers: dict[int, Link] = {}
         self._sent: dict[int, float] = {}
-        #: The followers of which it is being found out whether they are lost.
-        self.suspects: set[int] = set()
+        #: When something last came from each follower.
+        self._heard: dict[int, float] = {}
         #: What followers do with their processors.
         self.activity = Activity()
         #: The last plan that each follower has carried out.
@@ -208,6 +210,11 @@ class LeaderServer:
     def failure(self) -> LinkError | None:
         """Why the mesh is over, if it is."""
         return self.broken if self._closed else None
+
+    def late(self) -> bool:
+        """Whether a follower's signs of life are late."""
+        oldest = time.monotonic() - LATE_SECONDS
+        return any(heard < oldest for heard in list(self._heard.values()))
 
     def wake(self) -> None:
         """Wakes the leader's loop. Any thread may call it."""
@@ -306,19 +313,15 @@ class LeaderServer:
     def _frame_of(self, link: Link, rank: int, liveness: str) -> bytes | None:
         """A follower's next frame. Raises LinkError when its stream is broken, and when it is silent and does not prove to
         live."""
-        since = time.monotonic()
+        since = self._heard[rank] = time.monotonic()
         while True:
             try:
-                frame = link.receive(MAX_HELLO)
+                return link.receive(MAX_HELLO)
             except SilenceError as silence:
-                self.suspects.add(rank)
                 reason = why_lost(liveness, time.monotonic() - since)
                 if reason is not None:
                     raise LinkError(reason) from silence
                 _LOG.warning("follower %d has been silent for %.1f s, but lives", rank, time.monotonic() - since)
-            else:
-                self.suspects.discard(rank)
-                return frame
 
     def _read_gateway(self, link: Link) -> None:
         gateway = GatewayLink(link)

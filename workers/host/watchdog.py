@@ -37,7 +37,7 @@ class Watchdog:
         clock: Callable[[], float] = time.monotonic,
         excused: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Time is excused while it is found out otherwise whether a rank is lost."""
+        """Time is excused while a rank gives no sign of life: whether it is lost is found out otherwise."""
         self._bark = bark
         self._working = working
         self._clock = clock
