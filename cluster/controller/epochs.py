@@ -43,4 +43,5 @@ async def forget() -> None:
 
 
 def _namespace() -> bytes:
-    return f"grokmesh-{ray.get_runtime_context().namespace}".encode()
+    # A colon would end it.
+    return ray.get_runtime_context().namespace.replace(":", "-").encode()
