@@ -34,8 +34,8 @@ class LeaderAddress:
 
 
 class LeaderStream:
-    """The stream to one replica's leader in one epoch. `load` and `status` are the last that came; `canary` are the logarithmic
-    probabilities of the epoch's first token."""
+    """The stream to one replica's leader in one epoch. `load`, `status` and `trying` are the last that came; `canary` are the
+    logarithmic probabilities of the epoch's first token."""
 
     def __init__(
         self,
@@ -48,6 +48,7 @@ class LeaderStream:
         self.leader = leader
         self.load, self.status = Load(), Status()
         self.canary: tuple[float, ...] = ()
+        self.trying = ""
         #: Whether it is being found out if the leader is lost.
         self.suspect = False
         self._most_silent = silence
@@ -133,6 +134,8 @@ class LeaderStream:
                     continue
                 if output.status is not None:
                     self.status = output.status
+                if output.trying is not None:
+                    self.trying = output.trying
                 if output.load is not None:
                     self.load = output.load
                     if not proven:

@@ -43,5 +43,5 @@ async def forget() -> None:
 
 
 def _namespace() -> bytes:
-    # A colon would end it.
-    return ray.get_runtime_context().namespace.replace(":", "-").encode()
+    namespace: str = ray.get_runtime_context().namespace
+    return namespace.replace(":", "-").encode()  # a colon would end it

@@ -89,6 +89,8 @@ class Replica:
         self._running = running
         self._serving = asyncio.Event()
         self._strange = False
+        #: The request that the last mesh computed alone when it ended, to find out whether that breaks it.
+        self._tried = ""
         self._restart = asyncio.Event()
         self._restarting = False
         self._config = config
@@ -192,7 +194,7 @@ class Replica:
     async def _live(self) -> Exception | None:
         """Runs an epoch to its end; returns why it failed, None if it was asked to end."""
         self._restart.clear()
-        self._strange = False
+        self._strange, self._tried = False, ""
         self._serving.clear()
         try:
             running, self._running = self._running, None
@@ -234,11 +236,16 @@ class Replica:
     async def _fail(self, failure: Exception) -> None:
         """Records a failure, blames hosts, and sleeps for the backoff of so many consecutive failures. Raises nothing:
         whatever Ray answers, the replica is built again."""
+        metrics.REBUILDS.labels(str(self.index)).inc()
+        if self._tried:  # which is to blame, and no host
+            self._enter(cluster_pb2.REPLICA_STATE_FAILED)
+            text = "replica %d: epoch %d ended while it computed request %s alone: %s"
+            _LOG.error(text, self.index, self.epoch, self._tried, self.last_failure, extra=self.log_fields)
+            return
         self._count_failures(self.failures + 1)
         given_up = self.failures >= GIVE_UP_FAILURES
         self._enter(cluster_pb2.REPLICA_STATE_GIVEN_UP if given_up else cluster_pb2.REPLICA_STATE_FAILED)
         _LOG.error("replica %d: epoch %d ended: %s", self.index, self.epoch, self.last_failure, extra=self.log_fields)
-        metrics.REBUILDS.labels(str(self.index)).inc()
         if self._placement is not None:
             try:
                 self._placement.dump_stacks()
@@ -312,6 +319,7 @@ class Replica:
             )
         finally:
             stream.close()
+            self._tried = stream.trying
             self._serving.clear()
             self._stream = None
             self._on_change(self)

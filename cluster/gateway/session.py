@@ -12,13 +12,11 @@ from cluster.gateway.errors import GatewayError, Violation, invalid
 from cluster.gateway.stop import StopMatcher, StopTexts
 from grok.serving.v1 import generation_pb2
 from workers.messages.plan import Token
-from workers.messages.request import Finish, Request, Timing, TokenEvent
+from workers.messages.request import TRIAL_TOKENS, Finish, Request, Timing, TokenEvent
 from workers.text.tokenizer import Detokenizer, Tokenizer
 
 #: Tokens that are turned into text at a time: about a millisecond, in which nothing else of the gateway runs.
 SLICE = 32
-#: Tokens after which a request is no more suspected of breaking what computes it.
-PROGRESS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Session:
         self.finish: generation_pb2.FinishReason.ValueType | None = None
         #: Where it runs, or ran last.
         self.replica, self.epoch = 0, 0
-        #: Replicas that were lost with it since it last came on, and those of them on which it alone was suspected.
+        #: Replicas that were lost with it since it last came on, and those of them that computed nothing else.
         self.losses, self.trials = 0, 0
         #: Whether it was ever resumed, and when its first and last tokens came, from leaders.
         self.moved = False
@@ -85,10 +83,10 @@ class Session:
     @property
     def proceeded(self) -> bool:
         """Whether it has come on since a replica was last lost with it."""
-        return len(self._received) >= self._kept + PROGRESS
+        return len(self._received) >= self._kept + TRIAL_TOKENS
 
     def lose(self, *, alone: bool) -> None:
-        """Notes that its replica is lost, on which it was the only suspect if it was `alone`."""
+        """Notes that its replica is lost, which computed nothing else if it was `alone`."""
         self.moved = True
         if self.proceeded:
             self.losses = self.trials = 0
@@ -98,7 +96,7 @@ class Session:
 
     def rest(self) -> Request:
         """The request as it is now: what asks any replica for the tokens that have not arrived yet."""
-        return dataclasses.replace(self.request, resumed=tuple(self._received))
+        return dataclasses.replace(self.request, resumed=tuple(self._received), trial=self.suspect)
 
     def deliver(self, event: TokenEvent | GatewayError) -> None:
         """Hands over what a leader sent for this session, or the error that ends it."""

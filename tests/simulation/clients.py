@@ -100,6 +100,28 @@ class Clients:
         self.report.whole += 1
         self.report.longest = max(self.report.longest, world.loop.time() - began)
 
+    async def odd(self, token: int, reason: str, later: float) -> None:
+        """A request, some seconds later, with a token that devices can't compute gets an error with this reason, unless its
+        gateway dies."""
+        await asyncio.sleep(later)
+        rng = random.Random(self._world.rng.getrandbits(32))
+        asked = generation_pb2.Completion(max_tokens=9)
+        asked.tokens.ids.extend([*self._prompt(rng)[:40], token])
+        running = [gateway for gateway in self._gateways if gateway.process.runs]
+        if not running:
+            return
+        call = rng.choice(running).begin(generation_pb2.GenerateRequest(completion=asked), Caller("mallory"))
+        try:
+            while await call.next() is not None:
+                self._world.defects.append(f"a request with token {token} gets something")
+        except GatewayError as error:
+            if error.reason != reason:
+                self._world.defects.append(f"a request with token {token} ends with {error.reason}: {error}")
+        except GoneError:
+            pass
+        finally:
+            call.leave()
+
     def _prompt(self, rng: random.Random) -> list[int]:
         if self._said and rng.random() < 0.3:  # the next turn of a conversation
             return [*rng.choice(self._said)[: CONTEXT - 40], *(rng.randrange(3, 2000) for _ in range(3))]

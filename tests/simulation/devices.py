@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 from workers.messages.plan import EngineShape, Plan, StepTokens, Token
 from workers.model.config import GrokConfig
 
 EOS = 2
+#: Tokens of prompts that break whatever computes them, and from which no numbers come.
+BREAKING, NO_NUMBERS = 2040, 2041
 
 
 def next_token(seed: int, tokens: Sequence[int]) -> int:
@@ -60,6 +63,8 @@ class SimDevices:
         self._forced = {forced.slot: forced.token for forced in plan.forced}
         prefilled = []
         for chunk in (chunk for call in plan.prefills for chunk in call):
+            if BREAKING in chunk.tokens:
+                raise RuntimeError("XlaRuntimeError: INTERNAL")
             for place, token in enumerate(chunk.tokens, chunk.start):
                 self._put(chunk.slot, place, token)
             if chunk.last:
@@ -99,4 +104,4 @@ class SimDevices:
         before = [self._pages[table[place // size], place % size] for place in range(position)]
         token = self._forced.pop(slot, None)
         self._last[slot] = next_token(self._seeds[slot], before) if token is None else token
-        return Token(self._last[slot], -1.0, ())
+        return Token(self._last[slot], math.nan if NO_NUMBERS in before else -1.0, ())

@@ -156,6 +156,18 @@ MUTANTS = (
         "        pass",
     ),
     Mutant(
+        "one that is on trial is computed beside others",
+        "workers/engine/scheduler.py",
+        "return [self._trial] if self._trial is not None else list(self._running.values())",
+        "return list(self._running.values())",
+    ),
+    Mutant(
+        "a stopped follower is taken for a step that hangs",
+        "workers/host/leader.py",
+        "excused=server.late)",
+        "excused=lambda: False)",
+    ),
+    Mutant(
         "a replica that fails is not built again",
         "cluster/controller/replica.py",
         "                await self._fail(failure)",

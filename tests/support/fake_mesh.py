@@ -83,8 +83,10 @@ def leading(
         except LinkError as error:
             ended(error)
 
-    threading.Thread(target=lead, daemon=True).start()
+    thread = threading.Thread(target=lead, daemon=True)
+    thread.start()
     try:
         yield address
     finally:
         server.close()
+        thread.join(5)  # it must not outlive the test, and its clocks

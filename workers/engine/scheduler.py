@@ -24,7 +24,7 @@ from workers.messages.plan import (
     StepTokens,
     Token,
 )
-from workers.messages.request import Ahead, Constraint, Failure, Load, Refused, Request, TokenEvent
+from workers.messages.request import TRIAL_TOKENS, Ahead, Constraint, Failure, Load, Refused, Request, TokenEvent
 
 #: Waiting requests that a plan passes over, as their prompts will be shared, before it looks at no more.
 MAX_PASSED_OVER = 16
@@ -68,6 +68,8 @@ class Scheduler:
     Sequences with a grammar or a draft wait for their tokens.
 
     A request that is resumed goes on as if it had never ended; how, is the policy's.
+
+    One that is on trial is planned alone, from the moment when no other one's tokens are due.
     """
 
     def __init__(self, shape: EngineShape, vocab_size: int, max_waiting: int, steps: int = 1) -> None:
@@ -86,6 +88,7 @@ class Scheduler:
         # its tokens is given no pages.
         self._few = True
         self._failures: list[Failure] = []
+        self._trial: Sequence | None = None
         self.counts = Counts()
 
     @property
@@ -101,6 +104,11 @@ class Scheduler:
             pages_cached=pages.cached,
             positions=pages.total * self._shape.page_size,
         )
+
+    @property
+    def trying(self) -> str:
+        """The request that is on trial and computed alone; empty if there is none."""
+        return self._trial.request.id if self._trial is not None else ""
 
     def ahead(self) -> Iterator[tuple[str, Ahead]]:
         """All requests, by id, as those behind them see them."""
@@ -145,13 +153,16 @@ class Scheduler:
         at most `prefill_budget` prompt positions, a chunk if that is None, so that a long prompt delays them by that much at
         most."""
         self._look_at_constraints()
+        if self._in_flight and self._trial_can_begin():
+            return None
         self._few = len(self._running) <= MAX_DRAFT_ROWS // (1 + MAX_DRAFT)
         grants = self._grow()
         starts = self._admit()
-        others_decode = any(sequence.prompt_done for sequence in self._running.values())
+        computed = self._computed()
+        others_decode = any(sequence.prompt_done for sequence in computed)
         calls = list(self._prefill(prefill_budget if others_decode and prefill_budget else self._shape.chunk))
         last = [sequence for call in calls for sequence, chunk in call if chunk.last]
-        ready = [s for s in self._running.values() if s.prompt_done and s.left > 0 and not self._awaited(s)]
+        ready = [s for s in computed if s.prompt_done and s.left > 0 and not self._awaited(s)]
         ready = [s for s in ready if not (s.forced and s in last)]  # a plan has one mask, or forced token, for a slot
         ready.sort(key=lambda sequence: sequence.slot)
         drafts = list(self._draft(ready))
@@ -217,10 +228,20 @@ class Scheduler:
                 if problem := sequence.constraint.problem:
                     self._fail(sequence, f"the completion can't go on as its format wants: {problem}", sound=True)
 
+    def _computed(self) -> list[Sequence]:
+        """The sequences that a plan may be about, the oldest first."""
+        return [self._trial] if self._trial is not None else list(self._running.values())
+
+    def _trial_can_begin(self) -> bool:
+        """Whether a request that is on trial may get a slot as soon as no tokens are due."""
+        if self._trial is not None or not self._pages.free_slots:
+            return False
+        return any(entry.request.trial for entry in self._waiting)
+
     def _grow(self) -> tuple[PageGrant, ...]:
         """Gives each sequence that may decode next the pages that it will write to, the oldest first."""
         grants: list[tuple[Sequence, PageGrant]] = []
-        for sequence in list(self._running.values()):
+        for sequence in self._computed():
             while not sequence.done and sequence.prompt_done and sequence.left > 0 and not self._awaited(sequence):
                 ahead = min(sequence.left, max(self._steps, 1 + MAX_DRAFT))
                 pool, owner = self._pages.pool(sequence.slot), sequence.request.id
@@ -237,7 +258,7 @@ class Scheduler:
     def _preempt(self, group: int) -> None:
         """Takes slot and pages away from the sequence of a group that can best wait."""
         running = [s for s in self._running.values() if self._shape.group_of(s.slot) == group]
-        victim = min(reversed(running), key=lambda sequence: sequence.request.priority)
+        victim = min(reversed(running), key=lambda sequence: (sequence is self._trial, sequence.request.priority))
         self.counts.preemptions += 1
         self._release(victim)
         # Tokens on their way are sampled again. Tokens of a replay that is not over are known all the same.
@@ -248,7 +269,7 @@ class Scheduler:
     def _admit(self) -> tuple[SlotStart, ...]:
         """Gives free slots to waiting requests."""
         starts: list[SlotStart] = []
-        if not self._pages.free_slots:
+        if not self._pages.free_slots or self._trial is not None:
             return ()
         slots = collections.Counter(sequence.request.owner for sequence in self._running.values())
         passed_over = 0
@@ -260,6 +281,8 @@ class Scheduler:
             ):  # it was preempted, and its mask is on its way
                 passed_over += 1
                 continue
+            if entry.request.trial and self._in_flight:  # a slot has become free since this plan was begun
+                break
             request, prefix = entry.request, self._policy.prefix(entry.request)
             # For what is computed before anything is sampled, and a first token.
             pages = min(pages_of(request, self._shape), self._shape.pages_for(len(prefix) + 1))
@@ -273,6 +296,8 @@ class Scheduler:
             owned = self._pages.take(request.id, place, pages)
             starts.append(self._start(entry, place.slot, owned, prefix, place.cached))
             slots[request.owner] += 1
+            if request.trial:
+                break
         return tuple(starts)
 
     def _start(
@@ -285,6 +310,8 @@ class Scheduler:
         if not forced:
             sequence.tokens, sequence.scheduled = list(known), len(known)
         self._running[request.id] = sequence
+        if request.trial:
+            self._trial = sequence
         self.counts.prompt_tokens_cached += cached
         prompt = request.prompt if sampling.repetition_penalty != 1.0 else ()
         generated = known if sampling.penalized and not forced else ()
@@ -303,7 +330,7 @@ class Scheduler:
         first = True
         while first or budget > 0:
             chunks: dict[int, tuple[Sequence, Chunk]] = {}
-            for sequence in self._running.values():
+            for sequence in self._computed():
                 group, most = self._shape.group_of(sequence.slot), self._policy.chunk(budget, first)
                 if group in chunks or sequence.prompt_done or most < 1:
                     continue
@@ -355,6 +382,8 @@ class Scheduler:
             self._fail(sequence, "the model gave no numbers", sound=False)
             return
         request = sequence.request
+        if sequence is self._trial and len(sequence.tokens) >= len(request.resumed) + TRIAL_TOKENS:
+            self._trial = None
         # Where tokens depend on others through the model alone, and verified guesses are exact.
         may_draft = self._policy.drafts and sequence.constraint is None and not request.sampling.penalized
         if may_draft and self._few and sequence.drafter is None and not sequence.done:
@@ -374,6 +403,8 @@ class Scheduler:
 
     def _release(self, sequence: Sequence, *, publish: bool = True) -> None:
         sequence.done = True
+        if sequence is self._trial:
+            self._trial = None
         request = sequence.request
         if self._policy.completions_shared and sequence.prompt_done and publish:
             tokens = (*request.prompt, *sequence.tokens[:-1])

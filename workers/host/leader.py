@@ -106,6 +106,7 @@ class Leader:
         #: Of the first canary.
         self._canary: tuple[float, ...] = ()
         self._refusals: dict[GatewayLink, list[Refusal]] = {}
+        self._trying = ""
         self._status_due = 0.0
         self.watchdog = Watchdog(self._give_up, self._working, time.monotonic, excused=server.late)
 
@@ -136,6 +137,7 @@ class Leader:
             plan = self._scheduler.plan(prefill_budget)
             clock.lap("plan")
             dispatched = None
+            self._announce_trial()
             if plan is not None:
                 self._broadcast(plan)
                 clock.lap("broadcast")
@@ -189,6 +191,13 @@ class Leader:
         activity = self._server.activity
         activity.note(0, time.process_time())
         return self._runtime.host_computes and activity.working()
+
+    def _announce_trial(self) -> None:
+        """Before the devices get a request that may break them, all get to know."""
+        if self._trying != self._scheduler.trying:
+            self._trying = self._scheduler.trying
+            for gateway in self._gateways:
+                gateway.send(LeaderOutput(self._epoch, trying=self._trying))
 
     def _broadcast(self, plan: Plan) -> None:
         if self._plan_log is not None:
@@ -251,8 +260,11 @@ class Leader:
 
     def _submit(self, gateway: GatewayLink, request: Request) -> None:
         try:
-            if request.id in self._owners:
+            owner = self._owners.get(request.id)
+            if owner is gateway:
                 raise Refused(f"request id {request.id} is in use")
+            if owner is not None:  # it comes over another stream now, and the end of the first one is not known yet
+                self._cancel(request.id)
             if request.grammar:
                 if len(self._opening) >= MAX_OPENING:
                     raise Refused(f"{len(self._opening)} requests with formats are waiting already", full=True)

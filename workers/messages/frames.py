@@ -88,7 +88,9 @@ class Status:
 @dataclasses.dataclass(frozen=True)
 class LeaderOutput:
     """From the leader to a gateway, after each step: the tokens of the gateway's requests. Without a load it is only a sign of
-    life. `canary` comes with the first one that has a load: logarithmic probabilities of the epoch's first token."""
+    life, or news of a trial. `canary` comes with the first one that has a load: logarithmic probabilities of the epoch's first
+    token. `trying` is the request, of whichever gateway, that the devices compute alone from now on as it is on trial; empty if
+    none is any more."""
 
     epoch: int
     tokens: tuple[TokenEvent, ...] = ()
@@ -96,3 +98,4 @@ class LeaderOutput:
     load: Load | None = None
     status: Status | None = None
     canary: tuple[float, ...] = ()
+    trying: str | None = None

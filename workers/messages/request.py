@@ -8,6 +8,9 @@ from typing import Protocol
 
 from workers.messages.plan import Sampling, Token
 
+#: Tokens after which a request that is on trial does not break what computes it.
+TRIAL_TOKENS = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -24,6 +27,7 @@ class Request:
       grammar: what its tokens must spell, as `workers.text.grammar` has it; empty for anything.
       owner: of the request. Of a priority, the requests of the owner with the fewest slots go first.
       resumed: its first tokens, which an engine that is gone has generated already; fewer than `max_tokens`.
+      trial: whether it may be what breaks engines. It is computed alone until TRIAL_TOKENS more have come.
     """
 
     id: str
@@ -36,6 +40,7 @@ class Request:
     grammar: str = ""
     resumed: tuple[int, ...] = ()
     owner: str = ""
+    trial: bool = False
 
 
 class Constraint(Protocol):

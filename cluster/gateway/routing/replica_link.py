@@ -13,15 +13,9 @@ from workers.messages.request import Ahead, Load
 class ReplicaLink:
     """What goes over the stream to a replica's leader in one epoch, and the sessions that wait for what comes back."""
 
-    def __init__(
-        self,
-        stream: LeaderStream,
-        on_refused: Callable[[Session, Refusal], None],
-        on_token: Callable[[Session], None],
-    ) -> None:
+    def __init__(self, stream: LeaderStream, on_refused: Callable[[Session, Refusal], None]) -> None:
         self._stream = stream
         self._on_refused = on_refused
-        self._on_token = on_token
         self.sessions: dict[str, Session] = {}
 
     @property
@@ -36,6 +30,11 @@ class ReplicaLink:
     def suspect(self) -> bool:
         """Whether it is being found out if the leader is lost."""
         return self._stream.suspect
+
+    @property
+    def trying(self) -> str:
+        """The request that the replica computes alone; empty if there is none."""
+        return self._stream.trying
 
     @property
     def others(self) -> tuple[Ahead, ...]:
@@ -77,7 +76,6 @@ class ReplicaLink:
                 if event.finish is not None:
                     del self.sessions[event.request_id]
                 session.deliver(event)
-                self._on_token(session)
         for refusal in output.refusals:
             session = self.sessions.pop(refusal.request_id, None)
             if session is not None:

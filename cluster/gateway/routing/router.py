@@ -24,9 +24,11 @@ from workers.messages.request import Ahead
 REFUSED_SECONDS = 0.5
 #: Seconds until a leader whose stream has broken is tried again, if the controller still counts on it.
 RECONNECT_SECONDS = 0.2
+#: Seconds in which the last words of a leader that is gone may come: which request it computed alone is among them.
+LAST_SECONDS = 0.1
 #: Seconds that a forecast wait counts, unless a session is started.
 WAIT_SECONDS = 0.02
-#: Replicas that may be lost with a session as their only suspect. Else one that breaks them would break all, for ever.
+#: Replicas that may be lost while they compute one session alone. Else one that breaks them would break all, for ever.
 MOST_TRIALS = 2
 
 
@@ -56,17 +58,15 @@ class Router:
         self._silence = silence
         self._links: dict[int, ReplicaLink] = {}
         self._serving: dict[LeaderAddress, asyncio.Task[None]] = {}
+        self._ending: set[asyncio.Task[None]] = set()
         #: Whether there is a view yet: before, it is not known what sessions can wait for.
         self._informed = False
         self._served: set[int] = set()
-        #: Replicas that sessions may wait for, and leaders that take no new ones.
+        #: Replicas that sessions may wait for, and leaders that take new ones.
         self._returning: set[int] = set()
-        self._draining: set[LeaderAddress] = set()
+        self._taking: set[LeaderAddress] = set()
         self._last_ready = 0
         self._waiting: dict[str, tuple[Session, asyncio.TimerHandle]] = {}
-        # Of those that may be what breaks replicas one runs at a time; the others wait for it to come on or to break another.
-        self._trial: Session | None = None
-        self._untried: dict[str, tuple[Session, asyncio.TimerHandle]] = {}
         self._on_change = on_change
         self._waits: dict[int, tuple[float, float]] = {}
         #: What requests take, as it turns out.
@@ -75,7 +75,7 @@ class Router:
     @property
     def ready(self) -> int:
         """Number of replicas that take sessions."""
-        return len(self._taking())
+        return len(self._links_that_take())
 
     @property
     def queued(self) -> int:
@@ -85,7 +85,7 @@ class Router:
     @property
     def unplaced(self) -> int:
         """Number of sessions that wait for a replica."""
-        return len(self._waiting) + len(self._untried)
+        return len(self._waiting)
 
     def follow(self, view: ServiceView) -> None:
         """Keeps a stream to the leader of each replica that serves this gateway's model, and none to others."""
@@ -96,9 +96,12 @@ class Router:
         served = self._served & {replica.index for replica in replicas if replica.state not in _GONE}
         self._returning = served | {replica.index for replica in replicas if replica.returns}
         leaders = {replica.leader: replica.draining for replica in replicas if replica.leader is not None}
-        self._draining = {leader for leader, draining in leaders.items() if draining}
+        self._taking = {leader for leader, draining in leaders.items() if not draining}
         for leader in set(self._serving) - set(leaders):
-            self._serving.pop(leader).cancel()
+            task = self._serving.pop(leader)
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+            asyncio.get_running_loop().call_later(LAST_SECONDS, task.cancel)
         for leader in set(leaders) - set(self._serving):
             self._serving[leader] = asyncio.ensure_future(self._keep(leader))
         self._changed()
@@ -108,7 +111,7 @@ class Router:
 
     async def close(self) -> None:
         """Ends all streams."""
-        tasks, self._serving = list(self._serving.values()), {}
+        tasks, self._serving = [*self._serving.values(), *self._ending], {}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -118,7 +121,7 @@ class Router:
         while True:
             with contextlib.suppress(OSError):
                 stream = await LeaderStream.connect(leader, self._silence, self._network)
-                await self._serve(ReplicaLink(stream, self._refused, self._proceeded))
+                await self._serve(ReplicaLink(stream, self._refused))
             await asyncio.sleep(RECONNECT_SECONDS)
 
     async def _serve(self, link: ReplicaLink) -> None:
@@ -138,23 +141,17 @@ class Router:
                 del self._links[replica]
             left = link.close()
             self._changed()
-            self._move(left)
+            self._move(left, link.trying)
 
-    def _move(self, left: list[Session]) -> None:
-        """Sends sessions elsewhere whose replica was lost."""
-        known = [session for session in left if session.losses and not session.proceeded]
+    def _move(self, left: list[Session], tried: str) -> None:
+        """Sends sessions elsewhere whose replica was lost, which computed the one with the id `tried` alone."""
         for session in left:
-            session.lose(alone=known == [session] and session is self._trial)
-        tried = self._trial if self._trial in left else None
-        if tried is not None:
-            self._trial = None
-        for session in left:
-            if session is tried and session.trials == MOST_TRIALS:
+            session.lose(alone=session.request.id == tried)
+            if session.trials == MOST_TRIALS:
                 session.deliver(breaking(f"{session.losses} replicas were lost with this request; it must be why"))
                 continue
             metrics.SESSIONS_RESUMED.inc()
             self._send(session)
-        self._try_next()
 
     @property
     def sessions(self) -> int:
@@ -193,7 +190,6 @@ class Router:
             link = self._links.get(session.replica)
             if link is not None and link.sessions.get(session.request.id) is session:
                 link.cancel(session)
-        self._leave_trial(session)
 
     def end(self, reason: str) -> None:
         """Ends all sessions; their clients may go on elsewhere."""
@@ -203,14 +199,12 @@ class Router:
 
     def _everywhere(self) -> list[Session]:
         running = [session for link in list(self._links.values()) for session in list(link.sessions.values())]
-        waiting = [session for session, _ in [*self._waiting.values(), *self._untried.values()]]
-        return [*running, *waiting]
+        return [*running, *(session for session, _ in self._waiting.values())]
 
     def _send(self, session: Session) -> None:
         """Sends a session that is on no replica (any more), or ends it."""
         self._stop_waiting(session)
         if not self._place(session):
-            self._leave_trial(session)
             session.deliver(unavailable("the replica was lost, and there is no other"))
 
     def _least_busy(self) -> ReplicaLink | None:
@@ -219,11 +213,11 @@ class Router:
 
     def _open(self) -> list[ReplicaLink]:
         """The replicas that take sessions; those whose leaders are suspected to be lost only if there are no others."""
-        taking = self._taking()
+        taking = self._links_that_take()
         return [link for link in taking if not link.suspect] or taking
 
-    def _taking(self) -> list[ReplicaLink]:
-        return [link for link in self._links.values() if link.leader not in self._draining]
+    def _links_that_take(self) -> list[ReplicaLink]:
+        return [link for link in self._links.values() if link.leader in self._taking]
 
     def _choose(self, session: Session) -> ReplicaLink | None:
         """The replica that gets a session; None if none takes any."""
@@ -234,34 +228,10 @@ class Router:
         metrics.ROUTED.labels(cause).inc()
         return self._links[chosen]
 
-    def _proceeded(self, session: Session) -> None:
-        """Something has come for a session."""
-        if session is self._trial and not (session.suspect and self._on_replica(session)):
-            self._leave_trial(session)
-
-    def _on_replica(self, session: Session) -> bool:
-        link = self._links.get(session.replica)
-        return link is not None and link.sessions.get(session.request.id) is session
-
-    def _leave_trial(self, session: Session) -> None:
-        if session is self._trial:
-            self._trial = None
-            asyncio.get_running_loop().call_soon(self._try_next)  # not within what ends one after the other
-
-    def _try_next(self) -> None:
-        while self._trial is None and self._untried:
-            self._send(next(iter(self._untried.values()))[0])
-
     def _place(self, session: Session) -> bool:
-        if session.suspect and self._trial not in (None, session):
-            timer = asyncio.get_running_loop().call_later(self._max_wait, self._give_up, session)
-            self._untried[session.request.id] = session, timer
-            return True
         link = self._choose(session)
         if link is None and self._informed and not self._returning:
             return False
-        if session.suspect:
-            self._trial = session
         if link is not None:
             link.submit(session)
         else:
@@ -273,17 +243,15 @@ class Router:
         self._waiting[session.request.id] = session, timer
 
     def _stop_waiting(self, session: Session) -> bool:
-        for waiting in (self._waiting, self._untried):
-            found, timer = waiting.get(session.request.id, (None, None))
-            if found is session and timer is not None:
-                timer.cancel()
-                del waiting[session.request.id]
-                return True
-        return False
+        found, timer = self._waiting.get(session.request.id, (None, None))
+        if found is not session or timer is None:
+            return False
+        timer.cancel()
+        del self._waiting[session.request.id]
+        return True
 
     def _give_up(self, session: Session) -> None:
         self._stop_waiting(session)
-        self._leave_trial(session)
         session.deliver(unavailable(f"no replica came back within {self._max_wait:g} s"))
 
     def _refused(self, session: Session, refusal: Refusal) -> None:
@@ -293,7 +261,6 @@ class Router:
         if full and session.losses:
             self._wait(session, REFUSED_SECONDS, self._send)
             return
-        self._leave_trial(session)
         if refusal.kind is RefusalKind.FAILED:
             session.deliver(failed(refusal.reason))
         elif full:

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from workers.engine.pages import PagePool
 from workers.engine.scheduler import MAX_PASSED_OVER, Scheduler
 from workers.messages.plan import DecodeRow, Draft, EngineShape, Plan, Sampling, StepTokens, Token
-from workers.messages.request import Finish, Refused, Request, TokenEvent
+from workers.messages.request import TRIAL_TOKENS, Finish, Refused, Request, TokenEvent
 
 EOS = 2
 VOCAB = 100
@@ -41,6 +41,12 @@ def _answer(plan: Plan, tokens: list[int]) -> StepTokens:
         tuple(tuple(Token(next(source), 0.0, ()) for _ in range(plan.steps)) for _ in plan.decode),
         tuple(_verified(draft, Token(next(source), 0.0, ())) for draft in plan.drafts),
     )
+
+
+def _computed(plan: Plan) -> set[int]:
+    """The slots for which a plan computes anything."""
+    chunks = {chunk.slot for chunks in plan.prefills for chunk in chunks}
+    return {*chunks, *(row.slot for row in plan.decode), *(draft.slot for draft in plan.drafts)}
 
 
 def _verified(draft: Draft, token: Token) -> tuple[Token, ...]:
@@ -122,10 +128,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.count = 0
         self.prefill_budget: int | None = None
 
-    @rule(prompt=st.integers(0, 30), max_tokens=st.integers(0, 20))
-    def submit(self, prompt: int, max_tokens: int) -> None:
+    @rule(prompt=st.integers(0, 30), max_tokens=st.integers(0, 20), trial=st.integers(0, 5))
+    def submit(self, prompt: int, max_tokens: int, trial: int) -> None:
         self.count += 1
-        request = _request(f"r{self.count}", prompt, max_tokens)
+        request = dataclasses.replace(_request(f"r{self.count}", prompt, max_tokens), trial=trial == 0)
         fits = prompt > 0 and max_tokens > 0 and prompt + max_tokens <= SHAPE.context
         fits = fits and SHAPE.pages_for(prompt + max_tokens - 1) <= SHAPE.pages - 1
         refusal = None
@@ -151,6 +157,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         if plan is not None:
             self.mesh.execute(plan)
             self.in_flight.append(plan)
+            if self.scheduler.trying:
+                computed = set().union(*map(_computed, self.in_flight))
+                assert len(computed) == 1, "one that is on trial is computed alone"
 
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data())
@@ -557,6 +566,26 @@ def test_of_equal_claims_the_oldest_goes_first_whoever_owns_it() -> None:
     plan = scheduler.plan()
     assert plan is not None
     assert [start.request_id for start in plan.starts] == ["r0", "r1"]
+
+
+def test_one_on_trial_is_computed_alone_until_some_tokens_have_come() -> None:
+    scheduler = Scheduler(EXACT, VOCAB, MAX_WAITING)
+    for i in range(2):
+        scheduler.submit(_request(f"before{i}", 3 + i, 20))
+    early = scheduler.plan()
+    assert early is not None
+    suspect = Request("suspect", tuple(range(50, 59)), 15, Sampling(), resumed=(7, 8), trial=True)
+    scheduler.submit(suspect)
+    assert scheduler.plan() is None, "the tokens of others are due still"
+    scheduler.complete(_answer(early, [5] * 9))
+    alone = 0
+    while (plan := scheduler.plan()) is not None and scheduler.trying:
+        assert scheduler.trying == "suspect"
+        assert len(_computed(plan)) == 1
+        alone += len(scheduler.complete(_answer(plan, [9 + alone] * 9)))
+    assert alone == TRIAL_TOKENS
+    assert plan is not None
+    assert len(_computed(plan)) == 3
 
 
 class _Flickering(_Slow):

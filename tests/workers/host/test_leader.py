@@ -18,7 +18,7 @@ from workers.host.streams import Link, LinkError, connect
 from workers.messages.codec import decode, encode
 from workers.messages.frames import Hello, LeaderInput, LeaderOutput, Refusal, RefusalKind
 from workers.messages.plan import EngineShape, Sampling, StepTokens
-from workers.messages.request import Ahead, Request
+from workers.messages.request import TRIAL_TOKENS, Ahead, Request
 from workers.text.grammar import json_schema, regex
 from workers.text.sandbox import Sandbox
 
@@ -97,6 +97,35 @@ def test_requests_that_make_no_sense_are_refused_and_others_go_on() -> None:
         tokens, refused = _until(link, 3)
         assert tokens == {"sound": 3}
         assert refused.keys() == {"too large", "curious"}
+
+
+def test_a_request_that_comes_again_over_another_stream_goes_on_there() -> None:
+    with leading(SHAPE, 100, 10, seconds=0.02) as address:
+        first, second = (connect(address, Hello(1, b"s"), 5) for _ in range(2))
+        for link in (first, second):
+            link.settimeout(5)
+            _submit(link, "r", max_tokens=20)
+            while not decode(LeaderOutput, link.receive() or b"").tokens:
+                pass
+        assert _until(second, 1) == ({"r": 19}, {})
+        _submit(second, "other", max_tokens=20)
+        _submit(second, "other")
+        assert "in use" in _until(second, 1)[1]["other"]
+        for link in (first, second):
+            link.close()
+
+
+def test_gateways_know_which_request_is_on_trial_before_it_is_computed() -> None:
+    with _leading(slots=2) as link:
+        link.send(encode(LeaderInput(Request("r", (3, 4), 20, Sampling(), trial=True))))
+        news: list[object] = []
+        while "end" not in news:
+            output = decode(LeaderOutput, link.receive() or b"")
+            if output.trying is not None:
+                news.append(output.trying)
+            news += ["end" if event.finish else "token" for event in output.tokens]
+        assert news.index("r") == 0
+        assert TRIAL_TOKENS <= news.index("") <= TRIAL_TOKENS + 2, "it is over before the request is"
 
 
 @pytest.fixture(scope="module")

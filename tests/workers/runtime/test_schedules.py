@@ -7,6 +7,7 @@ GROKMESH_SCHEDULES sets how many random schedules are tried; `make determinism` 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 import random
 
@@ -45,7 +46,7 @@ def _schedule(
     eager, cancelling, depth = rng.random(), rng.choice([0.0, 0.02]), rng.choice([1, 2])
     while waiting or in_flight or scheduler.load.running or scheduler.load.waiting:
         while waiting and rng.random() < eager:
-            scheduler.submit(waiting.pop())
+            scheduler.submit(dataclasses.replace(waiting.pop(), trial=rng.random() < 0.05))
         if rng.random() < cancelling:
             scheduler.cancel(rng.choice(requests).id)
         plan = scheduler.plan(rng.randint(1, runtime.shape.chunk))
