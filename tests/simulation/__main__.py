@@ -7,7 +7,7 @@ import multiprocessing
 import sys
 import time
 
-from tests.simulation.play import FAULTS, Outcome, play
+from tests.simulation.play import FAULTS, Outcome, play, shrink
 
 
 def _play(job: tuple[int, tuple[str, ...]]) -> Outcome:
@@ -21,6 +21,9 @@ def main() -> int:
     parser.add_argument("--faults", default=",".join(FAULTS), help="kinds, separated by commas")
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--until-found", action="store_true", help="end with the first seed after which not all held")
+    parser.add_argument(
+        "--shrink", action="store_true", help="play those seeds again with as few parts as leave a problem"
+    )
     parser.add_argument("--notes", action="store_true", help="show what happened in seeds after which not all held")
     arguments = parser.parse_args()
     kinds = tuple(kind for kind in arguments.faults.split(",") if kind)
@@ -32,8 +35,11 @@ def main() -> int:
             outcomes.append(outcome)
             if outcome.problem:
                 print(f"seed {outcome.seed}: {outcome.problem}", flush=True)
+                shown = shrink(outcome.seed, kinds) if arguments.shrink else outcome
+                if arguments.shrink:
+                    print(f"  with {', '.join(shown.parts)}: {shown.problem}", flush=True)
                 if arguments.notes:
-                    print(*outcome.notes, sep="\n  ", flush=True)
+                    print(*shown.notes, sep="\n  ", flush=True)
                 if arguments.until_found:
                     break
     seconds = time.perf_counter() - began

@@ -47,8 +47,9 @@ class Clients:
         self._prefixes = [[rng.randrange(3, 2000) for _ in range(80)] for _ in range(3)]
         self._said: list[list[int]] = []
 
-    async def one(self, number: int) -> None:
-        world, rng = self._world, random.Random(self._world.rng.getrandbits(32))
+    async def one(self, name: str, seed: int) -> None:
+        """A client that a seed describes."""
+        world, rng = self._world, random.Random(seed)
         await asyncio.sleep(rng.choice((3.0, 12.0, rng.uniform(0, 25))))  # some come together
         prompt = self._prompt(rng)
         most, seed = rng.randint(1, min(90, CONTEXT - len(prompt))), rng.getrandbits(31)
@@ -72,7 +73,7 @@ class Clients:
                 while not finish and (part := await call.next()) is not None:
                     got += [token.id for token in part.tokens]
                     finish = part.finish_reason
-                    assert got == wanted[: len(got)], f"client {number}: {got} is not {wanted}"
+                    assert got == wanted[: len(got)], f"{name}: {got} is not {wanted}"
                     if leaves is not None and len(got) >= leaves:
                         self.report.left += 1
                         self._on_left(part.request_id)
@@ -84,7 +85,7 @@ class Clients:
                         await asyncio.sleep(slow)
             except GatewayError as error:
                 waited = world.loop.time() - began
-                self.report.errors.append(f"client {number} after {waited:.1f} s: {error.code.name}: {error}")
+                self.report.errors.append(f"{name} after {waited:.1f} s: {error.code.name}: {error}")
                 return
             except GoneError:
                 pass
@@ -95,7 +96,7 @@ class Clients:
                 del asked.resume.ids[:]
                 asked.resume.ids.extend(got)
                 await asyncio.sleep(rng.uniform(0, 0.5))
-        assert got == wanted, f"client {number}: {len(got)} of {len(wanted)} tokens"
+        assert got == wanted, f"{name}: {len(got)} of {len(wanted)} tokens"
         self._said.append([*prompt, *got])
         self.report.whole += 1
         self.report.longest = max(self.report.longest, world.loop.time() - began)

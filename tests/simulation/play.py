@@ -11,7 +11,7 @@ import secrets
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -49,7 +49,7 @@ REAL_SECONDS = 20
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a seed came to: `problem` is empty if all held."""
+    """What a seed came to: `problem` is empty if all held; `parts` were played: clients and strikes."""
 
     seed: int
     problem: str
@@ -57,10 +57,11 @@ class Outcome:
     seconds: float
     notes: tuple[str, ...]
     report: Report
+    parts: tuple[str, ...]
 
 
 class _Play:
-    def __init__(self, seed: int, kinds: Sequence[str]) -> None:
+    def __init__(self, seed: int, kinds: Sequence[str], without: Collection[str]) -> None:
         rng = random.Random(seed)
         # Some kinds again and again are worse than one of each, and some seeds must lose no mesh.
         self._kinds = rng.sample(list(kinds), min(len(kinds), rng.randint(1, 4)))
@@ -94,12 +95,15 @@ class _Play:
         count = rng.choice((1, 2, 2, 3))
         self._gateways = [self._gateway(f"gateway-{i}") for i in range(count)]
         self.clients = Clients(self.world, self._gateways, self._left)
-        self._clients = rng.randint(4, 24)
+        clients = {f"client {i}": rng.getrandbits(32) for i in range(rng.randint(4, 24))}
+        strikes = {f"strike {i}": rng.getrandbits(32) for i in range(rng.randint(1, 4) if self._kinds else 0)}
+        self._streams = {name: part for name, part in clients.items() if name not in without}
+        self._strikes = {name: part for name, part in strikes.items() if name not in without}
         self._beside: list[asyncio.Future[Any]] = []
 
     async def run(self) -> None:
         await self._until_well(60)
-        running = [asyncio.ensure_future(self.clients.one(i)) for i in range(self._clients)]
+        running = [asyncio.ensure_future(self.clients.one(*client)) for client in self._streams.items()]
         breaking = asyncio.ensure_future(self._break())
         try:
             async with asyncio.timeout(400):
@@ -133,9 +137,13 @@ class _Play:
             for gateway in self._gateways
         )
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return *self._strikes, *self._streams
+
     async def _break(self) -> None:
-        rng = random.Random(self.world.rng.getrandbits(32))
-        for _ in range(rng.randint(1, 4) if self._kinds else 0):
+        for strike in self._strikes.values():
+            rng = random.Random(strike)
             await asyncio.sleep(rng.uniform(0.5, 15))
             self._strike(rng.choice(self._kinds), rng)
 
@@ -283,15 +291,26 @@ class _Play:
         self._controllers.process.die()
 
 
-def play(seed: int, kinds: Sequence[str] = FAULTS) -> Outcome:
-    """Plays a seed with faults of these kinds."""
+def shrink(seed: int, kinds: Sequence[str] = FAULTS) -> Outcome:
+    """A seed after which not all held, with as few clients and strikes as leave a problem."""
+    outcome, without = play(seed, kinds), set[str]()
+    for part in outcome.parts if outcome.problem else ():
+        smaller = play(seed, kinds, {*without, part})
+        if smaller.problem:
+            outcome = smaller
+            without.add(part)
+    return outcome
+
+
+def play(seed: int, kinds: Sequence[str] = FAULTS, without: Collection[str] = ()) -> Outcome:
+    """Plays a seed with faults of these kinds, but for some parts."""
     loop = VirtualLoop()
     asyncio.set_event_loop(loop)
     plays: list[_Play] = []
     problem = ""
 
     async def run() -> None:
-        plays.append(_Play(seed, kinds))
+        plays.append(_Play(seed, kinds, without))
         await plays[0].run()
 
     with _virtual(loop):
@@ -309,10 +328,10 @@ def play(seed: int, kinds: Sequence[str] = FAULTS) -> Outcome:
     loop.close()
     asyncio.set_event_loop(None)
     if not plays:
-        return Outcome(seed, problem, "", seconds, (), Report())
+        return Outcome(seed, problem, "", seconds, (), Report(), ())
     world, report = plays[0].world, plays[0].clients.report
     problem = problem or "; ".join(report.errors[:3])
-    return Outcome(seed, problem, world.digest, seconds, tuple(world.notes), report)
+    return Outcome(seed, problem, world.digest, seconds, tuple(world.notes), report, plays[0].parts)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import os
 
 import pytest
 
-from tests.simulation.play import FAULTS, HARMLESS, play
+from tests.simulation.play import FAULTS, HARMLESS, play, shrink
 
 SEEDS = int(os.environ.get("GROKMESH_SEEDS", "120"))
 FIRST = int(os.environ.get("GROKMESH_SEED", datetime.date.today().toordinal() * 1000))
@@ -44,3 +44,13 @@ def test_a_seed_replays_bit_for_bit() -> None:
 def test_a_token_that_is_not_the_oracles_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.simulation.clients.completion", lambda prompt, seed, most: (3,) * most)
     assert "is not" in play(1, ()).problem
+
+
+def test_a_problem_is_shown_with_as_little_as_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = play(3, ("kill leader", "cut off"))
+    assert not whole.problem
+    assert len(whole.parts) > 8
+    monkeypatch.setattr("tests.simulation.clients.completion", lambda prompt, seed, most: (3,) * most)
+    smaller = shrink(3, ("kill leader", "cut off"))
+    assert smaller.problem
+    assert len(smaller.parts) == 1
