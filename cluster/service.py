@@ -39,6 +39,8 @@ _LOG = logging.getLogger(__name__)
 
 #: Seconds that Ray may take to be there, when this process starts beside it.
 RAY_SECONDS = 120.0
+#: Seconds that it may take when a service is to be stopped.
+STOP_SECONDS = 10.0
 WATCH_SECONDS = 2.0
 #: Seconds between looks at what is to be shown.
 SHOW_SECONDS = 0.2
@@ -280,7 +282,7 @@ def end_left(entry: daemon.Entry, *, forget: bool) -> None:
         if forget and cache is not None:
             await asyncio.to_thread(forget_weights, cache)
 
-    with _connected(entry.cluster, entry.name):
+    with _connected(entry.cluster, entry.name, STOP_SECONDS):
         asyncio.run(end())
 
 
@@ -290,11 +292,12 @@ def _namespace(address: str) -> str:
 
 
 @contextlib.contextmanager
-def _connected(address: str, namespace: str) -> Iterator[None]:
-    """Connects to a Ray cluster while the block runs. Raises OSError."""
-    deadline = time.monotonic() + RAY_SECONDS
+def _connected(address: str, namespace: str, seconds: float = RAY_SECONDS) -> Iterator[None]:
+    """Connects to a Ray cluster while the block runs. Raises OSError if none answers for so long."""
+    deadline = time.monotonic() + seconds
     while True:
         try:
+            _reach(address)
             # Ray has workers search the current folder for modules, and what lies there is not ours.
             with contextlib.chdir("/"):
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace=namespace)
@@ -307,6 +310,17 @@ def _connected(address: str, namespace: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises ConnectionError if nothing listens at `host:port`, for which Ray itself would try for minutes."""
+    host, found, port = address.rpartition(":")
+    if not found or not port.isdecimal() or "://" in address:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise ConnectionError(str(error)) from error
 
 
 def check_free(setting: str, address: str) -> None:

@@ -21,7 +21,7 @@ from cluster.cli import main
 from cluster.config.reader import load_config
 from cluster.config.schema import ConfigError
 from cluster.local_ray import LocalClusterError, local_cluster, prepare_environment
-from cluster.service import check_free
+from cluster.service import check_free, end_left
 from cluster.telemetry.web import WebServer
 from grok.serving.v1 import cluster_pb2
 from grokmesh import Client, ClientError, Tls
@@ -116,6 +116,14 @@ def test_a_local_cluster_writes_nothing_to_the_services_log(
         with local_cluster(1, 1) as address:
             assert before.read_text() == address
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no.such.host.invalid"])
+def test_a_service_whose_ray_cluster_is_gone_is_not_waited_for(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.service.STOP_SECONDS", 0.0)
+    address = f"{host}:{free_port('127.0.0.1')}"
+    with pytest.raises(OSError, match=f"cluster.address={address}: no Ray cluster answers"):
+        end_left(daemon.Entry("key", address, "grokmesh"), forget=False)
 
 
 @pytest.mark.parametrize("optimize", ["1", "2"])

@@ -144,7 +144,7 @@ class _Play:
     async def _break(self) -> None:
         for strike in self._strikes.values():
             rng = random.Random(strike)
-            await asyncio.sleep(rng.uniform(0.5, 15))
+            await asyncio.sleep(rng.uniform(0.2, 7))
             self._strike(rng.choice(self._kinds), rng)
 
     def _strike(self, kind: str, rng: random.Random) -> None:
