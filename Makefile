@@ -43,8 +43,9 @@ proto: install ## buf's STANDARD rules and comments; the generated modules are t
 	cd proto && ../$(BIN)/buf lint
 	tools/check_proto.sh
 
-test: install ## all tests that CI runs, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: install ## all tests that CI runs: those that lose hosts one after the other, the others two files at a time
+	$(BIN)/python -m pytest tests/chaos tests/rayup
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/chaos --ignore=tests/rayup
 
 test-fast: install ## the tests of a room each, without Ray and without what takes long: under three minutes
 	$(BIN)/python -m pytest -q -m "not slow" tests/grokmesh tests/cluster tests/workers tests/tools

@@ -27,13 +27,15 @@ KINDS = tuple(SECONDS) if "GROKMESH_FAULTS" in os.environ else ("truncated", "ch
 
 
 def _break(cluster: namespaces.Cluster, name: str, kind: str, folder: pathlib.Path) -> None:
-    """Gives a host a copy of a tensor file that ends too early, has one bit changed, or is never read to its end."""
+    """Gives a host a copy of a tensor file that ends too early, has other bits in each rank's part, or is never read to its
+    end."""
     tensor, broken = DEMO / "ckpt-0" / "tensor00002_000", folder / "broken"
     content = bytearray(tensor.read_bytes())
     if kind == "hanging":
         os.mkfifo(broken)
     elif kind == "changed":
-        content[len(content) // 2] ^= 1
+        for place in range(len(content) // 4, 3 * len(content) // 4, 256):
+            content[place] ^= 1
         broken.write_bytes(content)
     else:
         broken.write_bytes(content[: len(content) // 2])
