@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.controller.client import NAME, RayController
 from cluster.controller.controller import Controller
@@ -109,8 +108,10 @@ async def deploy(deployment: Deployment, *, anew: bool) -> Deployment:
         await controller.kill()
     except OSError:  # there is none
         pass
-    # Beside the gateways: a host that computes may be lost, and should not take the controller with it.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options = {"name": NAME, "lifetime": "detached", "max_concurrency": 1000, "scheduling_strategy": here}
+    # Beside the gateways: a host that computes may be lost, and should not take the controller with it. Ray does not heed a
+    # soft affinity of what needs no processor.
+    here = {"label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
+    anywhere: dict[str, dict[str, str]] = {"label_selector": {}}
+    options = {"name": NAME, "lifetime": "detached", "max_concurrency": 1000, **here, "fallback_strategy": [anywhere]}
     ControllerActor.options(**options).remote(deployment)  # type: ignore[attr-defined]
     return await controller.start()

@@ -54,4 +54,6 @@ def test_lost_hosts_change_nothing_that_a_client_sees(tmp_path: pathlib.Path) ->
     if not namespaces.possible():
         pytest.skip("needs root to make namespaces")
     with namespaces.cluster(tmp_path) as cluster:
+        front = namespaces.ADDRESSES[namespaces.FRONT]
+        assert front in cluster.status().controller_metrics_url, "a host that computes may be lost"
         _run(cluster, cluster.address, {**process_faults(cluster), **host_faults(cluster)}, FAULTS or 4)

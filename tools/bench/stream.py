@@ -1,4 +1,4 @@
-"""Processor time of the gateway for each streamed message, beside a bare grpc.aio stream of the same messages.
+"""Processor time of gateways for each streamed message, beside a bare grpc.aio stream of the same messages.
 
 python -m tools.bench.stream
 """
@@ -6,6 +6,8 @@ python -m tools.bench.stream
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import functools
 import multiprocessing
 import pathlib
 import tempfile
@@ -20,7 +22,7 @@ from tests.support.service import running
 from tools.bench.processes import cpu_seconds
 from workers.host.streams import free_port
 
-STREAMS, TOKENS = 16, 200
+STREAMS, TOKENS, CLIENTS = 16, 200, 8
 _SERVICE, _METHOD = "bench.Stream", "Run"
 
 
@@ -58,25 +60,42 @@ async def _read_bare(port: int) -> None:
         assert await asyncio.gather(*(one() for _ in range(STREAMS))) == [TOKENS] * STREAMS
 
 
-async def _read_gateway(address: str) -> int:
+async def _read_gateway(address: str, seeds: range) -> int:
     async with AsyncClient(address) as client:
 
         async def one(seed: int) -> int:
             parts = client.generate("And", max_tokens=TOKENS, seed=seed, ignore_eos=True)
             return len([part async for part in parts])
 
-        return sum(await asyncio.gather(*(one(seed) for seed in range(STREAMS))))
+        return sum(await asyncio.gather(*(one(seed) for seed in seeds)))
+
+
+def _read(address: str, client: int) -> int:
+    """Messages of one client's streams."""
+    return asyncio.run(_read_gateway(address, range(client, STREAMS, CLIENTS)))
+
+
+def _gateways(processes: int) -> float:
+    """Seconds a message, of all gateways of a host together; the best of three rounds."""
+    context = multiprocessing.get_context("spawn")
+    gateway = {"processes": processes}
+    with tempfile.TemporaryDirectory() as folder, running(pathlib.Path(folder), gateway=gateway) as service:
+        service.wait_for(lambda status: sum(one.listening for one in status.gateways) == processes, 60)
+        pids = [gateway.pid for gateway in service.status().gateways]
+        # Of a process all streams would go over one connection, to one gateway.
+        with concurrent.futures.ProcessPoolExecutor(CLIENTS, context) as clients:
+            read = functools.partial(clients.map, _read, [service.address] * CLIENTS, range(CLIENTS))
+            sum(read())
+            rounds = []
+            for _ in range(3):
+                before = sum(map(cpu_seconds, pids))
+                count = sum(read())
+                rounds.append((sum(map(cpu_seconds, pids)) - before) / count)
+    return min(rounds)
 
 
 def main() -> None:
-    """Prints microseconds a message of both, the best of three rounds, and their ratio."""
-    with tempfile.TemporaryDirectory() as folder, running(pathlib.Path(folder)) as service:
-        asyncio.run(_read_gateway(service.address))
-        rounds = []
-        for _ in range(3):
-            before = cpu_seconds(service.process.pid)
-            count = asyncio.run(_read_gateway(service.address))
-            rounds.append((cpu_seconds(service.process.pid) - before) / count)
+    """Prints microseconds a message of 1, 2 and 4 gateways and of the bare stream, and their ratios."""
     port = free_port("127.0.0.1")
     process = multiprocessing.get_context("spawn").Process(target=_serve_bare, args=(port,), daemon=True)
     process.start()
@@ -88,8 +107,10 @@ def main() -> None:
         asyncio.run(_read_bare(port))
         bare.append((cpu_seconds(process.pid) - before) / (STREAMS * TOKENS))
     process.kill()
-    ratio = min(rounds) / min(bare)
-    print(f"gateway {min(rounds) * 1e6:.0f} us a message, bare grpc.aio {min(bare) * 1e6:.0f} us: {ratio:.2f} x")
+    print(f"bare grpc.aio: {min(bare) * 1e6:.0f} us a message")
+    for processes in (1, 2, 4):
+        seconds = _gateways(processes)
+        print(f"{processes} gateways: {seconds * 1e6:.0f} us a message, {seconds / min(bare):.2f} x", flush=True)
 
 
 if __name__ == "__main__":
