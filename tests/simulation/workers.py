@@ -223,6 +223,9 @@ class SimLink:
         if self.open:
             _send(self._end, output)
 
+    def flush(self, until: float) -> None:
+        del until
+
     def close(self) -> None:
         self.open = False
         self._end.close()

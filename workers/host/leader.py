@@ -39,6 +39,8 @@ MAX_OPENING = 512
 HEAR_SECONDS = 0.005
 #: Gateways get a status so often.
 STATUS_SECONDS = 1.0
+#: Seconds that news of a trial may take to be on their way.
+FLUSH_SECONDS = 0.5
 #: Seconds that the loop waits for what tokens may come next, while the devices are busy anyway.
 SETTLE_SECONDS = 0.002
 
@@ -193,11 +195,14 @@ class Leader:
         return self._runtime.host_computes and activity.working()
 
     def _announce_trial(self) -> None:
-        """Before the devices get a request that may break them, all get to know."""
+        """Before the devices get a request that may break this process, all get to know."""
         if self._trying != self._scheduler.trying:
             self._trying = self._scheduler.trying
             for gateway in self._gateways:
                 gateway.send(LeaderOutput(self._epoch, trying=self._trying))
+            until = time.monotonic() + FLUSH_SECONDS
+            for gateway in self._gateways:
+                gateway.flush(until)
 
     def _broadcast(self, plan: Plan) -> None:
         if self._plan_log is not None:

@@ -138,6 +138,11 @@ class GatewayLink:
             _LOG.error("a gateway reads too slowly; closing its stream")
             self.close()
 
+    def flush(self, until: float) -> None:
+        """Returns once all frames are on their way, when the stream has ended, or at a time of `time.monotonic`."""
+        while self.open and self._outgoing.unfinished_tasks and time.monotonic() < until:
+            time.sleep(0.001)
+
     def close(self) -> None:
         self.open = False
         self._link.close()
@@ -150,6 +155,7 @@ class GatewayLink:
                     self._link.send(frame)
                 except LinkError:
                     self.open = False
+                self._outgoing.task_done()
 
 
 #: What the leader's loop gets: a gateway's input (an empty one when it has joined), or None when it is gone. Without a gateway
