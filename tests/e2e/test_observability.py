@@ -35,7 +35,8 @@ RUNBOOK = pathlib.Path(__file__).parent.parent.parent / "docs" / "runbook.md"
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     require(prometheus="prometheus", promtool="prometheus")
     with monitored(tmp_path_factory.mktemp("monitored")) as stage:
-        wait_until(lambda: len(stage.query('up{job="grokmesh"} == 1')) == 3, 30)
+        # Gateway, controller and two workers.
+        wait_until(lambda: len(stage.query('up{job="grokmesh"} == 1')) == 4, 60)
         yield stage
 
 
