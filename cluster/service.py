@@ -33,6 +33,7 @@ from cluster.gateway.process import read_model
 from cluster.local_ray import local_cluster
 from cluster.telemetry.log_files import LogFollower, keep_log_small
 from grok.serving.v1 import cluster_pb2
+from workers.host.streams import wait_for_listener
 from workers.messages.specs import LOADING
 
 _LOG = logging.getLogger(__name__)
@@ -314,13 +315,9 @@ def _connected(address: str, namespace: str, seconds: float = RAY_SECONDS) -> It
 
 def _reach(address: str) -> None:
     """Raises ConnectionError if nothing listens at `host:port`, for which Ray itself would try for minutes."""
-    host, found, port = address.rpartition(":")
-    if not found or not port.isdecimal() or "://" in address:
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except OSError as error:
-        raise ConnectionError(str(error)) from error
+    _, found, port = address.rpartition(":")
+    if found and port.isdecimal() and "://" not in address:
+        wait_for_listener(address, 0)
 
 
 def check_free(setting: str, address: str) -> None:

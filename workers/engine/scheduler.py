@@ -269,12 +269,12 @@ class Scheduler:
     def _admit(self) -> tuple[SlotStart, ...]:
         """Gives free slots to waiting requests."""
         starts: list[SlotStart] = []
-        if not self._pages.free_slots or self._trial is not None:
+        if not self._pages.free_slots:
             return ()
         slots = collections.Counter(sequence.request.owner for sequence in self._running.values())
         passed_over = 0
         for entry in self._waiting.in_turn(slots):
-            if not self._pages.free_slots or passed_over == MAX_PASSED_OVER:
+            if not self._pages.free_slots or passed_over == MAX_PASSED_OVER or self._trial is not None:
                 break
             if (
                 entry.constraint is not None and not entry.constraint.ready
@@ -296,8 +296,6 @@ class Scheduler:
             owned = self._pages.take(request.id, place, pages)
             starts.append(self._start(entry, place.slot, owned, prefix, place.cached))
             slots[request.owner] += 1
-            if request.trial:
-                break
         return tuple(starts)
 
     def _start(

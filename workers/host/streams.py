@@ -369,7 +369,7 @@ def _connection(address: str, seconds: float) -> socket.socket:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            return socket.create_connection((host, int(port)), timeout=HELLO_TIMEOUT)
+            return socket.create_connection((host.strip("[]"), int(port)), timeout=HELLO_TIMEOUT)
         except OSError as error:
             if time.monotonic() > deadline:
                 raise LinkError(f"no process listens at {address}: {error}") from error
