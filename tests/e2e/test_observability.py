@@ -36,7 +36,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     require(prometheus="prometheus", promtool="prometheus")
     with monitored(tmp_path_factory.mktemp("monitored")) as stage:
         # Gateway, controller and two workers.
-        wait_until(lambda: len(stage.query('up{job="grokmesh"} == 1')) == 4, 60)
+        wait_until(lambda: len(stage.query('up{job="grokmesh"} == 1')) == 4, 30)
         yield stage
 
 
