@@ -186,7 +186,7 @@ class _Launch:
                     listening = True
                     metrics = f"metrics at http://{self._config.telemetry.address}/metrics"
                     _LOG.info("%s %s, %s", daemon.LISTENING, self._address, metrics)
-                ready = bool(gateways) and all(gateway.ready for gateway in gateways)
+                ready = bool(gateways) and all(gateway.replicas for gateway in gateways)
                 if ready and self._predecessor is not None:
                     self._take_over(self._predecessor)
                 if ready != serving:

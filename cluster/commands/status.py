@@ -31,7 +31,8 @@ def format_status(status: cluster_pb2.GetStatusResponse) -> str:
     for gateway in status.gateways:
         state = "listening" if gateway.listening else "starting"
         lines.append(
-            f"gateway: {gateway.address} pid {gateway.pid}, {state}, {gateway.requests} requests, "
+            f"gateway: {gateway.address} pid {gateway.pid}, {state}, {gateway.replicas} replicas in reach, "
+            f"{gateway.requests} requests, "
             f"metrics at {gateway.metrics_url}"
         )
     for replica in status.replicas:

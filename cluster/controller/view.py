@@ -71,7 +71,7 @@ class GatewayReport:
       metrics_url: where its metrics are.
       log: path of its log, on its host.
       listening: whether it takes requests.
-      ready: whether it has replicas to send them to.
+      replicas: that it can send them to.
       requests: that are in it.
       unplaced: those of them that wait for a replica.
       time_to_first_token: seconds, of the slowest tenth of recent requests.
@@ -84,7 +84,7 @@ class GatewayReport:
     metrics_url: str = ""
     log: str = ""
     listening: bool = False
-    ready: bool = False
+    replicas: int = 0
     requests: int = 0
     unplaced: int = 0
     time_to_first_token: float = 0.0

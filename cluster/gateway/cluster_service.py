@@ -133,6 +133,7 @@ def _gateway(gateway: GatewayReport) -> cluster_pb2.GatewayStatus:
         metrics_url=gateway.metrics_url,
         requests=gateway.requests,
         listening=gateway.listening,
+        replicas=gateway.replicas,
     )
 
 

@@ -90,7 +90,9 @@ class GatewayProcess:
             status,
             self._tracer,
         )
-        self._web = WebServer(config.telemetry.address, status.status) if index == 0 else None
+        self._web = (
+            WebServer(config.telemetry.address, status.status, lambda: self._router.ready) if index == 0 else None
+        )
         self._metrics_url = metrics_url
         if self._web is None:
             server = serve_metrics(address, (*METRICS_PORTS, 0), metrics.REGISTRY)
@@ -149,7 +151,7 @@ class GatewayProcess:
             metrics_url=self._metrics_url,
             log=logs.path(),
             listening=self._listening,
-            ready=self._router.ready > 0,
+            replicas=self._router.ready,
             requests=self._gateway.admission.in_flight,
             unplaced=self._router.unplaced,
             time_to_first_token=self._latency.quantile(0.9),

@@ -24,13 +24,15 @@ Status = Callable[[], cluster_pb2.GetStatusResponse]
 
 class WebServer:
     """Serves `/` (the status page), `/status.json`, `/metrics`, `/targets` (for Prometheus' http_sd_config), and for probes
-    `/live`, which answers while the gateway's loop goes round, and `/ready`, which says whether a replica serves."""
+    `/live`, which answers while the gateway's loop goes round, and `/ready`, which says whether a replica is in reach."""
 
-    def __init__(self, address: str, status: Status) -> None:
+    def __init__(self, address: str, status: Status, replicas: Callable[[], int]) -> None:
+        """`replicas` gives the number of those that the gateway can send requests to."""
         host, port = address.rsplit(":", 1)
         self._host = host.strip("[]")
         self._port = int(port)
         self._status = status
+        self._replicas = replicas
         application = web.Application()
         application.router.add_get("/", _page)
         application.router.add_get("/status.json", self._status_json)
@@ -66,8 +68,8 @@ class WebServer:
         return web.json_response(targets(self._status(), request.host))
 
     async def _ready(self, request: web.Request) -> web.Response:
-        ready = any(r.state == cluster_pb2.REPLICA_STATE_READY for r in self._status().replicas)
-        return web.Response(text="ready\n" if ready else "no replica serves\n", status=200 if ready else 503)
+        ready = self._replicas() > 0
+        return web.Response(text="ready\n" if ready else "no replica is in reach\n", status=200 if ready else 503)
 
 
 async def _live(request: web.Request) -> web.Response:

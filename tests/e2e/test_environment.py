@@ -202,7 +202,7 @@ def test_an_address_that_somebody_listens_at_is_refused_however_it_is_spelled() 
 
 def test_metrics_listen_at_an_ipv6_address_in_brackets() -> None:
     async def listen() -> int:
-        server = WebServer("[::1]:0", cluster_pb2.GetStatusResponse)
+        server = WebServer("[::1]:0", cluster_pb2.GetStatusResponse, lambda: 0)
         try:
             return await server.start()
         finally:

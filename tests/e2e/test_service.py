@@ -434,12 +434,12 @@ def test_two_replicas_of_one_host_share_the_work(tmp_path: pathlib.Path) -> None
     with running(tmp_path, mesh=mesh, replicas=2) as service, Client(service.address) as client:
 
         def both(status: cluster_pb2.GetStatusResponse) -> bool:
-            return all(replica.state == cluster_pb2.REPLICA_STATE_READY for replica in status.replicas)
+            return [gateway.replicas for gateway in status.gateways] == [2]
 
         service.wait_for(both, seconds=60)
         streams = [client.generate(PROMPT, max_tokens=200, seed=1, ignore_eos=True) for _ in range(2)]
         begun = [next(stream) for stream in streams]
-        assert [replica.running for replica in service.status().replicas] == [1, 1]
+        service.wait_for(lambda status: [replica.running for replica in status.replicas] == [1, 1], seconds=5)
         os.kill(service.status().replicas[0].hosts[0].pid, signal.SIGKILL)
         first, second = (
             [token for part in (part, *stream) for token in part.tokens]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 
+import aiohttp
+
 from cluster.gateway.admission.latency import WINDOW_SECONDS, RecentLatency
-from cluster.telemetry.web import targets
+from cluster.telemetry.web import WebServer, targets
 from grok.serving.v1 import cluster_pb2
 from workers.telemetry.logs import JsonFormatter
 
@@ -37,6 +40,23 @@ def test_a_log_line_is_json_with_its_context_and_what_the_call_adds() -> None:
     assert (parsed["message"], parsed["level"], parsed["epoch"]) == ('said "hi"\n', "info", 7)
     assert (parsed["replica"], parsed["rank"], parsed["request_id"]) == (2, 1, None)
     assert parsed["time"].endswith("Z")
+
+
+def test_a_probe_learns_whether_the_gateway_itself_reaches_a_replica() -> None:
+    async def statuses() -> list[int]:
+        in_reach = [1, 0]
+        state = cluster_pb2.REPLICA_STATE_READY
+        status = cluster_pb2.GetStatusResponse(replicas=[cluster_pb2.ReplicaStatus(state=state)])
+        server = WebServer("127.0.0.1:0", lambda: status, in_reach.pop)
+        url, found = f"http://127.0.0.1:{await server.start()}/ready", []
+        async with aiohttp.ClientSession() as session:
+            for _ in range(2):
+                async with session.get(url) as response:
+                    found.append(response.status)
+        await server.stop()
+        return found
+
+    assert asyncio.run(statuses()) == [503, 200]
 
 
 def test_prometheus_is_told_of_the_gateway_and_of_each_worker() -> None:

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dgrok/serving/v1/cluster.proto\x12\x0fgrok.serving.v1\"\x12\n\x10GetStatusRequest\"\xc2\x01\n\nHostStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\r\n\x05phase\x18\x04 \x01(\t\x12\x10\n\x08progress\x18\x05 \x01(\x02\x12\x0f\n\x07\x64\x65vices\x18\x06 \x01(\r\x12\x12\n\nbytes_read\x18\x07 \x01(\x04\x12\x13\n\x0bmetrics_url\x18\x08 \x01(\t\x12\x13\n\x0b\x62ytes_total\x18\t \x01(\x04\x12\x18\n\x10\x62ytes_per_second\x18\n \x01(\x01\"\xf9\x02\n\rReplicaStatus\x12\r\n\x05index\x18\x01 \x01(\r\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.grok.serving.v1.ReplicaState\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x11\n\tmesh_data\x18\x04 \x01(\r\x12\x12\n\nmesh_model\x18\x05 \x01(\r\x12*\n\x05hosts\x18\x06 \x03(\x0b\x32\x1b.grok.serving.v1.HostStatus\x12\x0f\n\x07running\x18\x07 \x01(\r\x12\x0f\n\x07waiting\x18\x08 \x01(\r\x12\r\n\x05slots\x18\t \x01(\r\x12\x12\n\npages_used\x18\n \x01(\r\x12\x13\n\x0bpages_total\x18\x0b \x01(\r\x12\x14\n\x0c\x63ompilations\x18\x0c \x01(\r\x12\x14\n\x0clast_failure\x18\r \x01(\t\x12\x31\n\x0clayer_groups\x18\x0e \x03(\x0b\x32\x1b.grok.serving.v1.LayerGroup\x12\x10\n\x08\x66\x61ilures\x18\x0f \x01(\r\"L\n\nLayerGroup\x12\x13\n\x0b\x66irst_layer\x18\x01 \x01(\r\x12\x12\n\nlast_layer\x18\x02 \x01(\r\x12\x15\n\rexpert_tokens\x18\x03 \x03(\x04\"g\n\rGatewayStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x13\n\x0bmetrics_url\x18\x03 \x01(\t\x12\x10\n\x08requests\x18\x04 \x01(\r\x12\x11\n\tlistening\x18\x05 \x01(\x08\"\x8f\x02\n\x11GetStatusResponse\x12\x30\n\x08replicas\x18\x01 \x03(\x0b\x32\x1e.grok.serving.v1.ReplicaStatus\x12\x10\n\x08requests\x18\x02 \x01(\r\x12\x13\n\x0bmetrics_url\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x17\n\x0fwanted_replicas\x18\x06 \x01(\r\x12\x1e\n\x16\x63ontroller_metrics_url\x18\x07 \x01(\t\x12\x16\n\x0e\x63ontroller_pid\x18\x08 \x01(\r\x12\x30\n\x08gateways\x18\t \x03(\x0b\x32\x1e.grok.serving.v1.GatewayStatus\"!\n\x0eRestartRequest\x12\x0f\n\x07replica\x18\x01 \x01(\r\" \n\x0fRestartResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"?\n\x0eProfileRequest\x12\x0f\n\x07replica\x18\x01 \x01(\r\x12\x12\n\x05steps\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_steps\">\n\x0fProfileResponse\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\x0c*\xcf\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_PLACING\x10\x01\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x02\x12\x17\n\x13REPLICA_STATE_READY\x10\x03\x12\x18\n\x14REPLICA_STATE_FAILED\x10\x04\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x05\x12\x1a\n\x16REPLICA_STATE_GIVEN_UP\x10\x06\x32\x82\x02\n\x0e\x43lusterService\x12R\n\tGetStatus\x12!.grok.serving.v1.GetStatusRequest\x1a\".grok.serving.v1.GetStatusResponse\x12N\n\x07Profile\x12\x1f.grok.serving.v1.ProfileRequest\x1a .grok.serving.v1.ProfileResponse0\x01\x12L\n\x07Restart\x12\x1f.grok.serving.v1.RestartRequest\x1a .grok.serving.v1.RestartResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dgrok/serving/v1/cluster.proto\x12\x0fgrok.serving.v1\"\x12\n\x10GetStatusRequest\"\xc2\x01\n\nHostStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\r\n\x05phase\x18\x04 \x01(\t\x12\x10\n\x08progress\x18\x05 \x01(\x02\x12\x0f\n\x07\x64\x65vices\x18\x06 \x01(\r\x12\x12\n\nbytes_read\x18\x07 \x01(\x04\x12\x13\n\x0bmetrics_url\x18\x08 \x01(\t\x12\x13\n\x0b\x62ytes_total\x18\t \x01(\x04\x12\x18\n\x10\x62ytes_per_second\x18\n \x01(\x01\"\xf9\x02\n\rReplicaStatus\x12\r\n\x05index\x18\x01 \x01(\r\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.grok.serving.v1.ReplicaState\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x11\n\tmesh_data\x18\x04 \x01(\r\x12\x12\n\nmesh_model\x18\x05 \x01(\r\x12*\n\x05hosts\x18\x06 \x03(\x0b\x32\x1b.grok.serving.v1.HostStatus\x12\x0f\n\x07running\x18\x07 \x01(\r\x12\x0f\n\x07waiting\x18\x08 \x01(\r\x12\r\n\x05slots\x18\t \x01(\r\x12\x12\n\npages_used\x18\n \x01(\r\x12\x13\n\x0bpages_total\x18\x0b \x01(\r\x12\x14\n\x0c\x63ompilations\x18\x0c \x01(\r\x12\x14\n\x0clast_failure\x18\r \x01(\t\x12\x31\n\x0clayer_groups\x18\x0e \x03(\x0b\x32\x1b.grok.serving.v1.LayerGroup\x12\x10\n\x08\x66\x61ilures\x18\x0f \x01(\r\"L\n\nLayerGroup\x12\x13\n\x0b\x66irst_layer\x18\x01 \x01(\r\x12\x12\n\nlast_layer\x18\x02 \x01(\r\x12\x15\n\rexpert_tokens\x18\x03 \x03(\x04\"y\n\rGatewayStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x13\n\x0bmetrics_url\x18\x03 \x01(\t\x12\x10\n\x08requests\x18\x04 \x01(\r\x12\x11\n\tlistening\x18\x05 \x01(\x08\x12\x10\n\x08replicas\x18\x06 \x01(\r\"\x8f\x02\n\x11GetStatusResponse\x12\x30\n\x08replicas\x18\x01 \x03(\x0b\x32\x1e.grok.serving.v1.ReplicaStatus\x12\x10\n\x08requests\x18\x02 \x01(\r\x12\x13\n\x0bmetrics_url\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x17\n\x0fwanted_replicas\x18\x06 \x01(\r\x12\x1e\n\x16\x63ontroller_metrics_url\x18\x07 \x01(\t\x12\x16\n\x0e\x63ontroller_pid\x18\x08 \x01(\r\x12\x30\n\x08gateways\x18\t \x03(\x0b\x32\x1e.grok.serving.v1.GatewayStatus\"!\n\x0eRestartRequest\x12\x0f\n\x07replica\x18\x01 \x01(\r\" \n\x0fRestartResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"?\n\x0eProfileRequest\x12\x0f\n\x07replica\x18\x01 \x01(\r\x12\x12\n\x05steps\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_steps\">\n\x0fProfileResponse\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\x0c*\xcf\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_PLACING\x10\x01\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x02\x12\x17\n\x13REPLICA_STATE_READY\x10\x03\x12\x18\n\x14REPLICA_STATE_FAILED\x10\x04\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x05\x12\x1a\n\x16REPLICA_STATE_GIVEN_UP\x10\x06\x32\x82\x02\n\x0e\x43lusterService\x12R\n\tGetStatus\x12!.grok.serving.v1.GetStatusRequest\x1a\".grok.serving.v1.GetStatusResponse\x12N\n\x07Profile\x12\x1f.grok.serving.v1.ProfileRequest\x1a .grok.serving.v1.ProfileResponse0\x01\x12L\n\x07Restart\x12\x1f.grok.serving.v1.RestartRequest\x1a .grok.serving.v1.RestartResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'grok.serving.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPLICASTATE']._serialized_start=1303
-  _globals['_REPLICASTATE']._serialized_end=1510
+  _globals['_REPLICASTATE']._serialized_start=1321
+  _globals['_REPLICASTATE']._serialized_end=1528
   _globals['_GETSTATUSREQUEST']._serialized_start=50
   _globals['_GETSTATUSREQUEST']._serialized_end=68
   _globals['_HOSTSTATUS']._serialized_start=71
@@ -42,17 +42,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LAYERGROUP']._serialized_start=647
   _globals['_LAYERGROUP']._serialized_end=723
   _globals['_GATEWAYSTATUS']._serialized_start=725
-  _globals['_GATEWAYSTATUS']._serialized_end=828
-  _globals['_GETSTATUSRESPONSE']._serialized_start=831
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1102
-  _globals['_RESTARTREQUEST']._serialized_start=1104
-  _globals['_RESTARTREQUEST']._serialized_end=1137
-  _globals['_RESTARTRESPONSE']._serialized_start=1139
-  _globals['_RESTARTRESPONSE']._serialized_end=1171
-  _globals['_PROFILEREQUEST']._serialized_start=1173
-  _globals['_PROFILEREQUEST']._serialized_end=1236
-  _globals['_PROFILERESPONSE']._serialized_start=1238
-  _globals['_PROFILERESPONSE']._serialized_end=1300
-  _globals['_CLUSTERSERVICE']._serialized_start=1513
-  _globals['_CLUSTERSERVICE']._serialized_end=1771
+  _globals['_GATEWAYSTATUS']._serialized_end=846
+  _globals['_GETSTATUSRESPONSE']._serialized_start=849
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1120
+  _globals['_RESTARTREQUEST']._serialized_start=1122
+  _globals['_RESTARTREQUEST']._serialized_end=1155
+  _globals['_RESTARTRESPONSE']._serialized_start=1157
+  _globals['_RESTARTRESPONSE']._serialized_end=1189
+  _globals['_PROFILEREQUEST']._serialized_start=1191
+  _globals['_PROFILEREQUEST']._serialized_end=1254
+  _globals['_PROFILERESPONSE']._serialized_start=1256
+  _globals['_PROFILERESPONSE']._serialized_end=1318
+  _globals['_CLUSTERSERVICE']._serialized_start=1531
+  _globals['_CLUSTERSERVICE']._serialized_end=1789
 # @@protoc_insertion_point(module_scope)

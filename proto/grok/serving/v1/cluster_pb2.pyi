@@ -259,6 +259,7 @@ class GatewayStatus(_message.Message):
     METRICS_URL_FIELD_NUMBER: _builtins.int
     REQUESTS_FIELD_NUMBER: _builtins.int
     LISTENING_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """Address of its host in the cluster."""
     pid: _builtins.int
@@ -269,6 +270,8 @@ class GatewayStatus(_message.Message):
     """Requests in it."""
     listening: _builtins.bool
     """Whether it takes requests."""
+    replicas: _builtins.int
+    """Replicas that it can send them to."""
     def __init__(
         self,
         *,
@@ -277,10 +280,11 @@ class GatewayStatus(_message.Message):
         metrics_url: _builtins.str = ...,
         requests: _builtins.int = ...,
         listening: _builtins.bool = ...,
+        replicas: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "listening", b"listening", "metrics_url", b"metrics_url", "pid", b"pid", "requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "listening", b"listening", "metrics_url", b"metrics_url", "pid", b"pid", "replicas", b"replicas", "requests", b"requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
