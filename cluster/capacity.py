@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import pathlib
 
-from cluster.config.schema import Config, ConfigError
+from cluster.config.schema import Config, ConfigError, check_model, problems
 from workers.capacity import hardware as hw
 from workers.capacity.hardware import GIB
 from workers.capacity.memory import Precision, whole_bytes
@@ -65,6 +66,38 @@ def with_pages(config: Config, model: GrokConfig, path: pathlib.Path) -> Config:
     return dataclasses.replace(config, engine=dataclasses.replace(engine, kv_pages=pages * groups))
 
 
+def smaller_configs(config: Config, model: GrokConfig, path: pathlib.Path) -> tuple[Config, ...]:
+    """A configuration for each number of hosts from `mesh.hosts` - 1 down to `mesh.smallest` on which the model fits; of
+    several the one with the longest `model` axis.
+
+    Raises:
+      ConfigError: it is not known what fits.
+    """
+    mesh, found = config.mesh, []
+    if mesh.smallest is None or mesh.smallest == mesh.hosts:
+        return ()
+    if _hardware(config) is None:
+        setting = "cluster.accelerator" if mesh.platform == "gpu" else "cluster.memory_per_host"
+        raise ConfigError(f"{path}: mesh.smallest={mesh.smallest} needs {setting}: else it is not known what fits")
+    cluster = dataclasses.replace(config.cluster, memory_per_host=_memory_per_host(config))
+    for hosts in range(mesh.hosts - 1, mesh.smallest - 1, -1):
+        devices = hosts * mesh.devices_per_host
+        if model.ffn_size % devices or model.vocab_size % devices:
+            continue
+        for size in range(devices, 0, -1):
+            smaller = dataclasses.replace(mesh, hosts=hosts, data=devices // size, model=size)
+            tried = dataclasses.replace(config, mesh=smaller, cluster=cluster)
+            if devices % size or any(problems(tried)):
+                continue
+            with contextlib.suppress(ConfigError):
+                check_model(tried, model, path)
+                found.append(dataclasses.replace(with_pages(tried, model, path), cluster=config.cluster))
+                break
+    if not found:
+        _LOG.warning("mesh.smallest=%d: the model does not fit fewer than %d hosts", mesh.smallest, mesh.hosts)
+    return tuple(found)
+
+
 def with_failover(config: Config, model: GrokConfig) -> Config:
     """The configuration with a `gateway.failover_seconds` in which a replica that has lost a host can load the model again."""
     if config.gateway.failover_seconds is not None:
@@ -72,7 +105,7 @@ def with_failover(config: Config, model: GrokConfig) -> Config:
     rate = OBJECT_STORE if "://" in config.model.checkpoint else DISK
     if config.mesh.platform == "cpu":
         rate = min(rate, PACKING)
-    loading = whole_bytes(model, "int8") / config.mesh.hosts / rate
+    loading = whole_bytes(model, "int8") / (config.mesh.smallest or config.mesh.hosts) / rate
     seconds = max(LEAST_FAILOVER, 60 + 2 * loading)
     if seconds > LEAST_FAILOVER:
         _LOG.info("a host reads the model in about %.0f s: requests wait for a lost replica %.0f s", loading, seconds)
@@ -88,10 +121,14 @@ def _hardware(config: Config) -> hw.Hardware | None:
         return (
             hw.gpu_hosts(f"{mesh.devices_per_host}x{cluster.accelerator}", mesh.hosts) if cluster.accelerator else None
         )
-    memory = cluster.memory_per_host
-    if memory is None:
-        if cluster.address != "local":
-            return None
-        whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-        memory = whole / (mesh.hosts * config.replicas)
-    return hw.cpu_hosts(memory * 1e9 / mesh.devices_per_host, 1.0, 1.0, mesh.hosts)
+    memory = _memory_per_host(config)
+    return None if memory is None else hw.cpu_hosts(memory * 1e9 / mesh.devices_per_host, 1.0, 1.0, mesh.hosts)
+
+
+def _memory_per_host(config: Config) -> float | None:
+    """GB of a CPU host, if that is known."""
+    cluster = config.cluster
+    if cluster.memory_per_host is not None or cluster.address != "local":
+        return cluster.memory_per_host
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return whole / (config.mesh.hosts * config.replicas)

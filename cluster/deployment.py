@@ -14,6 +14,7 @@ class Deployment:
 
     Attributes:
       config: of it, with everything that follows from others filled in.
+      smaller: configurations of fewer hosts with which replicas go on when hosts are lost, those of the most hosts first.
       admin_key: of the user that has started it.
       host: address of the host where that was: gateways run there, or everywhere.
       token: names it. Gateways of another deployment are replaced.
@@ -29,3 +30,4 @@ class Deployment:
     beside: bool = False
     budgets: Mapping[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
     budgets_at: float = 0.0
+    smaller: tuple[Config, ...] = ()

@@ -20,7 +20,7 @@ import ray
 import ray.exceptions
 
 from cluster import daemon
-from cluster.capacity import with_failover, with_pages
+from cluster.capacity import smaller_configs, with_failover, with_pages
 from cluster.config.schema import Config, check_model
 from cluster.controller.actor import deploy
 from cluster.controller.client import RayController
@@ -65,6 +65,7 @@ def serve(config: Config, path: pathlib.Path, *, replace: bool = False) -> None:
     """
     _, limits = read_model(config)
     check_model(config, limits.model, path)
+    smaller = smaller_configs(config, limits.model, path)
     config = with_failover(with_pages(config, limits.model, path), limits.model)
     Keys(config.gateway.api_keys)
     if config.gateway.tls_certificate is not None:
@@ -86,7 +87,7 @@ def serve(config: Config, path: pathlib.Path, *, replace: bool = False) -> None:
         if predecessor is None:
             stack.enter_context(daemon.noted(address, entry))
         stack.enter_context(_ray(config))
-        asyncio.run(_Launch(config, entry, predecessor).run())
+        asyncio.run(_Launch(config, smaller, entry, predecessor).run())
 
 
 def _loopback(address: str) -> bool:
@@ -105,8 +106,11 @@ class _Launch:
     """The service, as the process sees it that has started it: it shows what goes on, and ends the service when it is to end
     itself. The service outlives it otherwise, unless the Ray cluster is its own."""
 
-    def __init__(self, config: Config, entry: daemon.Entry, predecessor: int | None) -> None:
+    def __init__(
+        self, config: Config, smaller: tuple[Config, ...], entry: daemon.Entry, predecessor: int | None
+    ) -> None:
         self._config = config
+        self._smaller = smaller
         self._address = config.gateway.address
         self._entry = entry
         self._predecessor = predecessor
@@ -155,6 +159,7 @@ class _Launch:
             beside=self._predecessor is not None,
             budgets=budgets,
             budgets_at=time.time() - seconds,
+            smaller=self._smaller,
         )
         served = await deploy(deployment, anew=self._predecessor is not None)
         if self._predecessor is None:

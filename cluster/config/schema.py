@@ -168,6 +168,10 @@ def _mesh_problems(config: Config) -> Iterator[tuple[str, str]]:
             f"mesh.platform=tpu with mesh.hosts={mesh.hosts} needs cluster.tpu_pod_type, such as v6e-16: "
             "all hosts of a replica must be of one slice",
         )
+    if mesh.smallest is not None and mesh.smallest > mesh.hosts:
+        yield "mesh.smallest", f"mesh.smallest={mesh.smallest} is more than mesh.hosts={mesh.hosts}"
+    if mesh.smallest is not None and mesh.platform == "tpu":
+        yield "mesh.smallest", "mesh.smallest: the hosts of a TPU slice can't be divided; leave it out"
     devices = mesh.hosts * mesh.devices_per_host
     if mesh.data * mesh.model != devices:
         yield (

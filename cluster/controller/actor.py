@@ -41,12 +41,12 @@ class ControllerActor:
         logs.configure()
         config, address = deployment.config, ray.util.get_node_ip_address()
         port = serve_metrics(address, (*METRICS_PORTS, 0), metrics.CONTROLLER).server_port
-        placements = RayPlacements(config.mesh, config.cluster)
+        placements = RayPlacements(config.cluster)
         digests = Digests(read_record(locate(config.model.checkpoint)))
         self._deployment = deployment
         metrics_url = f"http://{address}:{port}/metrics"
         place = ServiceView(address=address, pid=os.getpid(), metrics_url=metrics_url, log=logs.path())
-        self._controller = Controller(config, placements, digests, place)
+        self._controller = Controller((config, *deployment.smaller), placements, digests, place)
         self._controller.inherit(deployment.budgets, max(time.time() - deployment.budgets_at, 0.0))
         self._gateways = Gateways(deployment, lambda: self._controller.reports)
         self._life: asyncio.Future[Any] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from cluster.config.schema import Config
@@ -45,17 +45,18 @@ class Controller:
 
     def __init__(
         self,
-        config: Config,
+        configs: Sequence[Config],
         placements: Placements,
         digests: Digests,
         place: ServiceView = _NOWHERE,
         network: Network = REAL,
     ) -> None:
-        """`place` is a view that has where the controller itself is."""
+        """`configs` are the service's, and those of fewer hosts for when some are lost; `place` is a view that has where the
+        controller itself is."""
         self._place = place
         self._reports: dict[str, tuple[GatewayReport, float]] = {}
         self._ledger = Ledger()
-        self._fleet = Fleet(config, placements, digests, lambda: self.reports, network)
+        self._fleet = Fleet(configs, placements, digests, lambda: self.reports, network)
 
     async def run(self) -> None:
         """Keeps replicas alive until cancelled, then ends them."""

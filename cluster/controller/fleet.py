@@ -32,14 +32,16 @@ class Fleet:
 
     def __init__(
         self,
-        config: Config,
+        configs: Sequence[Config],
         placements: Placements,
         digests: Digests,
         reports: Callable[[], Sequence[GatewayReport]],
         network: Network = REAL,
     ) -> None:
+        config = configs[0]
         self.wanted = config.replicas
         self._config = config
+        self._configs = configs
         self._placements = placements
         self._reports = reports
         self._network = network
@@ -131,7 +133,7 @@ class Fleet:
     def _start(self, index: int, running: RunningMesh | None = None) -> None:
         replica = Replica(
             index,
-            self._config,
+            self._configs,
             self._placements,
             self._quarantine,
             self._digests,
@@ -140,6 +142,7 @@ class Fleet:
             self._epochs.get(index, 0),
             running,
             self._network,
+            lambda: [address for replica in self.replicas for address in replica.weights],
         )
         self._replicas[index] = replica
         self._lives[index] = asyncio.ensure_future(replica.run())
@@ -173,7 +176,7 @@ class Fleet:
         del self._replicas[replica.index]
         self._epochs[replica.index] = replica.epoch
         self._look()
-        for metric in (metrics.EPOCH, metrics.REPLICA_FAILURES):
+        for metric in (metrics.EPOCH, metrics.REPLICA_FAILURES, metrics.MISSING_HOSTS):
             metric.remove(str(replica.index))
         _LOG.info("replica %d has ended", replica.index, extra=replica.log_fields)
 

@@ -98,11 +98,17 @@ class Placements(Protocol):
     async def begins(self, replica: int, epoch: int) -> None:
         """Remembers that an epoch begins, for the controllers that come after this one."""
 
-    async def create(self, replica: int, avoided: tuple[str, ...]) -> Placement:
-        """Waits until there are hosts enough, then starts a worker on each; see RayPlacements."""
+    async def create(
+        self, replica: int, mesh: MeshSpec, avoided: tuple[str, ...], seconds: float | None
+    ) -> Placement | None:
+        """Waits until there are hosts enough, then starts a worker on each; None if there are not within `seconds`. On the
+        nodes `avoided` only if there are too few others, then rather on the last of them."""
 
-    async def spares_beside(self, avoided: frozenset[str]) -> bool:
-        """Whether a replica could lie on other nodes than those, were they free."""
+    async def spares_beside(self, mesh: MeshSpec, avoided: frozenset[str]) -> bool:
+        """Whether a mesh could lie on other nodes than those, were they free."""
+
+    async def room(self, replica: int, mesh: MeshSpec, nodes: Sequence[str]) -> None:
+        """Waits until there are so many more hosts that a mesh that lies on `nodes` could be one like `mesh`."""
 
 
 class Placement:
@@ -140,10 +146,10 @@ class Placement:
         for host in self.hosts:
             host.dump_stacks.remote()
 
-    async def endpoints(self) -> list[Endpoint]:
-        """Where the workers can be reached. Raises HostError for one that does not answer in START_SECONDS, or is not what the
-        others are."""
-        found = await self.ask("endpoint", seconds=START_SECONDS)
+    async def endpoints(self, weights_cache: str | None) -> list[Endpoint]:
+        """Where the workers can be reached, and the weights cache of each, if it is to have one. Raises HostError for one that
+        does not answer in START_SECONDS, or is not what the others are."""
+        found = await self.ask("endpoint", [weights_cache] * len(self.hosts), seconds=START_SECONDS)
         self._endpoints = found
         for rank, endpoint in enumerate(found):
             if endpoint.code != found[0].code:

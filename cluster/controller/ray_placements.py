@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -22,8 +24,7 @@ AVOID_SECONDS = 5.0
 class RayPlacements:
     """Places replicas on the nodes of a Ray cluster."""
 
-    def __init__(self, mesh: MeshSpec, cluster: ClusterSection) -> None:
-        self._mesh = mesh
+    def __init__(self, cluster: ClusterSection) -> None:
         self._cluster = cluster
 
     async def running(self) -> tuple[list[RunningMesh], dict[int, int]]:
@@ -34,18 +35,19 @@ class RayPlacements:
         """See Placements."""
         await remember(replica, epoch)
 
-    async def create(self, replica: int, avoided: tuple[str, ...]) -> Placement:
-        """Waits until there are hosts enough, then starts a worker on each. On the nodes `avoided` only if no others are there
-        within AVOID_SECONDS; if there are too few others, then rather on the last of them."""
-        mesh, cluster, group = self._mesh, self._cluster, None
-        name = f"{GROUP_PREFIX}{replica}-{secrets.token_hex(4)}"
+    async def create(
+        self, replica: int, mesh: MeshSpec, avoided: tuple[str, ...], seconds: float | None
+    ) -> Placement | None:
+        """See Placements. Others than the nodes `avoided` have AVOID_SECONDS to be there."""
+        cluster, group, name = self._cluster, None, _group_name(replica)
         for count in range(len(avoided), 0, -1):
             without = frozenset(avoided[:count])
-            if await self.spares_beside(without):
+            if await self.spares_beside(mesh, without):
                 group = await _reserve(name, group_options(mesh, cluster, without), AVOID_SECONDS)
                 break
-        group = group or await _reserve(name, group_options(mesh, cluster), None)
-        assert group is not None
+        group = group or await _reserve(name, group_options(mesh, cluster), seconds)
+        if group is None:
+            return None
         resources = bundle(mesh, cluster.cpus_per_host)
         try:
             table: dict[int, str] = (await asyncio.to_thread(placement_group_table, group))["bundles_to_node_id"]
@@ -64,9 +66,21 @@ class RayPlacements:
         ]
         return Placement(group, name, mesh, [table.get(rank, "") for rank in range(mesh.hosts)], hosts)
 
-    async def spares_beside(self, avoided: frozenset[str]) -> bool:
-        """Whether a replica could lie on other nodes than those, were they free."""
-        return await asyncio.to_thread(spares_beside, self._mesh, self._cluster, avoided)
+    async def spares_beside(self, mesh: MeshSpec, avoided: frozenset[str]) -> bool:
+        """See Placements."""
+        return await asyncio.to_thread(spares_beside, mesh, self._cluster, avoided)
+
+    async def room(self, replica: int, mesh: MeshSpec, nodes: Sequence[str]) -> None:
+        """See Placements. What is waited for is reserved, so that Ray's autoscaler adds it."""
+        missing = dataclasses.replace(mesh, hosts=mesh.hosts - len(nodes))
+        options = group_options(missing, self._cluster, frozenset(nodes))
+        group = await _reserve(_group_name(replica), options, None)
+        assert group is not None
+        remove_placement_group(group)
+
+
+def _group_name(replica: int) -> str:
+    return f"{GROUP_PREFIX}{replica}-{secrets.token_hex(4)}"
 
 
 def bundle(mesh: MeshSpec, cpus_per_host: int) -> dict[str, float]:

@@ -7,14 +7,17 @@ import contextlib
 import dataclasses
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import ray.exceptions
 
 from cluster.config.schema import Config
+from cluster.controller.failures import accused, summary
 from cluster.controller.integrity import Canary, Digests
 from cluster.controller.placement import HostError, Placement, Placements, RunningMesh
 from cluster.controller.quarantine import RAISED, Quarantine
+from cluster.controller.rank_specs import rank_specs
+from cluster.controller.stalls import Stalls
 from cluster.controller.view import HostView, ReplicaView
 from cluster.leader_stream import LeaderAddress, LeaderStream
 from cluster.network import REAL, Network
@@ -23,7 +26,12 @@ from grok.serving.v1 import cluster_pb2
 from workers.host.streams import LinkError
 from workers.messages.frames import Status
 from workers.messages.request import Load
-from workers.messages.specs import COMPILING, JOINING, LOADING, PREPARING, WARMING_UP, Endpoint, Progress, RankSpec
+from workers.messages.specs import (
+    MeshSpec,
+    Progress,
+    RankSpec,
+    WeightsAddress,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,11 +50,8 @@ PROVE_SECONDS = 60.0
 REASON_SECONDS = 0.5
 #: A replica that drains is empty when it has had no request for so long: gateways may not know at once that it drains.
 EMPTY_SECONDS = 0.5
-#: Seconds that a host may be in a phase without any progress, phases in their order. What it reads from may hang, or another
-#: host that it waits for.
-STALLED_SECONDS = {
-    "starting": 60.0, PREPARING: 120.0, JOINING: 120.0, LOADING: 60.0, COMPILING: 900.0, WARMING_UP: 300.0,
-}  # fmt: skip
+#: Seconds that a replica which has lost a host waits for another one before it goes on with fewer.
+HOSTS_SECONDS = 10.0
 
 
 class NotReadyError(RuntimeError):
@@ -59,7 +64,7 @@ class Replica:
     def __init__(
         self,
         index: int,
-        config: Config,
+        configs: Sequence[Config],
         placements: Placements,
         quarantine: Quarantine,
         digests: Digests,
@@ -68,8 +73,11 @@ class Replica:
         epoch: int = 0,
         running: RunningMesh | None = None,
         network: Network = REAL,
+        weights: Callable[[], Sequence[WeightsAddress]] = tuple,
     ) -> None:
-        """`epoch` is the last one of the replica that had this number before; `running` a mesh of it that goes on."""
+        """`configs` are its own, and those of fewer hosts for when some are lost; `epoch` is the last one of the replica that
+        had this number before; `running` a mesh of it that goes on; `weights` gives the weights caches of all replicas that
+        serve."""
         self.index = index
         self.state: cluster_pb2.ReplicaState.ValueType = cluster_pb2.REPLICA_STATE_PLACING
         self.epoch = epoch
@@ -78,6 +86,7 @@ class Replica:
         self.last_failure = ""
         self._placements = placements
         self._network = network
+        self._weights = weights
         self._quarantine = quarantine
         self._digests = digests
         self._canary = canary
@@ -85,6 +94,7 @@ class Replica:
         self._stream: LeaderStream | None = None
         self._draining = False
         self._spec: RankSpec | None = None
+        self._growing = False
         self._has_served = epoch > 0
         self._running = running
         self._serving = asyncio.Event()
@@ -93,7 +103,9 @@ class Replica:
         self._tried = ""
         self._restart = asyncio.Event()
         self._restarting = False
-        self._config = config
+        self._config = configs[0]
+        self._configs = configs
+        self._mesh = self._config.mesh
         self._on_change = on_change
 
     @property
@@ -105,6 +117,7 @@ class Replica:
             index=self.index,
             state=self.state,
             epoch=self.epoch,
+            mesh=self._mesh,
             leader=None if stream is None else stream.leader,
             draining=self._draining,
             returns=self._has_served and not gone,
@@ -116,6 +129,12 @@ class Replica:
             # What gateways hear of each other's requests they hear from the leader.
             status=Status() if stream is None else dataclasses.replace(stream.status, others=()),
         )
+
+    @property
+    def weights(self) -> list[WeightsAddress]:
+        """The weights caches of its hosts, if all that is to be there is."""
+        found = [host.endpoint.weights for host in self.hosts if self._serving.is_set()]
+        return [address for address in found if address is not None]
 
     async def drain(self) -> None:
         """Takes no new requests, and is not built again. Returns when it has finished what it has."""
@@ -183,7 +202,7 @@ class Replica:
                 failure = await self._live()
                 if failure is None:
                     continue
-                self.last_failure = _summary(failure)
+                self.last_failure = summary(failure)
                 if self.state == cluster_pb2.REPLICA_STATE_DRAINING:
                     return
                 await self._fail(failure)
@@ -224,14 +243,27 @@ class Replica:
         failing = self._quarantine.failing(now)
         if self._placement is not None:
             worst = frozenset([node for node in self._placement.nodes if node in failing][:1])
-            if self.outdated or (worst and await self._placements.spares_beside(worst)):
+            elsewhere = worst and await self._placements.spares_beside(self._mesh, worst)
+            if self.outdated or self._growing or elsewhere:
                 self._placement.remove()
                 self._placement = None
             else:
                 self._placement = await self._placement.renew()
-        if self._placement is None:
-            self._placement = await self._placements.create(self.index, self._quarantine.avoided(now))
+        self._growing = False
+        while self._placement is None:
+            self._placement = await self._create()
+        self._lies_on(self._config_of(len(self._placement.nodes)).mesh)
         return self._placement
+
+    async def _create(self) -> Placement | None:
+        """New workers, on as many hosts as are configured. If it has served, some may be lost for long: then on fewer."""
+        patience = HOSTS_SECONDS if self._has_served and len(self._configs) > 1 else None
+        for config in self._configs:
+            avoided = self._quarantine.avoided(asyncio.get_running_loop().time())
+            placement = await self._placements.create(self.index, config.mesh, avoided, patience)
+            if placement is not None:
+                return placement
+        return None
 
     async def _fail(self, failure: Exception) -> None:
         """Records a failure, blames hosts, and sleeps for the backoff of so many consecutive failures. Raises nothing:
@@ -260,8 +292,8 @@ class Replica:
         """Notes the hosts that are to be blamed: those whose workers do not answer; else the one that said what is wrong, or of
         which that was said; else, if it happens again and again, one after the other."""
         blamed, count = await placement.silent(), 1
-        if not blamed and (accused := _accused(failure)) is not None:
-            blamed, count = [accused.rank], RAISED if accused.raised else 1
+        if not blamed and (host := accused(failure)) is not None:
+            blamed, count = [host.rank], RAISED if host.raised else 1
         elif not blamed and self.failures > 1:
             blamed = [self.failures % len(placement.nodes)]
         now = asyncio.get_running_loop().time()
@@ -273,10 +305,11 @@ class Replica:
     @property
     def outdated(self) -> bool:
         """Whether what its mesh serves, and how, is not what is configured."""
-        spec, config = self._spec, self._config
+        spec = self._spec
         if spec is None:
             return False
-        return (spec.model.numbers, spec.mesh, spec.engine) != (config.model.numbers, config.mesh, config.engine)
+        known = [(config.model.numbers, config.mesh, config.engine) for config in self._configs]
+        return (spec.model.numbers, spec.mesh, spec.engine) not in known
 
     async def _adopt(self, running: RunningMesh) -> None:
         """Goes on with a mesh that another controller has left, to its end."""
@@ -291,14 +324,14 @@ class Replica:
 
     async def _epoch(self, placement: Placement) -> None:
         """Runs one epoch to its end. Raises HostError, RayError or OSError when it fails."""
-        endpoints = await placement.endpoints()
+        endpoints = await placement.endpoints(self._config.model.weights_cache)
         self.hosts = [HostView(endpoint, Progress("starting", 0.0)) for endpoint in endpoints]
         for endpoint in endpoints:
             metrics.HOST_LOSSES.labels(endpoint.address).inc(0)
         self._enter(cluster_pb2.REPLICA_STATE_STARTING)
         if len(endpoints) > 1:
             await placement.check_reachable(endpoints)
-        specs = self._rank_specs(endpoints)
+        specs = rank_specs(self._config_of(len(endpoints)), self.index, self.epoch, endpoints, self._weights())
         await _first(self._watch_progress(placement), self._form(placement, specs))
         await placement.ask("serve")
         await self._serve(placement, specs[0])
@@ -306,6 +339,7 @@ class Replica:
     async def _serve(self, placement: Placement, spec: RankSpec) -> None:
         """Watches a mesh that serves, whose leader has this spec, until it ends."""
         self._spec = spec
+        self._lies_on(spec.mesh)
         leader = LeaderAddress(self.index, self.epoch, spec.leader, spec.secret, spec.liveness)
         stream = self._stream = await LeaderStream.connect(leader, spec.silence_seconds, self._network)
         try:
@@ -315,6 +349,7 @@ class Replica:
                 stream.run(lambda _: None, self._accept),
                 self._stand_by(placement),
                 self._prove(),
+                self._grow(placement),
                 self._restart.wait(),
             )
         finally:
@@ -342,6 +377,16 @@ class Replica:
             raise TimeoutError(f"the mesh has not computed a token in {PROVE_SECONDS:g} s") from error
         await asyncio.Event().wait()
 
+    async def _grow(self, placement: Placement) -> None:
+        """Ends a mesh of fewer hosts than are configured once there are enough, after it has drained."""
+        if self._mesh.hosts < self._config.mesh.hosts:
+            await self._serving.wait()
+            await self._placements.room(self.index, self._config.mesh, placement.nodes)
+            self._growing = True
+            with contextlib.suppress(NotReadyError):  # it ends by itself
+                await self.restart()
+        await asyncio.Event().wait()
+
     async def _watch_hosts(self, placement: Placement, pause: float = POLL_SECONDS) -> None:
         """Asks again and again what the hosts do. Raises HostError for one that is lost, or whose part has failed."""
         while True:
@@ -361,55 +406,26 @@ class Replica:
         """Has workers stand by for the next epoch, once this one serves."""
         await self._serving.wait()
         try:
-            await placement.stand_by(self._config.model, self._config.engine)
+            config = self._config_of(len(placement.nodes))
+            await placement.stand_by(config.model, config.engine)
         except ray.exceptions.RayError as error:
-            _LOG.warning("there is no standby: %s", _summary(error), extra=self.log_fields)
+            _LOG.warning("there is no standby: %s", summary(error), extra=self.log_fields)
         await asyncio.Event().wait()
 
-    def _rank_specs(self, endpoints: list[Endpoint]) -> list[RankSpec]:
-        config, first = self._config, endpoints[0]
-        secret = secrets.token_bytes(32)
-        return [
-            RankSpec(
-                replica=self.index,
-                epoch=self.epoch,
-                secret=secret,
-                rank=rank,
-                coordinator=f"{first.address}:{first.coordinator_port}",
-                leader=f"{first.address}:{first.leader_port}",
-                model=config.model,
-                mesh=config.mesh,
-                engine=config.engine,
-                compilation_cache=config.cluster.compilation_cache or None,
-                liveness=endpoint.liveness,
-                silence_seconds=config.cluster.silence_seconds,
-                stall_seconds=config.telemetry.stall_seconds,
-                plan_log=config.telemetry.plan_log,
-            )
-            for rank, endpoint in enumerate(endpoints)
-        ]
+    def _lies_on(self, mesh: MeshSpec) -> None:
+        self._mesh = mesh
+        metrics.MISSING_HOSTS.labels(str(self.index)).set(self._config.mesh.hosts - mesh.hosts)
+
+    def _config_of(self, hosts: int) -> Config:
+        """The one for so many hosts."""
+        return next((config for config in self._configs if config.mesh.hosts == hosts), self._config)
 
     async def _watch_progress(self, placement: Placement) -> None:
         """Asks again and again what the hosts do. Raises HostError for one that does not answer, or does not get on."""
-        loop = asyncio.get_running_loop()
-        since: dict[int, tuple[Progress, float]] = {}
+        stalls = Stalls()
         while True:
             await self._poll(placement)
-            for rank, view in enumerate(self.hosts):
-                if rank not in since or since[rank][0] != view.progress:
-                    since[rank] = view.progress, loop.time()
-            stalled = [
-                (phase, rank)
-                for phase, (name, seconds) in enumerate(STALLED_SECONDS.items())
-                for rank, (progress, began) in since.items()
-                if progress.phase == name and loop.time() - began > seconds
-            ]
-            if stalled:
-                _, rank = min(stalled)  # the others may wait for the one that is furthest behind
-                progress, began = since[rank]
-                raise HostError(
-                    rank, TimeoutError(f"{progress.phase} for {loop.time() - began:.0f} s without progress")
-                )
+            stalls.note([view.progress for view in self.hosts], asyncio.get_running_loop().time())
             await asyncio.sleep(POLL_SECONDS)
 
     async def _poll(self, placement: Placement) -> None:
@@ -466,23 +482,3 @@ async def _first(*parts: Awaitable[object]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _accused(failure: Exception) -> HostError | None:
-    """The host that a failure speaks of, None if of none. A worker whose stream broke accuses the peer of that stream."""
-    if not isinstance(failure, HostError):
-        return None
-    cause = getattr(failure.error, "cause", failure.error)
-    if not isinstance(cause, LinkError):
-        return failure
-    return None if cause.rank is None else HostError(cause.rank, cause)
-
-
-def _summary(error: BaseException) -> str:
-    """The first sentence of an error's last line, which in Ray's says what the worker raised."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (
-        f"{type(error).__name__}: {lines[-1].split('. ')[0].split(' Worker exit type')[0]}"
-        if lines
-        else type(error).__name__
-    )

@@ -10,9 +10,9 @@ from cluster.leader_stream import LeaderAddress
 from grok.serving.v1 import cluster_pb2
 from workers.messages.frames import Status
 from workers.messages.request import Load
-from workers.messages.specs import Endpoint, Progress
+from workers.messages.specs import Endpoint, MeshSpec, Progress
 
-_NO_LOAD, _NO_STATUS = Load(), Status()
+_NO_LOAD, _NO_STATUS, _NO_MESH = Load(), Status(), MeshSpec()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class ReplicaView:
       failures: in a row.
       last_failure: in words.
       load, status: last reported by its leader.
+      mesh: its mesh, or what it is to be.
     """
 
     index: int
@@ -53,6 +54,7 @@ class ReplicaView:
     last_failure: str = ""
     load: Load = _NO_LOAD
     status: Status = _NO_STATUS
+    mesh: MeshSpec = _NO_MESH
 
     @property
     def log_fields(self) -> dict[str, int]:

@@ -98,13 +98,12 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
 
     def _replica(self, replica: ReplicaView) -> cluster_pb2.ReplicaStatus:
         load, status = replica.load, replica.status
-        mesh = self._config.mesh
         return cluster_pb2.ReplicaStatus(
             index=replica.index,
             state=replica.state,
             epoch=replica.epoch,
-            mesh_data=mesh.data,
-            mesh_model=mesh.model,
+            mesh_data=replica.mesh.data,
+            mesh_model=replica.mesh.model,
             hosts=[_host(rank, view) for rank, view in enumerate(replica.hosts)],
             running=load.running,
             waiting=load.waiting,

@@ -101,6 +101,12 @@ REPLICA_FAILURES = Gauge(
     ["replica"],
     registry=CONTROLLER,
 )
+MISSING_HOSTS = Gauge(
+    "grokmesh_replica_missing_hosts",
+    "Hosts by which a replica's mesh is smaller than configured.",
+    ["replica"],
+    registry=CONTROLLER,
+)
 HOST_LOSSES = Counter(
     "grokmesh_host_losses", "Workers of a host that died or did not answer.", ["address"], registry=CONTROLLER
 )

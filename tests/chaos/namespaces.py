@@ -9,7 +9,8 @@ import pathlib
 import secrets
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import grpc
 import yaml
@@ -46,18 +47,24 @@ _SIZES = (
 class Cluster:
     """Ray on all hosts, `grokmesh serve` on the front one."""
 
-    def __init__(self, hosts: Hosts, folder: pathlib.Path) -> None:
+    def __init__(self, hosts: Hosts, folder: pathlib.Path, environment: Mapping[str, str], **sections: Any) -> None:
         self.hosts = hosts
+        self._environment = (*ENVIRONMENT, *(f"{name}={value}" for name, value in environment.items()))
         self._storage = folder / "gcs"
         self._config = folder / "ray_config.yaml"
         self._config.write_text(
             yaml.safe_dump(
                 {
                     "model": {"name": "demo", "checkpoint": str(DEMO)},
-                    "cluster": {"address": f"{ADDRESSES[HEAD]}:6379", "compilation_cache": str(folder / "xla")},
+                    "cluster": {
+                        "address": f"{ADDRESSES[HEAD]}:6379",
+                        "compilation_cache": str(folder / "xla"),
+                        **sections.pop("cluster", {}),
+                    },
                     "mesh": {"hosts": 2, "devices_per_host": 1, "data": 1, "model": 2},
                     "gateway": {"address": GATEWAY},
                     "telemetry": {"address": f"{ADDRESSES[FRONT]}:9464"},
+                    **sections,
                 }
             )
         )
@@ -74,7 +81,16 @@ class Cluster:
         for name in WORKERS:
             self.join(name)
         done = self.hosts.execute(
-            FRONT, "env", *ENVIRONMENT, "grokmesh", "serve", "--config", str(self._config), "--detach", "--timeout", "0"
+            FRONT,
+            "env",
+            *self._environment,
+            "grokmesh",
+            "serve",
+            "--config",
+            str(self._config),
+            "--detach",
+            "--timeout",
+            "0",
         )
         assert done.returncode == 0, done.stdout + done.stderr
         wait_until(self._ready, 120)
@@ -126,7 +142,9 @@ class Cluster:
     def _ray(self, name: str, *arguments: str, environment: tuple[str, ...] = ()) -> None:
         options = (*arguments, f"--node-ip-address={ADDRESSES[name]}", *_SIZES)
         for attempt in range(3):
-            done = self.hosts.execute(name, "env", *ENVIRONMENT, *environment, "ray", "start", *options, timeout=60)
+            done = self.hosts.execute(
+                name, "env", *self._environment, *environment, "ray", "start", *options, timeout=60
+            )
             if done.returncode == 0:
                 return
             time.sleep(1 + attempt)
@@ -134,14 +152,14 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(folder: pathlib.Path) -> Iterator[Cluster]:
-    """A service that serves while the block runs."""
+def cluster(folder: pathlib.Path, environment: Mapping[str, str] | None = None, **sections: Any) -> Iterator[Cluster]:
+    """A service that serves while the block runs, configured by `sections`; all of its processes have an `environment`."""
     require(ip="iproute2", unshare="util-linux", sshd="openssh-server")
     hosts = Hosts(folder, ADDRESSES)
     try:
         hosts.up()
         hosts.connect(f"{NETWORK}.1")
-        made = Cluster(hosts, folder)
+        made = Cluster(hosts, folder, environment or {}, **sections)
         made.start()
         yield made
     finally:

@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 
-from cluster.capacity import with_pages
+from cluster.capacity import smaller_configs, with_pages
 from cluster.cli import main
 from cluster.config.reader import load_config
 from cluster.config.schema import Config, ConfigError
@@ -61,6 +61,22 @@ def test_a_cpu_host_is_as_large_as_it_is_said_to_be_or_as_this_machine(tmp_path:
     assert with_pages(server, GrokConfig(), PATH).engine.kv_pages
     unknown = _config(tmp_path, cluster={"address": "head:6379"})
     assert with_pages(unknown, GrokConfig(), PATH) is unknown
+
+
+def test_meshes_of_fewer_hosts_are_those_on_which_the_model_fits(tmp_path: pathlib.Path) -> None:
+    mesh = {"hosts": 8, "devices_per_host": 1, "data": 1, "model": 8, "smallest": 1}
+    servers = {"address": "head:6379", "memory_per_host": 192.0}
+    config = _config(tmp_path, cluster=servers, mesh=mesh, engine={"slots": 8})
+    found = smaller_configs(config, GrokConfig(), PATH)
+    # 3, 5, 6 and 7 do not divide its heads as its rules want, and one host is too small.
+    assert [(one.mesh.hosts, one.mesh.data, one.mesh.model) for one in found] == [(4, 1, 4), (2, 1, 2)]
+    assert all(one.engine.kv_pages for one in found)
+    assert all(one.cluster == config.cluster for one in found)
+    larger = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, smallest=3))
+    assert [one.mesh.hosts for one in smaller_configs(larger, GrokConfig(), PATH)] == [4]
+    with pytest.raises(ConfigError, match=r"mesh.smallest=1 needs cluster.memory_per_host"):
+        smaller_configs(_config(tmp_path, cluster={"address": "head:6379"}, mesh=mesh), GrokConfig(), PATH)
+    assert smaller_configs(_config(tmp_path), GrokConfig(), PATH) == ()
 
 
 def test_plan_tells_what_fits(capsys: pytest.CaptureFixture[str]) -> None:

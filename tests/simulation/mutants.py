@@ -30,6 +30,18 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "a mesh of too few hosts does not grow",
+        "cluster/controller/replica.py",
+        "            self._growing = True\n",
+        "            return\n",
+    ),
+    Mutant(
+        "a mesh that is to grow stays where it is",
+        "cluster/controller/replica.py",
+        "self.outdated or self._growing or elsewhere",
+        "self.outdated or elsewhere",
+    ),
+    Mutant(
         "a token is asked for twice",
         "cluster/gateway/session.py",
         "resumed=tuple(self._received))",

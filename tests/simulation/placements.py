@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import ray.exceptions
@@ -33,8 +34,8 @@ class Cluster:
 class SimPlacements:
     """A `cluster.controller.placement.Placements` of one life of the controller."""
 
-    def __init__(self, cluster: Cluster, mesh: MeshSpec, controller: SimProcess) -> None:
-        self._cluster, self._mesh, self._controller = cluster, mesh, controller
+    def __init__(self, cluster: Cluster, controller: SimProcess) -> None:
+        self._cluster, self._controller = cluster, controller
 
     async def running(self) -> tuple[list[RunningMesh], dict[int, int]]:
         names = [name for name, worker in self._cluster.workers.items() if not worker.process.dead.is_set()]
@@ -51,16 +52,20 @@ class SimPlacements:
         if self._controller.runs:
             self._cluster.epochs[replica] = epoch
 
-    async def create(self, replica: int, avoided: tuple[str, ...]) -> Placement:
-        world, mesh = self._cluster.world, self._mesh
+    async def create(
+        self, replica: int, mesh: MeshSpec, avoided: tuple[str, ...], seconds: float | None
+    ) -> Placement | None:
+        world = self._cluster.world
         began = world.loop.time()
         while True:
-            fit = [node for node in world.hosts if node.free and world.reaches(self._controller.node, node)]
+            fit = [node for node in self._there() if node.free]
             others = [node for node in fit if node.id not in avoided]
             late = world.loop.time() - began > 5
             chosen = others if len(others) >= mesh.hosts or not late else fit
             if len(chosen) >= mesh.hosts:
                 break
+            if seconds is not None and world.loop.time() - began > 5 + seconds:
+                return None
             await asyncio.sleep(0.5)
         nodes = world.rng.sample(chosen, mesh.hosts)
         group = f"{GROUP_PREFIX}{replica}-{next(world.numbers)}"
@@ -70,10 +75,17 @@ class SimPlacements:
         hosts = [self._host(WorkerName(group, 0, rank)) for rank in range(mesh.hosts)]
         return self._placed(group, mesh, [node.id for node in nodes], hosts)
 
-    async def spares_beside(self, avoided: frozenset[str]) -> bool:
+    async def spares_beside(self, mesh: MeshSpec, avoided: frozenset[str]) -> bool:
+        return sum(node.id not in avoided for node in self._there()) >= mesh.hosts
+
+    async def room(self, replica: int, mesh: MeshSpec, nodes: Sequence[str]) -> None:
+        del replica
+        while sum(node.free and node.id not in nodes for node in self._there()) < mesh.hosts - len(nodes):
+            await asyncio.sleep(0.5)
+
+    def _there(self) -> list[SimNode]:
         world = self._cluster.world
-        there = [node for node in world.hosts if world.reaches(self._controller.node, node)]
-        return sum(node.id not in avoided for node in there) >= self._mesh.hosts
+        return [node for node in world.hosts if world.reaches(self._controller.node, node)]
 
     def _placed(self, *arguments: Any) -> Placement:
         return SimPlacement(self._cluster, self._controller, *arguments)

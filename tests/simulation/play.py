@@ -68,7 +68,9 @@ class _Play:
         if seed % 5 == 2 and "pause briefly" in kinds:
             self._kinds = ["pause briefly", *(kind for kind in self._kinds if kind in HARMLESS)]
         hosts, self._replicas = rng.choice((1, 2, 2, 3)), rng.choice((1, 1, 2))
-        self.world = World(seed, hosts * self._replicas + rng.choice((1, 2)))
+        self._shrinks = seed % 4 == 1 and hosts > 1
+        spares = rng.choice((1, 2))
+        self.world = World(seed, hosts * self._replicas + (0 if self._shrinks else spares))
         self._conditions = Conditions(batch_invariant=rng.random() < 0.6)
         self._cluster = Cluster(self.world, self._conditions)
         scaling = AutoscalingSection()
@@ -91,7 +93,12 @@ class _Play:
             GatewaySection(drain_seconds=2.0, failover_seconds=FAILOVER_SECONDS),
         )
         self._config = config
-        self._controllers = Controllers(self._cluster, config)
+        smaller = [
+            dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, hosts=fewer, model=fewer))
+            for fewer in range(hosts - 1, 0, -1)
+            if self._shrinks
+        ]
+        self._controllers = Controllers(self._cluster, [config, *smaller])
         count = rng.choice((1, 2, 2, 3))
         self._gateways = [self._gateway(f"gateway-{i}") for i in range(count)]
         self.clients = Clients(self.world, self._gateways, self._left)
@@ -132,9 +139,13 @@ class _Play:
 
     def _well(self) -> bool:
         known = {report.pid for report in self._controllers.controller.reports}
-        return self._controllers.process.runs and all(
-            gateway.process.runs and gateway.router.ready >= self._replicas and gateway.process.pid in known
-            for gateway in self._gateways
+        return (
+            self._controllers.process.runs
+            and all(
+                gateway.process.runs and gateway.router.ready >= self._replicas and gateway.process.pid in known
+                for gateway in self._gateways
+            )
+            and all(view.mesh == self._config.mesh for view in self._controllers.controller._fleet.view().replicas)
         )
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from opentelemetry import trace
@@ -34,17 +34,17 @@ from tests.support.fake_service import MODEL, InlineTexts
 class Controllers:
     """The controller, life after life; a `ControllerClient` of each gateway comes from `client`."""
 
-    def __init__(self, cluster: Cluster, config: Config) -> None:
-        self._cluster, self._config, self._world = cluster, config, cluster.world
+    def __init__(self, cluster: Cluster, configs: Sequence[Config]) -> None:
+        self._cluster, self._configs, self._world = cluster, configs, cluster.world
         self.process: SimProcess
         self.controller: Controller
         self.start()
 
     def start(self) -> None:
         process = self.process = SimProcess(self._world.front)
-        placements = SimPlacements(self._cluster, self._config.mesh, process)
+        placements = SimPlacements(self._cluster, process)
         self.controller = Controller(
-            self._config, placements, Digests({}), network=SimNetwork(process), place=ServiceView(pid=process.pid)
+            self._configs, placements, Digests({}), network=SimNetwork(process), place=ServiceView(pid=process.pid)
         )
         self._life = process.spawn(self.controller.run())
 

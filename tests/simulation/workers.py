@@ -105,7 +105,8 @@ class SimWorker:
         self._reached: set[str] = set()
         self._port = next(node.world.numbers)
 
-    async def endpoint(self) -> Endpoint:
+    async def endpoint(self, weights_cache: str | None) -> Endpoint:
+        del weights_cache
         await asyncio.sleep(self.world.rng.uniform(0.1, 1.0))
         return self._endpoint
 

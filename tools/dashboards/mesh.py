@@ -53,6 +53,12 @@ MESH = Dashboard(
                     "short", _each("grokmesh_replica_failures_in_a_row", "replica {{replica}}"), warn=3, bad=10,
                 ),
                 Panel(
+                    "Missing hosts",
+                    "Hosts by which a replica's mesh is smaller than configured: they were lost, none has come instead, and "
+                    "mesh.smallest lets it go on with fewer.",
+                    "short", _each("grokmesh_replica_missing_hosts", "replica {{replica}}"), warn=1,
+                ),
+                Panel(
                     "Workers lost by host",
                     "Workers that died or did not answer, in the last hour, by the address of their host. A host that keeps losing "
                     "them is avoided while there are others; look at it before it is trusted again.",
@@ -123,10 +129,14 @@ MESH = Dashboard(
                     ),
                 ),
                 Panel(
-                    "Weights from the cache",
-                    "What a host did not read from the checkpoint, as model.weights_cache had it. 0 after the first start, and where "
-                    "the cache is off, or was found broken.",
-                    "bytes", _each("grokmesh_worker_cached_weight_bytes", _HOST),
+                    "Weights from caches",
+                    "What a host did not read from the checkpoint, as its own model.weights_cache had it, or that of a host which holds "
+                    "the same. 0 after the first start, and where the cache is off, or was found broken.",
+                    "bytes",
+                    (
+                        *_each("grokmesh_worker_cached_weight_bytes", f"{_HOST}, its own"),
+                        *_each("grokmesh_worker_taken_weight_bytes", f"{_HOST}, another's"),
+                    ),
                 ),
                 Panel(
                     "Memory of the devices",

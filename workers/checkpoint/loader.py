@@ -10,7 +10,7 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,10 +21,12 @@ from workers.checkpoint.errors import CheckpointError
 from workers.checkpoint.reading import Bounds
 from workers.checkpoint.tensor_file import TensorFile
 from workers.checkpoint.tensor_parts import TensorParts
+from workers.checkpoint.twin import Twin, find_twin
 from workers.checkpoint.weights_cache import CacheError, WeightsCache, model_key
 from workers.kernels.packed import PackedTable, PackedWeight
 from workers.kernels.packing import Array, empty
 from workers.kernels.weights import QuantizedWeight, Table, Weight
+from workers.messages.specs import WeightsAddress
 from workers.model.parameters import ParameterInfo
 from workers.model.partition import Partition
 from workers.model.weight_format import Source, StoredWeight, WeightFormat
@@ -52,17 +54,18 @@ class LoadProgress:
         #: Bytes that this host reads in all.
         self.total = 0
         self.read = 0
-        #: Bytes that lay in the weights cache.
-        self.mapped = 0
+        #: Bytes that lay in the weights cache, and that came from another host's.
+        self.mapped = self.taken = 0
         self.tensors = 0
         #: Of each part of an array that a device holds, by its name; see `digests`.
         self.digests: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def add(self, count: int = 0, tensors: int = 0) -> None:
-        """Notes what was read."""
+    def add(self, count: int = 0, tensors: int = 0, taken: int = 0) -> None:
+        """Notes what was read, or taken from another host."""
         with self._lock:
             self.read += count
+            self.taken += taken
             self.tensors += tensors
             if tensors or time.monotonic() - self._reported > REPORT_SECONDS:
                 self._reported = time.monotonic()
@@ -77,6 +80,7 @@ def load_parameters(
     dtype: jnp.dtype | type = jnp.float32,
     report: Callable[[LoadProgress], None] = lambda _: None,
     cache: pathlib.Path | None = None,
+    twins: Sequence[WeightsAddress] = (),
 ) -> tuple[Params, LoadProgress]:
     """Loads all parameters onto the partition's mesh. No host waits for another.
 
@@ -92,6 +96,7 @@ def load_parameters(
         as they need them, whatever this and `weights` are.
       report: called after each tensor, and about once a second, by any thread.
       cache: directory of this host's weights cache; see `weights_cache`.
+      twins: weights caches of other hosts, which may have what this one lacks; see `twin`.
 
     Returns:
       The parameters, and the final counts.
@@ -111,6 +116,11 @@ def load_parameters(
             kept.discard()
             places, progress = list(_places(checkpoint, partition, weight_format)), LoadProgress(report)
     progress.total = sum(place.reader(file, progress).nbytes for place in places for _, file in place.tensors)
+    if kept is not None and twins:
+        twin = find_twin(twins, kept.name, [file.path for _, file in checkpoint.tensors])
+        for place in places:
+            place.twin = twin
+        progress.digests.update(twin.digests if twin else {})
     params = _read(places, kept, progress)
     return params, progress
 
@@ -241,6 +251,8 @@ class _Place:
         self.missing = len(tensors)
         #: Where the arrays lie while they are filled, if not in this process's memory alone.
         self.cache: WeightsCache | None = None
+        #: Another host that has them.
+        self.twin: Twin | None = None
         self.shapes = [(*lead, *array.shape) for array in stored.arrays]
         self.shardings = [partition.sharding((*(None for _ in lead), *array.axes)) for array in stored.arrays]
         self._info = info
@@ -280,17 +292,34 @@ class _Place:
         return TensorParts(file, self.stored, self.parts, self._partition.kernels.pack, progress.add, progress.digests)
 
     def load(self, layer: int, file: TensorFile, progress: LoadProgress) -> None:
-        """Reads a tensor and puts what is kept of it among the layers. Raises CheckpointError."""
+        """Puts what is kept of a tensor among the layers: as a twin has it, else of what is read. Raises CheckpointError."""
+        if self.twin is not None and self.twin.usable:
+            try:
+                self._take(self.twin, layer, progress)
+                return
+            except (OSError, CacheError) as error:
+                _LOG.warning("%s is read from the checkpoint: %s", self._info.path, error)
         reader = self.reader(file, progress)
         try:
             for bounds in reader.parts:
                 made = reader.make(bounds)
                 for i, (buffer, array) in enumerate(zip(self._room(bounds), made, strict=True)):
                     buffer[layer] = array
-                    if self.cache is not None:
-                        self.cache.filled(self._name(bounds, i), layer, array)
+                    self._loaded(bounds, i, layer)
         except OSError as error:
             raise CheckpointError(file.path, f"can't be read: {error}", tensor=self._info.path) from error
+
+    def _take(self, twin: Twin, layer: int, progress: LoadProgress) -> None:
+        """Raises OSError, CacheError."""
+        for bounds in self.parts:
+            for i, buffer in enumerate(self._room(bounds)):
+                twin.take(self._name(bounds, i), layer, buffer[layer])
+                self._loaded(bounds, i, layer)
+                progress.add(taken=buffer[layer].nbytes)
+
+    def _loaded(self, bounds: Bounds, array: int, layer: int) -> None:
+        if self.cache is not None:
+            self.cache.filled(self._name(bounds, array), layer, self._buffers[bounds][array][layer])
 
     def map(self, cache: WeightsCache) -> Iterator[Callable[[], None]]:
         """Takes all arrays from the cache; gives checks of their layers, which raise CacheError. Raises CacheError."""

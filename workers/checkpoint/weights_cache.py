@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -34,7 +35,7 @@ _LOG = logging.getLogger(__name__)
 
 #: Changes when files of an earlier version would be misread.
 VERSION = 1
-_INDEX, _LOCK, _PARTIAL = "index.json", "lock", ".partial"
+INDEX, _LOCK, _PARTIAL = "index.json", "lock", ".partial"
 #: Headers that are asked for at a time.
 THREADS = 16
 
@@ -47,12 +48,31 @@ class CacheError(ValueError):
 
 
 @dataclasses.dataclass
-class _File:
+class CachedArray:
     """An array in a file: [layers, ...], with a checksum for each layer."""
 
     shape: tuple[int, ...]
     dtype: str
     checksums: list[int]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+
+def parse_index(text: str | bytes) -> tuple[dict[str, CachedArray], dict[str, int]]:
+    """Arrays by their names, and digests of what they were made from. Raises CacheError."""
+    try:
+        index = json.loads(text)
+        files = {
+            str(name): CachedArray(
+                tuple(map(int, file["shape"])), jnp.dtype(file["dtype"]).name, list(file["checksums"])
+            )
+            for name, file in index["files"].items()
+        }
+        return files, {str(name): int(value) for name, value in index["digests"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CacheError(str(error)) from error
 
 
 def model_key(checkpoint: Checkpoint, form: object) -> str:
@@ -75,9 +95,11 @@ class WeightsCache:
         if directory.stat().st_uid != os.geteuid():
             raise PermissionError(f"{directory} belongs to another user")
         self._folder = directory / model / _digest(shards)
+        #: Of the folder; another host that holds the same has one of the same name.
+        self.name = f"{model}/{self._folder.name}"
         self._partial: pathlib.Path | None = None
         self._begin = threading.Lock()
-        self._files: dict[str, _File] = {}
+        self._files: dict[str, CachedArray] = {}
         self.digests: dict[str, int] = {}
         (directory / model).mkdir(mode=0o700, exist_ok=True)
         _HELD.append(_locked(directory / model / _LOCK, fcntl.LOCK_SH))
@@ -90,16 +112,11 @@ class WeightsCache:
 
     def _read_index(self) -> bool:
         try:
-            index = json.loads((self._folder / _INDEX).read_text())
-            self._files = {
-                name: _File(tuple(file["shape"]), file["dtype"], file["checksums"])
-                for name, file in index["files"].items()
-            }
-            self.digests = {str(name): int(value) for name, value in index["digests"].items()}
+            self._files, self.digests = parse_index((self._folder / INDEX).read_text())
         except FileNotFoundError:
             return False
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            _LOG.warning("%s: %s; the checkpoint is read", self._folder / _INDEX, error)
+        except (CacheError, UnicodeDecodeError) as error:
+            _LOG.warning("%s: %s; the checkpoint is read", self._folder / INDEX, error)
             self.discard()
             return False
         return True
@@ -137,8 +154,8 @@ class WeightsCache:
         dtype = jnp.dtype(dtype)
         with (self._partial / name).open("wb") as file:
             # Without it, a full memory would show only as the signal that ends the process.
-            os.posix_fallocate(file.fileno(), 0, max(int(np.prod(shape)) * dtype.itemsize, 1))
-        self._files[name] = _File(shape, dtype.name, [0] * shape[0])
+            os.posix_fallocate(file.fileno(), 0, max(math.prod(shape) * dtype.itemsize, 1))
+        self._files[name] = CachedArray(shape, dtype.name, [0] * shape[0])
         array: Array = np.memmap(self._partial / name, dtype, "r+", shape=shape)
         return array
 
@@ -150,7 +167,7 @@ class WeightsCache:
         """All arrays are filled: they are the next load's, with the digests of what was read. Raises OSError."""
         assert self._partial is not None
         files = {name: dataclasses.asdict(file) for name, file in self._files.items()}
-        (self._partial / _INDEX).write_text(json.dumps({"files": files, "digests": digests}))
+        (self._partial / INDEX).write_text(json.dumps({"files": files, "digests": digests}))
         try:
             self._partial.rename(self._folder)
         except OSError:  # another process of this host was first

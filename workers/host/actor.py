@@ -20,6 +20,7 @@ from workers.host import liveness
 from workers.host.code_digest import code_digest
 from workers.host.environment import settle
 from workers.host.streams import free_port
+from workers.host.weights_server import WeightsServer
 from workers.host.worker import Worker
 from workers.messages.specs import Assignment, Endpoint, EngineSpec, MeshSpec, ModelSpec, Progress, RankSpec
 from workers.telemetry import logs, metrics
@@ -57,11 +58,18 @@ class Host:
         faulthandler.register(signal.SIGUSR1)
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name="orphan").start()
         self._liveness = liveness.start_server(self._address)
+        self._weights: WeightsServer | None = None
         # Any port is better than none.
         self._metrics_port = serve_metrics(self._address, (*METRICS_PORTS, 0), metrics.REGISTRY).server_port
 
-    def endpoint(self) -> Endpoint:
-        """Where this host can be reached."""
+    def endpoint(self, weights_cache: str | None = None) -> Endpoint:
+        """Where this host can be reached, and its weights cache be read, if it has one."""
+        if weights_cache and self._weights is None:
+            self._weights = WeightsServer(self._address, pathlib.Path(weights_cache))
+            self._weights.serve_in_background("weights")
+        return self._endpoint()
+
+    def _endpoint(self) -> Endpoint:
         return Endpoint(
             address=self._address,
             pid=os.getpid(),
@@ -71,6 +79,7 @@ class Host:
             metrics_port=self._metrics_port,
             code=code_digest(),
             liveness=self._liveness,
+            weights=self._weights.address_for_twins if self._weights else None,
         )
 
     def unreachable(self, places: list[tuple[str, int]]) -> list[int]:
@@ -116,7 +125,7 @@ class Host:
 
     def assignment(self) -> Assignment:
         """What this worker is part of. Raises what has ended its part."""
-        return Assignment(self.endpoint(), self._spec, self._digests, self.progress().phase)
+        return Assignment(self._endpoint(), self._spec, self._digests, self.progress().phase)
 
     def warm_up(self) -> None:
         assert self._worker is not None

@@ -128,6 +128,7 @@ class Worker:
             metrics.LOAD_SECONDS.set(seconds)
             metrics.CHECKPOINT_BYTES.inc(progress.read - self.progress.bytes_read)
             metrics.CACHED_BYTES.set(progress.mapped)
+            metrics.TAKEN_BYTES.set(progress.taken)
             fraction = progress.tensors / tensors
             rate = progress.read / max(seconds, 1e-9)
             phase = LOADING if fraction < 1 else COMPILING
@@ -147,6 +148,7 @@ class Worker:
             dtype=dtype,
             report=loaded,
             cache=pathlib.Path(cache) if cache else None,
+            twins=self._spec.twins,
         )
         with every_rank_writes(), concurrent.futures.ThreadPoolExecutor(1, "load") as pool:
             # Reading and packing weights leaves cores for the compiler, and the other way round.

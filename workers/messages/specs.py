@@ -61,6 +61,8 @@ class MeshSpec:
       devices_per_host: devices of each; of CPU hosts, parts into which a process divides its processors.
       data, model: sizes of the mesh's axes; data * model = hosts * devices_per_host.
       rules: how the model lies on it: tensor, batch or xai.
+      smallest: hosts with which a replica goes on if others are lost and none can take their places, as long as the model fits;
+        if absent, it waits until there are as many as `hosts` again.
     """
 
     platform: Annotated[str, OneOf(PLATFORMS)] = "cpu"
@@ -69,6 +71,7 @@ class MeshSpec:
     data: Annotated[int, AtLeast(1)] = 1
     model: Annotated[int, AtLeast(1)] = 1
     rules: str = "tensor"
+    smallest: Annotated[int | None, AtLeast(1)] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +103,15 @@ class EngineSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class WeightsAddress:
+    """Where a host's weights cache can be read, by those that know the secret."""
+
+    host: str
+    port: int
+    secret: str = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
 class RankSpec:
     """A host's place in an epoch.
 
@@ -114,6 +126,7 @@ class RankSpec:
       liveness: `host:port` of the process beside this host's worker that reports whether it lives; empty if there is none.
       silence_seconds: see `cluster.config.schema.ClusterSection`.
       stall_seconds, plan_log: see `cluster.config.schema.TelemetrySection`.
+      twins: weights caches of other hosts, among them those that hold the same part of the weights, if there are any.
     """
 
     replica: int
@@ -130,6 +143,7 @@ class RankSpec:
     silence_seconds: float = 1.5
     stall_seconds: float | None = None
     plan_log: str | None = None
+    twins: tuple[WeightsAddress, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +158,7 @@ class Endpoint:
       metrics_port: of its Prometheus endpoint.
       code: digest of the code that it runs.
       liveness: see RankSpec.
+      weights: of its weights cache; None if it has none.
     """
 
     address: str
@@ -154,6 +169,7 @@ class Endpoint:
     metrics_port: int
     code: str
     liveness: str = ""
+    weights: WeightsAddress | None = None
 
 
 @dataclasses.dataclass(frozen=True)

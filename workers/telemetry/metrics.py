@@ -21,6 +21,11 @@ CHECKPOINT_BYTES = Counter(
 CACHED_BYTES = Gauge(
     "grokmesh_worker_cached_weight_bytes", "Bytes of weights that lay in this host's weights cache.", registry=REGISTRY
 )
+TAKEN_BYTES = Gauge(
+    "grokmesh_worker_taken_weight_bytes",
+    "Bytes of weights that came from another host's weights cache.",
+    registry=REGISTRY,
+)
 LOAD_SECONDS = Gauge("grokmesh_worker_load_seconds", "Time that loading the checkpoint took so far.", registry=REGISTRY)
 DEVICE_BYTES = Gauge(
     "grokmesh_worker_device_memory_bytes", "Bytes on this host's devices.", ["kind"], registry=REGISTRY

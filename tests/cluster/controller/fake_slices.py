@@ -36,7 +36,8 @@ def _add_host(cluster: Cluster, slice_name: str, worker: int) -> None:
 
 async def _place() -> list[dict[str, Any]]:
     mesh = MeshSpec("tpu", hosts=2, devices_per_host=4, data=1, model=8, rules="tensor")
-    placement = await RayPlacements(mesh, ClusterSection(tpu_pod_type=POD_TYPE)).create(0, ())
+    placement = await RayPlacements(ClusterSection(tpu_pod_type=POD_TYPE)).create(0, mesh, (), None)
+    assert placement is not None
     try:
         labels = {node["NodeID"]: node["Labels"] for node in ray.nodes()}
         table = ray.util.placement_group_table(placement.group)

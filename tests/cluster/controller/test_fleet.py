@@ -29,7 +29,7 @@ class _Replica:
     busy: set[int] = set()
 
     def __init__(self, index: int, *others: Any) -> None:
-        *_, epoch, _, _ = others
+        *_, epoch, _, _, _ = others
         self.index, self.epoch, self.state, self.outdated = index, epoch + 1, READY, False
 
     @property
@@ -64,7 +64,7 @@ async def _fleet(monkeypatch: pytest.MonkeyPatch, wanted: list[int]) -> AsyncIte
     monkeypatch.setattr(module, "DECIDE_SECONDS", 0.005)
     monkeypatch.setattr(Autoscaler, "wanted", says)
     config = Config(ModelSpec("demo", str(DEMO)), replicas=wanted[0])
-    fleet = Fleet(config, cast(Any, _Placements()), Digests({}), list)
+    fleet = Fleet([config], cast(Any, _Placements()), Digests({}), list)
     running = asyncio.ensure_future(fleet.run())
     try:
         yield fleet

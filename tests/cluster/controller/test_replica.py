@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import types
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
 import ray.exceptions
 
 from cluster.config.schema import Config
-from cluster.controller import replica
+from cluster.controller import replica, stalls
 from cluster.controller.integrity import Canary, Digests
 from cluster.controller.placement import HostError, Placement, RunningMesh
 from cluster.controller.quarantine import TOO_MANY, Quarantine
-from cluster.controller.replica import GIVE_UP_FAILURES, Replica
+from cluster.controller.replica import GIVE_UP_FAILURES, HOSTS_SECONDS, Replica
 from cluster.network import REAL
 from grok.serving.v1 import cluster_pb2
 from tests.conftest import DEMO
 from workers.host.streams import LinkError
-from workers.messages.specs import LOADING, Endpoint, ModelSpec, Progress
+from workers.messages.specs import LOADING, Endpoint, MeshSpec, ModelSpec, Progress
 
 
 class _Host:
@@ -86,7 +87,8 @@ class _Placement(Placement):
 class _Placements:
     """Other nodes are always there."""
 
-    def __init__(self, create: Callable[[tuple[str, ...]], Coroutine[Any, Any, Any]]) -> None:
+    def __init__(self, create: Callable[..., Coroutine[Any, Any, Any]]) -> None:
+        """`create` gets what is to be avoided, and as keywords the mesh and how long it may take."""
         self._create = create
 
     async def running(self) -> tuple[list[RunningMesh], dict[int, int]]:
@@ -95,21 +97,26 @@ class _Placements:
     async def begins(self, replica: int, epoch: int) -> None:
         pass
 
-    async def create(self, replica: int, avoided: tuple[str, ...]) -> Placement:
+    async def create(
+        self, replica: int, mesh: MeshSpec, avoided: tuple[str, ...], seconds: float | None
+    ) -> Placement | None:
         del replica
-        placement: Placement = await self._create(avoided)
+        placement: Placement | None = await self._create(avoided, mesh=mesh, seconds=seconds)
         return placement
 
-    async def spares_beside(self, avoided: frozenset[str]) -> bool:
-        del avoided
+    async def spares_beside(self, mesh: MeshSpec, avoided: frozenset[str]) -> bool:
+        del mesh, avoided
         return True
+
+    async def room(self, replica: int, mesh: MeshSpec, nodes: Sequence[str]) -> None:
+        raise AssertionError(f"replica {replica} has all hosts of {mesh}: {nodes}")
 
 
 def _life(monkeypatch: pytest.MonkeyPatch, nodes: list[str], spare: str, until: str) -> list[str]:
     """What is placed where until a line of the log begins so: on `nodes`, with the spare one for one that is to be avoided."""
     log: list[str] = []
 
-    async def create(avoided: tuple[str, ...]) -> Any:
+    async def create(avoided: tuple[str, ...], **_: Any) -> Any:
         chosen = [spare if node in avoided[:1] else node for node in nodes]
         log.append(f"create {' '.join(chosen)}")
         return _Placement(chosen, log)
@@ -136,13 +143,43 @@ def _replica(
         if states is not None:
             states.append(replica.state)
 
-    return Replica(0, config, _Placements(create), quarantine, Digests({}), Canary(), note)
+    return Replica(0, [config], _Placements(create), quarantine, Digests({}), Canary(), note)
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_only_a_replica_that_has_served_goes_on_with_fewer_hosts(epoch: int) -> None:
+    whole = Config(ModelSpec("demo", str(DEMO)), mesh=MeshSpec(hosts=3, model=3))
+    smaller = [dataclasses.replace(whole, mesh=MeshSpec(hosts=hosts, model=hosts)) for hosts in (2, 1)]
+    asked: list[tuple[int, float | None]] = []
+
+    async def create(avoided: tuple[str, ...], mesh: MeshSpec, seconds: float | None) -> Any:
+        del avoided
+        asked.append((mesh.hosts, seconds))
+        if mesh.hosts == 1:
+            return _Placement(["stuck"], [])
+        return None if seconds is not None else await _never()
+
+    async def play() -> Replica:
+        replica = Replica(
+            0, [whole, *smaller], _Placements(create), Quarantine(), Digests({}), Canary(), lambda _: None, epoch
+        )
+        life = asyncio.ensure_future(replica.run())
+        async with asyncio.timeout(10):
+            while not (replica.hosts if epoch else asked):
+                await asyncio.sleep(0)
+        life.cancel()
+        await asyncio.gather(life, return_exceptions=True)
+        return replica
+
+    view = asyncio.run(play()).view
+    assert asked == ([(hosts, HOSTS_SECONDS) for hosts in (3, 2, 1)] if epoch else [(3, None)])
+    assert view.mesh.hosts == (1 if epoch else 3)
 
 
 def test_a_replica_that_keeps_failing_is_given_up_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     states: list[int] = []
 
-    async def create(*_: object) -> Any:
+    async def create(*_: object, **__: object) -> Any:
         raise OSError("no Ray")
 
     async def play() -> Replica:
@@ -168,7 +205,7 @@ def test_who_stands_by_takes_over_but_not_on_a_host_that_keeps_failing(monkeypat
 
 @pytest.mark.parametrize("kind", ["sick", "stuck"])
 def test_a_host_that_raises_or_hangs_is_left_for_a_spare_one(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(replica, "STALLED_SECONDS", {LOADING: 0.02})
+    monkeypatch.setattr(stalls, "STALLED_SECONDS", {LOADING: 0.02})
     monkeypatch.setattr(replica, "POLL_SECONDS", 0.005)
     log = _life(monkeypatch, ["good0", kind], "good2", until="create good0 good2")
     assert sum(line.startswith(("create", "renew")) for line in log) <= TOO_MANY + 1
@@ -198,7 +235,7 @@ def test_whatever_the_search_for_who_is_to_blame_raises_the_replica_is_built_aga
     monkeypatch.setattr(_Placement, "silent", silent)
     log: list[str] = []
 
-    async def create(*_: object) -> Any:
+    async def create(*_: object, **__: object) -> Any:
         log.append("create")
         return _Placement(["sick"], log)
 
@@ -219,7 +256,7 @@ def _reached(missed: list[list[int]]) -> HostError | None:
         placement = _Placement([f"good{i}" for i in range(len(missed))], [])
         for host, others in zip(placement.hosts, missed, strict=True):
             host.unreachable = types.SimpleNamespace(remote=lambda places, others=others: _done(others))
-        await placement.check_reachable(await placement.endpoints())
+        await placement.check_reachable(await placement.endpoints(None))
 
     try:
         asyncio.run(play())
@@ -242,8 +279,8 @@ def test_hosts_that_run_other_code_form_no_mesh() -> None:
     async def play() -> None:
         placement = _Placement(["good0", "good1"], [])
         other = Endpoint("10.0.0.2", 1, "good1", 1, 2, 3, "old")
-        placement.hosts[1].endpoint = types.SimpleNamespace(remote=lambda: _done(other))
-        await placement.endpoints()
+        placement.hosts[1].endpoint = types.SimpleNamespace(remote=lambda *_: _done(other))
+        await placement.endpoints(None)
 
     with pytest.raises(HostError, match="host 1: it runs other code than host 0: old and same; install the same"):
         asyncio.run(play())

@@ -42,6 +42,7 @@ class _Controller:
             last_failure="lost a host",
             load=Load(running=1, waiting=2, slots=8, pages_used=5, pages_total=50),
             status=Status(compilations=4, layer_groups=(LayerGroup(0, 1, (6, 7)),)),
+            mesh=MeshSpec("cpu", 2, 2, 2, 2),
         )
         return ServiceView((replica,), 1, ("life", 1), requests=9)
 

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.loader import LoadProgress, Params, load_parameters
 from workers.kernels.cpu.kernels import native_kernels
 from workers.kernels.interface import PORTABLE, Kernels
+from workers.messages.specs import WeightsAddress
 from workers.model.partition import Partition
 
 NATIVE = native_kernels()
@@ -31,16 +33,23 @@ def checkpoint(tmp_path: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(GOLDEN / "nano-s1", tmp_path / "nano"))
 
 
-def _load(
-    checkpoint: pathlib.Path, cache: pathlib.Path, kernels: Kernels = NATIVE, devices: int = 8, weights: str = "int8"
+def load(
+    checkpoint: pathlib.Path,
+    cache: pathlib.Path,
+    kernels: Kernels = NATIVE,
+    devices: int = 8,
+    weights: str = "int8",
+    twins: Sequence[WeightsAddress] = (),
 ) -> tuple[Params, LoadProgress]:
+    """Loads a checkpoint onto devices of this process."""
     opened = open_checkpoint(checkpoint)
     devices_ = np.array(jax.devices()[:devices]).reshape(MESHES[devices])
     partition = Partition.create(opened.config, jax.sharding.Mesh(devices_, ("data", "model")), "tensor", kernels)
-    return load_parameters(opened, partition, weights=weights, cache=cache)
+    return load_parameters(opened, partition, weights=weights, cache=cache, twins=twins)
 
 
-def _same(one: Params, other: Params) -> None:
+def same(one: Params, other: Params) -> None:
+    """Asserts that these are the same parameters."""
     assert str(jax.tree.structure(one)) == str(jax.tree.structure(other))
     for first, second in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         assert first.sharding == second.sharding
@@ -56,9 +65,9 @@ def _same(one: Params, other: Params) -> None:
 def test_the_second_load_reads_nothing(
     checkpoint: pathlib.Path, tmp_path: pathlib.Path, kernels: Kernels, weights: str, devices: int
 ) -> None:
-    first, read = _load(checkpoint, tmp_path / "cache", kernels, devices, weights)
-    again, mapped = _load(checkpoint, tmp_path / "cache", kernels, devices, weights)
-    _same(again, first)
+    first, read = load(checkpoint, tmp_path / "cache", kernels, devices, weights)
+    again, mapped = load(checkpoint, tmp_path / "cache", kernels, devices, weights)
+    same(again, first)
     assert (mapped.read, mapped.total) == (0, 0)
     assert read.read == read.total > 0
     assert mapped.mapped >= sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(first))
@@ -68,7 +77,7 @@ def test_the_second_load_reads_nothing(
 
 def test_cpu_devices_compute_on_the_files_themselves(checkpoint: pathlib.Path, tmp_path: pathlib.Path) -> None:
     for _ in range(2):
-        params, _ = _load(checkpoint, tmp_path / "cache")
+        params, _ = load(checkpoint, tmp_path / "cache")
         mapped = [
             tuple(int(part, 16) for part in line.split()[0].split("-"))
             for line in pathlib.Path("/proc/self/maps").read_text().splitlines()
@@ -80,7 +89,8 @@ def test_cpu_devices_compute_on_the_files_themselves(checkpoint: pathlib.Path, t
                 assert any(start <= address < end for start, end in mapped), leaf.shape
 
 
-def _spoil_bytes(cache: pathlib.Path) -> None:
+def spoil_bytes(cache: pathlib.Path) -> None:
+    """Changes a bit of a cache's largest matrix."""
     largest = max(cache.rglob("*linear*"), key=lambda path: path.stat().st_size)
     with largest.open("r+b") as file:
         file.seek(largest.stat().st_size // 2)
@@ -103,27 +113,27 @@ def _take_file_away(cache: pathlib.Path) -> None:
     next(cache.rglob("*embeddings*")).unlink()
 
 
-@pytest.mark.parametrize("spoil", [_spoil_bytes, _spoil_length, _spoil_index, _take_file_away])
+@pytest.mark.parametrize("spoil", [spoil_bytes, _spoil_length, _spoil_index, _take_file_away])
 def test_what_is_broken_is_read_again(
     checkpoint: pathlib.Path, tmp_path: pathlib.Path, spoil: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _, read = _load(checkpoint, tmp_path / "cache")
+    _, read = load(checkpoint, tmp_path / "cache")
     spoil(tmp_path / "cache")
     with caplog.at_level(logging.WARNING):
-        again, progress = _load(checkpoint, tmp_path / "cache")
-    _same(again, _load(checkpoint, tmp_path / "another")[0])
+        again, progress = load(checkpoint, tmp_path / "cache")
+    same(again, load(checkpoint, tmp_path / "another")[0])
     assert (progress.read, progress.mapped) == (read.read, 0)
     assert "the checkpoint is read" in caplog.text
-    assert _load(checkpoint, tmp_path / "cache")[1].read == 0
+    assert load(checkpoint, tmp_path / "cache")[1].read == 0
 
 
 def test_another_checkpoint_or_form_is_another_cache(checkpoint: pathlib.Path, tmp_path: pathlib.Path) -> None:
     cache = tmp_path / "cache"
-    _load(checkpoint, cache)
-    assert _load(checkpoint, cache, PORTABLE)[1].read > 0
-    assert _load(checkpoint, cache, devices=1)[1].read > 0
+    load(checkpoint, cache)
+    assert load(checkpoint, cache, PORTABLE)[1].read > 0
+    assert load(checkpoint, cache, devices=1)[1].read > 0
     os.utime(checkpoint / "ckpt-0" / "tensor00003_000")
-    assert _load(checkpoint, cache)[1].read > 0
+    assert load(checkpoint, cache)[1].read > 0
 
 
 LOAD = """
@@ -153,10 +163,10 @@ def test_what_no_process_uses_makes_room_for_another_model(checkpoint: pathlib.P
     subprocess.run([*program, str(other), str(cache)], check=True)
     (kept,) = cache.iterdir()
     assert kept != left
-    _load(other, cache, PORTABLE, devices=1)  # which this process now uses
+    load(other, cache, PORTABLE, devices=1)  # which this process now uses
     subprocess.run([*program, str(checkpoint), str(cache)], check=True)
     assert kept.exists()
-    assert _load(other, cache, PORTABLE, devices=1)[1].read == 0
+    assert load(other, cache, PORTABLE, devices=1)[1].read == 0
 
 
 def test_without_space_nothing_is_kept(
@@ -172,10 +182,10 @@ def test_without_space_nothing_is_kept(
 
     monkeypatch.setattr(os, "posix_fallocate", allocate)
     with caplog.at_level(logging.WARNING):
-        params, _ = _load(checkpoint, tmp_path / "cache")
+        params, _ = load(checkpoint, tmp_path / "cache")
     assert "no weights cache: [Errno 28]" in caplog.text
     assert not list((tmp_path / "cache").rglob("*.0"))
-    _same(params, _load(checkpoint, tmp_path / "another")[0])
+    same(params, load(checkpoint, tmp_path / "another")[0])
 
 
 def test_another_users_folder_is_left_alone(
@@ -183,6 +193,6 @@ def test_another_users_folder_is_left_alone(
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with caplog.at_level(logging.WARNING):
-        _load(checkpoint, tmp_path / "cache")
+        load(checkpoint, tmp_path / "cache")
     assert "belongs to another user" in caplog.text
     assert list((tmp_path / "cache").iterdir()) == []

@@ -13,14 +13,14 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 
 from tests.support.waiting import wait_until
-from workers.telemetry import metrics_server
-from workers.telemetry.metrics_server import MAX_CONNECTIONS, MetricsServer, serve_metrics
+from workers.telemetry.bounded_server import BoundedServer
+from workers.telemetry.metrics_server import serve_metrics
 
 
 @pytest.fixture(params=["127.0.0.1", "::1"])
-def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[MetricsServer]:
+def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[BoundedServer]:
     """At an address of each kind, with short limits."""
-    monkeypatch.setattr(metrics_server, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(BoundedServer, "seconds", 0.5)
     registry = CollectorRegistry()
     Counter("plans", "Plans.", registry=registry).inc(3)
     server = serve_metrics(request.param, (0,), registry)
@@ -29,24 +29,24 @@ def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     server.server_close()
 
 
-def _scrape(server: MetricsServer) -> str:
+def _scrape(server: BoundedServer) -> str:
     host, port = server.server_address[:2]
     shown = f"[{host!s}]" if ":" in str(host) else str(host)
     with urllib.request.urlopen(f"http://{shown}:{port}/metrics", timeout=5) as response:
         return str(response.read().decode())
 
 
-def _scraped(server: MetricsServer) -> bool:
+def _scraped(server: BoundedServer) -> bool:
     with contextlib.suppress(OSError, http.client.HTTPException):
         return "plans_total 3.0" in _scrape(server)
     return False
 
 
-def test_metrics_are_read_where_they_are_served(server: MetricsServer) -> None:
+def test_metrics_are_read_where_they_are_served(server: BoundedServer) -> None:
     assert _scraped(server)
 
 
-def test_strangers_that_say_nothing_take_few_threads_and_soon_leave_their_places(server: MetricsServer) -> None:
+def test_strangers_that_say_nothing_take_few_threads_and_soon_leave_their_places(server: BoundedServer) -> None:
     host, port = str(server.server_address[0]), server.server_address[1]
     before = threading.active_count()
     with contextlib.ExitStack() as strangers:
@@ -54,7 +54,7 @@ def test_strangers_that_say_nothing_take_few_threads_and_soon_leave_their_places
             connection = strangers.enter_context(socket.create_connection((host, port)))
             with contextlib.suppress(OSError):  # turned away already
                 connection.sendall(b"GET /")
-        assert threading.active_count() <= before + 2 * MAX_CONNECTIONS
+        assert threading.active_count() <= before + 2 * BoundedServer.connections
         wait_until(lambda: _scraped(server), 10)
 
 
