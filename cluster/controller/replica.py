@@ -93,7 +93,9 @@ class Replica:
         self._placement: Placement | None = None
         self._stream: LeaderStream | None = None
         self._draining = False
-        self._spec: RankSpec | None = None
+        self._spec: RankSpec | None = None if running is None else running.spec
+        #: Where requests go. Those of a mesh that goes on are there already.
+        self._leader: LeaderAddress | None = None if running is None else _leader(running.spec)
         self._growing = False
         self._has_served = epoch > 0
         self._running = running
@@ -118,7 +120,7 @@ class Replica:
             state=self.state,
             epoch=self.epoch,
             mesh=self._mesh,
-            leader=None if stream is None else stream.leader,
+            leader=self._leader,
             draining=self._draining,
             returns=self._has_served and not gone,
             numbers=self._config.model.numbers if self._spec is None else self._spec.model.numbers,
@@ -226,6 +228,8 @@ class Replica:
         except Exception as error:  # whatever went wrong in this replica, the others go on
             _LOG.exception("replica %d", self.index, extra=self.log_fields)
             return error
+        finally:
+            self._leader = None
         return None if self._restart.is_set() else LinkError("the leader ended")
 
     async def _place(self) -> Placement:
@@ -340,8 +344,7 @@ class Replica:
         """Watches a mesh that serves, whose leader has this spec, until it ends."""
         self._spec = spec
         self._lies_on(spec.mesh)
-        leader = LeaderAddress(self.index, self.epoch, spec.leader, spec.secret, spec.liveness)
-        stream = self._stream = await LeaderStream.connect(leader, spec.silence_seconds, self._network)
+        stream = self._stream = await LeaderStream.connect(_leader(spec), spec.silence_seconds, self._network)
         try:
             # The first that ends decides: a mesh without one host is none.
             await _first(
@@ -356,7 +359,7 @@ class Replica:
             stream.close()
             self._tried = stream.trying
             self._serving.clear()
-            self._stream = None
+            self._stream = self._leader = None
             self._on_change(self)
         if self._strange:
             raise OSError(
@@ -448,6 +451,7 @@ class Replica:
             self._stream.abort()
             return
         self._serving.set()
+        self._leader = self._stream.leader
         self._has_served = True
         if self.state == cluster_pb2.REPLICA_STATE_DRAINING:
             return
@@ -467,6 +471,11 @@ class Replica:
     def _enter(self, state: cluster_pb2.ReplicaState.ValueType) -> None:
         self.state = state
         self._on_change(self)
+
+
+def _leader(spec: RankSpec) -> LeaderAddress:
+    """Of the mesh whose leader has this spec."""
+    return LeaderAddress(spec.replica, spec.epoch, spec.leader, spec.secret, spec.liveness)
 
 
 async def _first(*parts: Awaitable[object]) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
 import random
 from collections.abc import Callable
 
 from cluster.gateway.auth.api_keys import Caller
-from cluster.gateway.errors import GatewayError
+from cluster.gateway.errors import KEY_LIMIT, GatewayError
 from grok.serving.v1 import generation_pb2
 from tests.simulation.devices import completion
 from tests.simulation.service import GoneError, SimGateway
 from tests.simulation.workers import CONTEXT
 from tests.simulation.world import World
+
+#: Virtual seconds within which gateways know of each other's requests, while there is a controller.
+KNOWN_SECONDS = 1.0
 
 
 @dataclasses.dataclass
@@ -122,6 +126,56 @@ class Clients:
             pass
         finally:
             call.leave()
+
+    async def flood(self, seed: int, counts: bool) -> None:
+        """A key sends far more requests than it may have under way. Each is whole or refused for that, unless its gateway dies;
+        with `counts`, no more are admitted than may be, once gateways know of each other's."""
+        world, rng = self._world, random.Random(seed)
+        most = rng.randint(1, 6)
+        caller = Caller(f"flood-{seed}", max_requests=most)
+
+        async def one() -> None:
+            await asyncio.sleep(rng.choice((0.0, rng.uniform(0, 8))))
+            asked = generation_pb2.Completion(max_tokens=rng.randint(1, 60))
+            asked.sampling.seed, asked.sampling.temperature = 5, 1.0
+            asked.tokens.ids.extend(self._prompt(rng)[:20])
+            wanted = list(completion(tuple(asked.tokens.ids), 5, asked.max_tokens))
+            running = [gateway for gateway in self._gateways if gateway.process.runs]
+            if not running:
+                return
+            call, got = rng.choice(running).begin(generation_pb2.GenerateRequest(completion=asked), caller), list[int]()
+            try:
+                while (part := await call.next()) is not None:
+                    got += [token.id for token in part.tokens]
+                if got != wanted:
+                    world.defects.append(f"a request of a flood gets {got}, not {wanted}")
+            except GatewayError as error:
+                if error.reason != KEY_LIMIT:
+                    world.defects.append(f"a request of a flood ends with {error.reason}: {error}")
+            except GoneError:
+                pass
+            finally:
+                call.leave()
+
+        async def count() -> None:
+            """What others have had for a while, a gateway knows when it admits one more."""
+            history: collections.deque[dict[str, int]] = collections.deque(maxlen=round(KNOWN_SECONDS / 0.05))
+            while True:
+                own = {g.name: g.admission._by_key[caller.name] for g in self._gateways}
+                for name, held in own.items():
+                    more = history and held > history[-1].get(name, 0)
+                    known = (
+                        sum(min(old.get(other, 0) for old in history) for other in own if other != name) if more else 0
+                    )
+                    if held + known > most:
+                        world.defects.append(f"a key that may have {most} requests has {held}, and {known} elsewhere")
+                history.append(own)
+                await asyncio.sleep(0.05)
+
+        counting = asyncio.ensure_future(count()) if counts else None
+        await asyncio.gather(*(one() for _ in range(rng.randint(5, 40))))
+        if counting is not None:
+            counting.cancel()
 
     def _prompt(self, rng: random.Random) -> list[int]:
         if self._said and rng.random() < 0.3:  # the next turn of a conversation

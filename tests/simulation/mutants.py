@@ -30,6 +30,24 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "a controller that goes on with a mesh does not know its leader at first",
+        "cluster/controller/replica.py",
+        "None if running is None else _leader(running.spec)",
+        "None",
+    ),
+    Mutant(
+        "a key's requests in other gateways do not count",
+        "cluster/gateway/admission/admission.py",
+        "everywhere = own + self._elsewhere.get(caller.name, 0)",
+        "everywhere = own",
+    ),
+    Mutant(
+        "a leader reads no frame of an earlier release",
+        "workers/messages/request.py",
+        "    trial: bool = False",
+        "    trial: bool",
+    ),
+    Mutant(
         "a mesh of too few hosts does not grow",
         "cluster/controller/replica.py",
         "            self._growing = True\n",

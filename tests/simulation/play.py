@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 from cluster.config.schema import AutoscalingSection, ClusterSection, Config, GatewaySection
+from cluster.telemetry.metrics import SESSIONS_RESUMED
 from tests.conftest import DEMO
 from tests.simulation.clients import Clients, Report
 from tests.simulation.devices import BREAKING, NO_NUMBERS
@@ -30,15 +31,17 @@ from workers.messages.specs import EngineSpec, MeshSpec, ModelSpec
 FAULTS = (
     "kill leader", "kill follower", "stop leader", "stop follower", "power off", "cut off", "cut pair", "sick host",
     "slow steps", "step raises", "step hangs", "streams break", "restart replica",
-    "breaking request", "request without numbers",
+    "breaking request", "request without numbers", "flood",
     "kill controller", "kill gateway", "kill all gateways", "kill controller and a worker",
     "pause leader", "pause follower", "pause briefly", "pause gateway", "pause controller",
 )  # fmt: skip
 #: What costs no mesh.
 HARMLESS = (
     "pause briefly", "pause gateway", "pause controller", "kill controller", "kill gateway", "kill all gateways",
-    "streams break",
+    "streams break", "flood",
 )  # fmt: skip
+#: What moves no session.
+UNNOTICED = ("kill controller", "pause controller", "flood")
 #: Virtual seconds that a request waits for a replica, and in which all must be well again.
 FAILOVER_SECONDS, RECOVERY_SECONDS = 120.0, 200.0
 #: Virtual seconds in which a request is forgotten whose client has left: its gateway may have died with it.
@@ -71,7 +74,9 @@ class _Play:
         self._shrinks = seed % 4 == 1 and hosts > 1
         spares = rng.choice((1, 2))
         self.world = World(seed, hosts * self._replicas + (0 if self._shrinks else spares))
-        self._conditions = Conditions(batch_invariant=rng.random() < 0.6)
+        # A leader of the release before does not say which request it computes alone.
+        earlier = seed % 7 == 3 and "breaking request" not in self._kinds
+        self._conditions = Conditions(batch_invariant=rng.random() < 0.6, earlier=earlier)
         self._cluster = Cluster(self.world, self._conditions)
         scaling = AutoscalingSection()
         if seed % 3 == 0:  # replicas come and go while they break
@@ -107,6 +112,7 @@ class _Play:
         self._streams = {name: part for name, part in clients.items() if name not in without}
         self._strikes = {name: part for name, part in strikes.items() if name not in without}
         self._beside: list[asyncio.Future[Any]] = []
+        self._moved = _sessions_moved()
 
     async def run(self) -> None:
         await self._until_well(60)
@@ -166,6 +172,11 @@ class _Play:
             odd = (BREAKING, "REPLICAS_LOST") if "breaking" in kind else (NO_NUMBERS, "COMPLETION_FAILED")
             for _ in range(rng.randint(1, 3)):
                 self._beside.append(asyncio.ensure_future(self.clients.odd(*odd, rng.uniform(0, 4))))
+            return
+        if kind == "flood":
+            world.note(kind)
+            disturbed = any("controller" in other or "gateway" in other for other in self._kinds)
+            self._beside.append(asyncio.ensure_future(self.clients.flood(rng.getrandbits(32), counts=not disturbed)))
             return
         if "controller" in kind or "gateway" in kind:
             world.note(kind)
@@ -287,6 +298,8 @@ class _Play:
         assert len(serving) == len(set(serving)), f"an epoch has two leaders: {serving}"
         if set(self._kinds) <= set(HARMLESS) and not self._config.autoscaling.max_replicas:
             assert len(self._conditions.meshes) == self._replicas, "a mesh was lost for nothing"
+        if set(self._kinds) <= set(UNNOTICED) and not self._config.autoscaling.max_replicas:
+            assert _sessions_moved() == self._moved, "sessions were moved for nothing"
         epochs = [mesh[:2] for mesh in self._conditions.meshes]
         assert len(epochs) == len(set(epochs)), f"two meshes have the same epoch: {epochs}"
 
@@ -300,6 +313,11 @@ class _Play:
         assert not left, f"{len(left)} workers are left"
         assert all(node.free for node in self.world.hosts), "hosts are still taken"
         self._controllers.process.die()
+
+
+def _sessions_moved() -> float:
+    """In this process so far."""
+    return next(sample.value for metric in SESSIONS_RESUMED.collect() for sample in metric.samples)
 
 
 def shrink(seed: int, kinds: Sequence[str] = FAULTS) -> Outcome:

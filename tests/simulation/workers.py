@@ -13,6 +13,7 @@ import ray.exceptions
 
 from tests.simulation.devices import SimDevices
 from tests.simulation.world import DeadError, End, SimNetwork, SimNode, SimProcess, World, call
+from tests.workers.messages import frozen_protocol_1
 from workers.engine.scheduler import Scheduler
 from workers.host.leader import NOTHING, Leader, StepWait
 from workers.host.streams import LATE_SECONDS, LENGTH, PULSE_SECONDS, LinkError
@@ -47,10 +48,10 @@ UNUSED: Any = _Unused()
 
 class Conditions:
     """What the devices of all meshes are like: whether kernels are batch-invariant, seconds that steps take longer, whether the
-    next step raises, or never ends."""
+    next step raises, or never ends; and whether leaders are of an earlier release than gateways."""
 
-    def __init__(self, *, batch_invariant: bool) -> None:
-        self.batch_invariant = batch_invariant
+    def __init__(self, *, batch_invariant: bool, earlier: bool = False) -> None:
+        self.batch_invariant, self.earlier = batch_invariant, earlier
         self.slow, self.raises, self.hangs = 0.0, False, False
         #: The workers of each epoch, by replica, epoch and secret.
         self.meshes: dict[tuple[int, int, bytes], dict[int, SimWorker]] = {}
@@ -157,6 +158,7 @@ class SimWorker:
         self._phase = READY
 
     async def serve(self) -> None:
+        await asyncio.sleep(self.world.rng.uniform(0, 2))  # as Ray may, where much is to be done
         if not self._serving:
             self._serving = True
             self.process.spawn(self._serve())
@@ -217,12 +219,12 @@ class SimWorker:
 class SimLink:
     """The leader's end of a gateway's stream."""
 
-    def __init__(self, end: End) -> None:
-        self._end, self.open = end, True
+    def __init__(self, end: End, earlier: bool) -> None:
+        self._end, self.open, self._earlier = end, True, earlier
 
     def send(self, output: LeaderOutput) -> None:
         if self.open:
-            _send(self._end, output)
+            _send(self._end, output, self._earlier)
 
     def flush(self, until: float) -> None:
         del until
@@ -235,7 +237,9 @@ class SimLink:
 class SimServer:
     """What the leader takes for its LeaderServer."""
 
-    def __init__(self, process: SimProcess, spec: RankSpec) -> None:
+    def __init__(self, process: SimProcess, spec: RankSpec, earlier: bool) -> None:
+        """`earlier`: it is of an earlier release than gateways."""
+        self._earlier = earlier
         self.inbox: asyncio.Queue[Any] = asyncio.Queue()
         self.followers: dict[int, End] = {}
         self._heard: dict[int, float] = {}
@@ -274,12 +278,13 @@ class SimServer:
         if hello.rank is not None:
             await self._hear_follower(reader, end, hello.rank, hello.liveness)
             return
-        link = SimLink(end)
+        link = SimLink(end, self._earlier)
         self.inbox.put_nowait((link, LeaderInput()))
-        self._process.spawn(_pulse(end, LeaderOutput(self._spec.epoch)))
+        self._process.spawn(_pulse(end, LeaderOutput(self._spec.epoch), self._earlier))
         with contextlib.suppress(asyncio.IncompleteReadError):
             while True:
-                self.inbox.put_nowait((link, decode(LeaderInput, await _frame(reader))))
+                frame = await _frame(reader)
+                self.inbox.put_nowait((link, decode(LeaderInput, _as_earlier(LeaderInput, frame, self._earlier))))
         link.open = False
         self.inbox.put_nowait((link, None))
 
@@ -321,7 +326,7 @@ class SimLeader:
             conditions.batch_invariant,
         )
         self.worker, self.spec = worker, spec
-        self.server = SimServer(worker.process, spec)
+        self.server = SimServer(worker.process, spec, conditions.earlier)
         self.scheduler = Scheduler(shape, VOCAB_SIZE, engine.max_waiting, engine.steps_per_plan)
         stalls = StallWatch("the leader's loop", None, logging.warning)
         server: Any = self.server
@@ -388,14 +393,19 @@ async def _frame(reader: asyncio.StreamReader) -> bytes:
     return await reader.readexactly(length)
 
 
-def _send(end: End, message: Any) -> None:
-    frame = encode(message)
+def _as_earlier(kind: type[Any], frame: bytes, earlier: bool) -> bytes:
+    """A frame as a peer of an earlier release reads or sends it."""
+    return encode(decode(getattr(frozen_protocol_1, kind.__name__), frame)) if earlier else frame
+
+
+def _send(end: End, message: Any, earlier: bool = False) -> None:
+    frame = _as_earlier(type(message), encode(message), earlier)
     end.write(LENGTH.pack(len(frame)) + frame)
 
 
-async def _pulse(end: End, sign: Done | LeaderOutput) -> None:
+async def _pulse(end: End, sign: Done | LeaderOutput, earlier: bool = False) -> None:
     while not end.closed and not end.eof:
-        _send(end, sign)
+        _send(end, sign, earlier)
         await asyncio.sleep(PULSE_SECONDS)
 
 

@@ -16,12 +16,14 @@ from cluster.controller import replica, stalls
 from cluster.controller.integrity import Canary, Digests
 from cluster.controller.placement import HostError, Placement, RunningMesh
 from cluster.controller.quarantine import TOO_MANY, Quarantine
+from cluster.controller.rank_specs import rank_specs
 from cluster.controller.replica import GIVE_UP_FAILURES, HOSTS_SECONDS, Replica
+from cluster.leader_stream import LeaderAddress
 from cluster.network import REAL
 from grok.serving.v1 import cluster_pb2
 from tests.conftest import DEMO
 from workers.host.streams import LinkError
-from workers.messages.specs import LOADING, Endpoint, MeshSpec, ModelSpec, Progress
+from workers.messages.specs import LOADING, READY, Assignment, Endpoint, MeshSpec, ModelSpec, Progress
 
 
 class _Host:
@@ -174,6 +176,21 @@ def test_only_a_replica_that_has_served_goes_on_with_fewer_hosts(epoch: int) -> 
     view = asyncio.run(play()).view
     assert asked == ([(hosts, HOSTS_SECONDS) for hosts in (3, 2, 1)] if epoch else [(3, None)])
     assert view.mesh.hosts == (1 if epoch else 3)
+
+
+async def _no_more(*_: object, **__: object) -> Any:
+    raise AssertionError("no other workers are needed")
+
+
+def test_a_mesh_that_goes_on_has_its_leader_before_the_new_controller_has_asked_it() -> None:
+    config = Config(ModelSpec("demo", str(DEMO)))
+    endpoint = Endpoint("127.0.0.1", 1, "good", 1, 2, 3, "same")
+    (spec,) = rank_specs(config, 0, 7, [endpoint], ())
+    running = RunningMesh(_Placement(["good"], []), (Assignment(endpoint, spec, {}, READY),))
+    replica = Replica(
+        0, [config], _Placements(_no_more), Quarantine(), Digests({}), Canary(), lambda _: None, 7, running
+    )
+    assert replica.view.leader == LeaderAddress(0, 7, spec.leader, spec.secret, spec.liveness)
 
 
 def test_a_replica_that_keeps_failing_is_given_up_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
