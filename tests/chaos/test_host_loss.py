@@ -99,7 +99,7 @@ def test_a_replica_goes_on_with_fewer_hosts_and_grows_again(tmp_path: pathlib.Pa
             return now.state == cluster_pb2.REPLICA_STATE_READY and len(now.hosts) == now.mesh_model == hosts
 
         with Client(cluster.address) as client:
-            stream = functools.partial(client.generate, "And it came to pass", max_tokens=1500, seed=3, ignore_eos=True)
+            stream = functools.partial(client.generate, "And it came to pass", max_tokens=480, seed=3, ignore_eos=True)
             alone = [token.id for part in stream() for token in part.tokens]
             parts = stream()
             first = next(parts)
