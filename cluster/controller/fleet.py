@@ -142,7 +142,7 @@ class Fleet:
             self._epochs.get(index, 0),
             running,
             self._network,
-            lambda: [address for replica in self.replicas for address in replica.weights],
+            lambda: [replica.weights for replica in self.replicas],
         )
         self._replicas[index] = replica
         self._lives[index] = asyncio.ensure_future(replica.run())

@@ -10,12 +10,11 @@ from workers.messages.specs import Endpoint, RankSpec, WeightsAddress
 
 
 def rank_specs(
-    config: Config, replica: int, epoch: int, endpoints: Sequence[Endpoint], weights: Sequence[WeightsAddress]
+    config: Config, replica: int, epoch: int, endpoints: Sequence[Endpoint], weights: Sequence[Sequence[WeightsAddress]]
 ) -> list[RankSpec]:
-    """The specs of a replica's hosts in an epoch, in rank order. `weights` are the weights caches of replicas that serve."""
+    """The specs of a replica's hosts in an epoch, in rank order. `weights` has for each replica that serves the weights caches
+    of its hosts: of as many, those of the same rank hold the same."""
     first, secret = endpoints[0], secrets.token_bytes(32)
-    # Where the data axis spans hosts, some of its own hosts hold the same too.
-    twins = [*weights, *(endpoint.weights for endpoint in endpoints if endpoint.weights is not None)]
     return [
         RankSpec(
             replica=replica,
@@ -32,7 +31,7 @@ def rank_specs(
             silence_seconds=config.cluster.silence_seconds,
             stall_seconds=config.telemetry.stall_seconds,
             plan_log=config.telemetry.plan_log,
-            twins=tuple(twin for twin in twins if twin != endpoint.weights),
+            twins=tuple(hosts[rank] for hosts in weights if len(hosts) == len(endpoints)),
         )
         for rank, endpoint in enumerate(endpoints)
     ]

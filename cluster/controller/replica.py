@@ -73,11 +73,10 @@ class Replica:
         epoch: int = 0,
         running: RunningMesh | None = None,
         network: Network = REAL,
-        weights: Callable[[], Sequence[WeightsAddress]] = tuple,
+        weights: Callable[[], Sequence[Sequence[WeightsAddress]]] = tuple,
     ) -> None:
         """`configs` are its own, and those of fewer hosts for when some are lost; `epoch` is the last one of the replica that
-        had this number before; `running` a mesh of it that goes on; `weights` gives the weights caches of all replicas that
-        serve."""
+        had this number before; `running` a mesh of it that goes on; `weights` gives the `weights` of all replicas."""
         self.index = index
         self.state: cluster_pb2.ReplicaState.ValueType = cluster_pb2.REPLICA_STATE_PLACING
         self.epoch = epoch
@@ -134,7 +133,7 @@ class Replica:
 
     @property
     def weights(self) -> list[WeightsAddress]:
-        """The weights caches of its hosts, if all that is to be there is."""
+        """The weights caches of its hosts, in rank order; none while it does not serve."""
         found = [host.endpoint.weights for host in self.hosts if self._serving.is_set()]
         return [address for address in found if address is not None]
 

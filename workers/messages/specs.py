@@ -126,7 +126,7 @@ class RankSpec:
       liveness: `host:port` of the process beside this host's worker that reports whether it lives; empty if there is none.
       silence_seconds: see `cluster.config.schema.ClusterSection`.
       stall_seconds, plan_log: see `cluster.config.schema.TelemetrySection`.
-      twins: weights caches of other hosts, among them those that hold the same part of the weights, if there are any.
+      twins: weights caches of hosts of other replicas that are to hold the same part of the weights.
     """
 
     replica: int
