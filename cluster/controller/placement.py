@@ -99,10 +99,11 @@ class Placements(Protocol):
         """Remembers that an epoch begins, for the controllers that come after this one."""
 
     async def create(
-        self, replica: int, mesh: MeshSpec, avoided: tuple[str, ...], seconds: float | None
+        self, replica: int, mesh: MeshSpec, avoided: tuple[str, ...], before: Sequence[str], seconds: float | None
     ) -> Placement | None:
         """Waits until there are hosts enough, then starts a worker on each; None if there are not within `seconds`. On the
-        nodes `avoided` only if there are too few others, then rather on the last of them."""
+        nodes `avoided` only if there are too few others, then rather on the last of them. Nodes on which the replica lay
+        `before` have the ranks that they had, for which they have the weights, if it has as many hosts as then."""
 
     async def spares_beside(self, mesh: MeshSpec, avoided: frozenset[str]) -> bool:
         """Whether a mesh could lie on other nodes than those, were they free."""

@@ -36,14 +36,16 @@ class RayPlacements:
         await remember(replica, epoch)
 
     async def create(
-        self, replica: int, mesh: MeshSpec, avoided: tuple[str, ...], seconds: float | None
+        self, replica: int, mesh: MeshSpec, avoided: tuple[str, ...], before: Sequence[str], seconds: float | None
     ) -> Placement | None:
-        """See Placements. Others than the nodes `avoided` have AVOID_SECONDS to be there."""
+        """See Placements. What is wanted, but need not be, has AVOID_SECONDS to be there."""
         cluster, group, name = self._cluster, None, _group_name(replica)
-        for count in range(len(avoided), 0, -1):
+        there = {node["NodeID"] for node in await asyncio.to_thread(ray.nodes) if node["Alive"]}
+        for count in range(len(avoided), -1, -1):
             without = frozenset(avoided[:count])
-            if await self.spares_beside(mesh, without):
-                group = await _reserve(name, group_options(mesh, cluster, without), AVOID_SECONDS)
+            stay = [node if node in there - without else "" for node in before] if len(before) == mesh.hosts else []
+            if (without or any(stay)) and await self.spares_beside(mesh, without):
+                group = await _reserve(name, group_options(mesh, cluster, without, stay), AVOID_SECONDS)
                 break
         group = group or await _reserve(name, group_options(mesh, cluster), seconds)
         if group is None:
@@ -91,8 +93,11 @@ def bundle(mesh: MeshSpec, cpus_per_host: int) -> dict[str, float]:
     return resources
 
 
-def group_options(mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """The placement group of a replica: a bundle a host, each on a host of its own, none on nodes `avoided`.
+def group_options(
+    mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[str] = frozenset(), stay: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The placement group of a replica: a bundle a host, each on a host of its own, none on nodes `avoided`. `stay` has a node
+    for each rank, or nothing where it may be any.
 
     With `cluster.tpu_pod_type` all of them are on one slice of that kind, and rank r is its worker r: hosts of two slices
     have no interconnect, and JAX numbers a slice's processes so.
@@ -101,7 +106,8 @@ def group_options(mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[st
     others = {"ray.io/node-id": f"!in({', '.join(sorted(avoided))})"} if avoided else {}
     if cluster.tpu_pod_type is None:
         options: dict[str, Any] = {"bundles": bundles, "strategy": "STRICT_SPREAD"}
-        return {**options, "bundle_label_selector": [others] * mesh.hosts} if others else options
+        labels = [{"ray.io/node-id": node} if node else others for node in stay or [""] * mesh.hosts]
+        return {**options, "bundle_label_selector": labels} if any(labels) else options
     return {
         "bundles": bundles,
         "topology_strategy": {"ray.io/tpu-slice-name": "STRICT_PACK", "ray.io/node-id": "STRICT_SPREAD"},

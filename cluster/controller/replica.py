@@ -90,6 +90,8 @@ class Replica:
         self._digests = digests
         self._canary = canary
         self._placement: Placement | None = None
+        #: On which it lies or lay last, by rank.
+        self._nodes: list[str] = []
         self._stream: LeaderStream | None = None
         self._draining = False
         self._spec: RankSpec | None = None if running is None else running.spec
@@ -255,7 +257,8 @@ class Replica:
         self._growing = False
         while self._placement is None:
             self._placement = await self._create()
-        self._lies_on(self._config_of(len(self._placement.nodes)).mesh)
+        self._nodes = self._placement.nodes
+        self._lies_on(self._config_of(len(self._nodes)).mesh)
         return self._placement
 
     async def _create(self) -> Placement | None:
@@ -263,7 +266,7 @@ class Replica:
         patience = HOSTS_SECONDS if self._has_served and len(self._configs) > 1 else None
         for config in self._configs:
             avoided = self._quarantine.avoided(asyncio.get_running_loop().time())
-            placement = await self._placements.create(self.index, config.mesh, avoided, patience)
+            placement = await self._placements.create(self.index, config.mesh, avoided, self._nodes, patience)
             if placement is not None:
                 return placement
         return None
@@ -318,6 +321,7 @@ class Replica:
         """Goes on with a mesh that another controller has left, to its end."""
         self._enter(cluster_pb2.REPLICA_STATE_STARTING)
         placement = self._placement = running.placement
+        self._nodes = placement.nodes
         self._digests.check(placement.nodes, [assignment.digests for assignment in running.assignments])
         self.hosts = [HostView(a.endpoint, Progress(a.phase, 1.0)) for a in running.assignments]
         self.epoch = running.spec.epoch

@@ -53,7 +53,7 @@ class SimPlacements:
             self._cluster.epochs[replica] = epoch
 
     async def create(
-        self, replica: int, mesh: MeshSpec, avoided: tuple[str, ...], seconds: float | None
+        self, replica: int, mesh: MeshSpec, avoided: tuple[str, ...], before: Sequence[str], seconds: float | None
     ) -> Placement | None:
         world = self._cluster.world
         began = world.loop.time()
@@ -67,7 +67,11 @@ class SimPlacements:
             if seconds is not None and world.loop.time() - began > 5 + seconds:
                 return None
             await asyncio.sleep(0.5)
-        nodes = world.rng.sample(chosen, mesh.hosts)
+        known = before if len(before) == mesh.hosts else [""] * mesh.hosts
+        by_id = {node.id: node for node in chosen}
+        stay = [by_id.pop(name, None) for name in known]
+        others = world.rng.sample(list(by_id.values()), stay.count(None))
+        nodes = [node or others.pop() for node in stay]
         group = f"{GROUP_PREFIX}{replica}-{next(world.numbers)}"
         self._cluster.groups[group] = nodes
         for node in nodes:

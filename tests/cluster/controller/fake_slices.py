@@ -1,4 +1,5 @@
-"""Places a replica on a Ray cluster of fake TPU hosts and prints, as JSON, on which slice and worker each rank came to lie.
+"""Places replicas on a Ray cluster of fake TPU hosts and prints, as JSON, on which slice and worker each rank of one of TPUs
+came to lie, and whether hosts of one of CPUs keep their ranks.
 
 The cluster has one and a half slices of the kind: a whole one, and a host of another that has lost its second.
 """
@@ -36,7 +37,7 @@ def _add_host(cluster: Cluster, slice_name: str, worker: int) -> None:
 
 async def _place() -> list[dict[str, Any]]:
     mesh = MeshSpec("tpu", hosts=2, devices_per_host=4, data=1, model=8, rules="tensor")
-    placement = await RayPlacements(ClusterSection(tpu_pod_type=POD_TYPE)).create(0, mesh, (), None)
+    placement = await RayPlacements(ClusterSection(tpu_pod_type=POD_TYPE)).create(0, mesh, (), (), None)
     assert placement is not None
     try:
         labels = {node["NodeID"]: node["Labels"] for node in ray.nodes()}
@@ -48,8 +49,23 @@ async def _place() -> list[dict[str, Any]]:
         placement.remove()
 
 
+async def _place_again() -> list[bool]:
+    mesh, placements = MeshSpec("cpu", hosts=2, model=2), RayPlacements(ClusterSection(cpus_per_host=2))
+
+    async def nodes(before: list[str], avoided: tuple[str, ...] = ()) -> list[str]:
+        placement = await placements.create(0, mesh, avoided, before, 20)
+        assert placement is not None
+        placement.remove()
+        return placement.nodes
+
+    first, second = await nodes([])
+    swapped = await nodes([second, first])
+    new, stays = await nodes([first, second], avoided=(first,))
+    return [swapped == [second, first], stays == second, new not in (first, second)]
+
+
 def main() -> None:
-    """Prints a list, an entry a rank."""
+    """Prints two lists: an entry a rank, and what is true."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **_MEMORY})
     try:
         # In an order that is neither the slices' nor the workers'.
@@ -57,7 +73,7 @@ def main() -> None:
         _add_host(cluster, "whole", 1)
         _add_host(cluster, "whole", 0)
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR, namespace="test")
-        print(json.dumps(asyncio.run(_place())))
+        print(json.dumps([asyncio.run(_place()), asyncio.run(_place_again())]))
     finally:
         ray.shutdown()
         cluster.shutdown()

@@ -22,10 +22,9 @@ def test_a_host_of_accelerators_is_taken_whole() -> None:
     assert options == {"bundles": [{"CPU": 4, "GPU": 8}] * 2, "strategy": "STRICT_SPREAD"}
 
 
-def test_a_replica_lies_on_one_tpu_slice_with_ranks_in_its_order() -> None:
+def test_a_replica_lies_on_one_tpu_slice_with_ranks_in_its_order_and_hosts_keep_their_ranks() -> None:
     command = [sys.executable, "-m", "tests.cluster.controller.fake_slices"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == [
-        {"slice-name": "whole", "worker-id": "0"},
-        {"slice-name": "whole", "worker-id": "1"},
-    ]
+    ranks, kept = json.loads(done.stdout.splitlines()[-1])
+    assert ranks == [{"slice-name": "whole", "worker-id": "0"}, {"slice-name": "whole", "worker-id": "1"}]
+    assert all(kept)

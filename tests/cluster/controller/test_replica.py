@@ -100,9 +100,9 @@ class _Placements:
         pass
 
     async def create(
-        self, replica: int, mesh: MeshSpec, avoided: tuple[str, ...], seconds: float | None
+        self, replica: int, mesh: MeshSpec, avoided: tuple[str, ...], before: Sequence[str], seconds: float | None
     ) -> Placement | None:
-        del replica
+        del replica, before
         placement: Placement | None = await self._create(avoided, mesh=mesh, seconds=seconds)
         return placement
 
