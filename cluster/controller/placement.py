@@ -30,6 +30,8 @@ _CONCURRENCY = 4
 START_SECONDS, STANDBY_SECONDS = 60.0, 10.0
 #: A worker that does not answer for so long may be lost.
 SILENT_SECONDS = 1.5
+#: In which a host accepts a connection, even if the first packet is lost.
+REACH_SECONDS = 1.3
 #: In which a worker has to answer, or its process to show that it lives, so that its host is not blamed for a loss.
 BRIEF_SECONDS = 0.5
 #: Seconds that hosts have to remove their weights caches.
@@ -141,6 +143,7 @@ class Placement:
         self._standbys = list(standbys)
         self._endpoints = list(endpoints)
         self._network = network
+        self._reached: asyncio.Future[list[bool]] | None = None
 
     def dump_stacks(self) -> None:
         """Has each worker that still can write to its log what its threads are doing."""
@@ -233,7 +236,7 @@ class Placement:
         try:
             if len(standbys) < len(self.hosts):
                 raise TimeoutError("there is no standby")
-            if not all(await asyncio.gather(*(self._reachable(endpoint.liveness) for endpoint in endpoints))):
+            if not all(await self._probe()):
                 raise TimeoutError("a host is out of reach")
             # The standby kills its predecessor: on the same host it can wait until that has released the accelerators.
             await asyncio.gather(
@@ -251,15 +254,19 @@ class Placement:
         return renewed
 
     async def silent(self) -> list[int]:
-        """The ranks of the workers that don't answer, and don't live."""
+        """The ranks of the workers that don't answer, and don't live. What `renew` must know is begun to be found out."""
+        self._probe()
 
         async def lost(host: Any, liveness: str) -> bool:
+            reason = asyncio.ensure_future(self._network.why_lost(liveness, BRIEF_SECONDS, BRIEF_SECONDS))
             try:
                 await answer(host.progress.remote(), BRIEF_SECONDS, "")
             except TimeoutError:
-                return await self._network.why_lost(liveness, BRIEF_SECONDS, BRIEF_SECONDS) is not None
+                return await reason is not None
             except (OSError, ray.exceptions.RayError):
                 return True
+            finally:
+                reason.cancel()
             return False
 
         liveness = [endpoint.liveness for endpoint in self._endpoints] or [""] * len(self.hosts)
@@ -271,11 +278,17 @@ class Placement:
         self._kill([*self.hosts, *self._standbys])
         self._free()
 
+    def _probe(self) -> asyncio.Future[list[bool]]:
+        """Which hosts can be reached, from when that was asked first."""
+        if self._reached is None:
+            self._reached = asyncio.gather(*(self._reachable(endpoint.liveness) for endpoint in self._endpoints))
+        return self._reached
+
     async def _reachable(self, address: str) -> bool:
-        """Whether the host at `host:port` answers within SILENT_SECONDS, be it that nothing listens there."""
+        """Whether the host at `host:port` answers within REACH_SECONDS, be it that nothing listens there."""
         host, port = address.rsplit(":", 1)
         try:
-            async with asyncio.timeout(SILENT_SECONDS):
+            async with asyncio.timeout(REACH_SECONDS):
                 _, writer = await self._network.connect(host, int(port))
         except ConnectionRefusedError:
             return True

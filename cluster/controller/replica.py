@@ -326,7 +326,7 @@ class Replica:
         self.hosts = [HostView(a.endpoint, Progress(a.phase, 1.0)) for a in running.assignments]
         self.epoch = running.spec.epoch
         metrics.EPOCH.labels(str(self.index)).set(self.epoch)
-        await placement.ask("serve")
+        await _first(self._watch_hosts(placement), placement.ask("serve"))
         await self._serve(placement, running.spec)
 
     async def _epoch(self, placement: Placement) -> None:
@@ -340,7 +340,7 @@ class Replica:
             await placement.check_reachable(endpoints)
         specs = rank_specs(self._config_of(len(endpoints)), self.index, self.epoch, endpoints, self._weights())
         await _first(self._watch_progress(placement), self._form(placement, specs))
-        await placement.ask("serve")
+        await _first(self._watch_hosts(placement), placement.ask("serve"))
         await self._serve(placement, specs[0])
 
     async def _serve(self, placement: Placement, spec: RankSpec) -> None:

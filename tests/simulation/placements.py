@@ -59,10 +59,12 @@ class SimPlacements:
         began = world.loop.time()
         while True:
             fit = [node for node in self._there() if node.free]
-            others = [node for node in fit if node.id not in avoided]
-            late = world.loop.time() - began > 5
-            chosen = others if len(others) >= mesh.hosts or not late else fit
-            if len(chosen) >= mesh.hosts:
+            least = 0 if not avoided or world.loop.time() - began > 5 else 1
+            tried = (
+                [node for node in fit if node.id not in avoided[:count]] for count in range(len(avoided), least - 1, -1)
+            )
+            chosen = next((nodes for nodes in tried if len(nodes) >= mesh.hosts), None)
+            if chosen is not None:
                 break
             if seconds is not None and world.loop.time() - began > 5 + seconds:
                 return None

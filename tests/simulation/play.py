@@ -273,7 +273,8 @@ class _Play:
 
     async def _restart(self, rng: random.Random) -> None:
         with contextlib.suppress(Exception):  # it may not serve just now, or fail meanwhile
-            await self._controllers.controller.restart(rng.randrange(self._replicas))
+            operator = self._controllers.client(SimProcess(self.world.front))
+            await operator.restart(rng.randrange(self._replicas))
 
     def _mend(self) -> None:
         """Hosts come back; what is broken for good stays so, and there is one host too many."""

@@ -77,7 +77,9 @@ class SimControllerClient:
         return view
 
     async def restart(self, replica: int) -> int:
-        return await self._controllers.controller.restart(replica)
+        there, controller = self._controllers.process, self._controllers.controller
+        epoch: int = await call(self._process, there, controller.restart, (replica,))
+        return epoch
 
     async def profile(self, replica: int, steps: int, seconds: float) -> AsyncIterator[tuple[int, str, bytes]]:
         async for part in self._controllers.controller.profile(replica, steps, seconds):

@@ -74,7 +74,7 @@ class _Placement(Placement):
     def __init__(self, nodes: list[str], log: list[str]) -> None:
         self.nodes = nodes
         self.hosts = [_Host(node) for node in nodes]
-        self._endpoints = []
+        self._endpoints, self._reached = [], None
         self._network = REAL
         self._log = log
 
