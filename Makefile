@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo serve stop check format lint types proto test test-fast coverage test-rayup determinism operations chaos simulate simulate-mutants front losses restarts fuzz audit aot bench-loader bench overload hostile bench-peers load golden docs dashboards pictures clean
+.PHONY: help install demo serve stop check format lint types proto test test-fast coverage test-rayup determinism operations chaos simulate simulate-mutants front losses alarms restarts fuzz audit aot bench-loader bench overload hostile bench-peers load golden docs dashboards pictures clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -83,6 +83,9 @@ restarts: install ## fifty rolling restarts of replicas, and of gateways, under 
 
 losses: install ## hosts are turned off, LOSSES=N times, with MODEL=DIR: how long until another takes their place
 	GROKMESH_LOSSES=$(or $(LOSSES),10) $(if $(MODEL),GROKMESH_MODEL=$(MODEL)) $(BIN)/python -m pytest -q -s tests/chaos/test_host_loss.py
+
+alarms: install ## SECONDS=3600 of load beside busy loops, with workers stopped for a second, cost no mesh
+	GROKMESH_ALARM_SECONDS=$(or $(SECONDS),3600) $(BIN)/python -m pytest -q -s tests/chaos/test_false_alarms.py
 
 fuzz: install build/fuzz/.installed ## millions of mutated messages, checkpoints, configurations and streams
 	PYTHONPATH=build/fuzz:. $(BIN)/python -m tests.fuzz.run gateway -runs=2000000

@@ -11,9 +11,13 @@ import grpc
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 #: Seconds before a second attempt, and at most before any, unless the server asks for more.
-FIRST_PAUSE, LONGEST_PAUSE = 0.4, 10.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.4, 3.0
 #: The same, of a stream that has broken for the first time since it last brought something.
 BROKEN_PAUSE = 0.1
+#: Milliseconds before a channel connects again: gRPC itself would let a gateway that is back wait for many seconds.
+_RECONNECT = (("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000))
+#: Times that gRPC itself sends a call, at most.
+_MOST_ATTEMPTS = 5
 #: Of the services' calls, those that answer at once and may be sent twice.
 _RETRIED = {
     "GenerationService": ("GenerateOnce", "Tokenize", "Detokenize", "CountTokens", "GetModel"),
@@ -50,11 +54,11 @@ class Tls:
 
 
 def channel_options(address: str, attempts: int) -> list[tuple[str, Any]]:
-    """How a channel is: answers may have any size; a proxy that the environment names is none for this machine itself; calls
-    are sent up to `attempts` times (gRPC allows five)."""
+    """How a channel is: answers may have any size; a proxy that the environment names is none for this machine itself; it soon
+    connects again; calls that answer at once are sent up to `attempts` times."""
     host = address.rpartition(":")[0].removeprefix("dns:").lstrip("/").strip("[]")
     local = host in ("localhost", "::1") or host.startswith("127.") or address.startswith("unix:")
-    options: list[tuple[str, Any]] = [("grpc.max_receive_message_length", -1)]
+    options: list[tuple[str, Any]] = [("grpc.max_receive_message_length", -1), *_RECONNECT]
     if attempts > 1:
         options.append(("grpc.service_config", json.dumps(_service_config(attempts))))
     return [*options, ("grpc.enable_http_proxy", 0)] if local else options
@@ -62,7 +66,7 @@ def channel_options(address: str, attempts: int) -> list[tuple[str, Any]]:
 
 def _service_config(attempts: int) -> dict[str, Any]:
     policy = {
-        "maxAttempts": attempts,
+        "maxAttempts": min(attempts, _MOST_ATTEMPTS),
         "initialBackoff": f"{FIRST_PAUSE}s",
         "maxBackoff": f"{LONGEST_PAUSE}s",
         "backoffMultiplier": 2,

@@ -33,7 +33,7 @@ class Client:
         *,
         api_key: str | None = None,
         tls: Tls | None = None,
-        attempts: int = 5,
+        attempts: int = 10,
     ) -> None:
         options = channel_options(address, attempts)
         self._channel = (
@@ -136,7 +136,7 @@ class AsyncClient:
         *,
         api_key: str | None = None,
         tls: Tls | None = None,
-        attempts: int = 5,
+        attempts: int = 10,
     ) -> None:
         options = channel_options(address, attempts)
         self._channel = (

@@ -32,8 +32,8 @@ MUTANTS = (
     Mutant(
         "nobody watches hosts that are asked to serve",
         "cluster/controller/replica.py",
-        "_first(self._watch_hosts(placement), placement.ask(\"serve\"))\n        await self._serve(placement, specs[0])",
-        "placement.ask(\"serve\")\n        await self._serve(placement, specs[0])",
+        '_first(self._watch_hosts(placement), placement.ask("serve"))\n        await self._serve(placement, specs[0])',
+        'placement.ask("serve")\n        await self._serve(placement, specs[0])',
     ),
     Mutant(
         "a controller that goes on with a mesh does not know its leader at first",
