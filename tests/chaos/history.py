@@ -83,8 +83,7 @@ def make_cases(client: Client, count: int, seed: int) -> list[Case]:
 class Load:
     """Clients that send requests one after the other until they are stopped."""
 
-    def __init__(self, address: str, cases: list[Case], clients: int, seed: int, attempts: int = 5) -> None:
-        self._attempts = attempts
+    def __init__(self, address: str, cases: list[Case], clients: int, seed: int) -> None:
         self.history = History()
         self._address = address
         self._cases = cases
@@ -123,7 +122,7 @@ class Load:
             self._one(client, case)
 
     def _run(self, rng: random.Random) -> None:
-        with Client(self._address, attempts=self._attempts) as client:
+        with Client(self._address) as client:
             while not self._stopping.is_set():
                 if self._paused.is_set():
                     time.sleep(0.05)
@@ -140,7 +139,7 @@ class Load:
                 with self._lock:
                     self.history.longest_pause = max(self.history.longest_pause, pause)
         except grpc.RpcError as raised:
-            error = f"{raised.code()}: {raised.details()}"
+            error = f"{raised.code()}: {raised.details()}, {time.monotonic() - last:.1f} s after the last part"
         tokens = tuple(token for part in parts for token in part.tokens)
         with self._lock:
             if error is not None:
