@@ -83,7 +83,8 @@ def make_cases(client: Client, count: int, seed: int) -> list[Case]:
 class Load:
     """Clients that send requests one after the other until they are stopped."""
 
-    def __init__(self, address: str, cases: list[Case], clients: int, seed: int) -> None:
+    def __init__(self, address: str, cases: list[Case], clients: int, seed: int, attempts: int = 10) -> None:
+        self._attempts = attempts
         self.history = History()
         self._address = address
         self._cases = cases
@@ -122,7 +123,7 @@ class Load:
             self._one(client, case)
 
     def _run(self, rng: random.Random) -> None:
-        with Client(self._address) as client:
+        with Client(self._address, attempts=self._attempts) as client:
             while not self._stopping.is_set():
                 if self._paused.is_set():
                     time.sleep(0.05)
