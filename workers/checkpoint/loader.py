@@ -6,6 +6,7 @@ import collections
 import concurrent.futures
 import functools
 import logging
+import math
 import os
 import pathlib
 import threading
@@ -117,7 +118,8 @@ def load_parameters(
             places, progress = list(_places(checkpoint, partition, weight_format)), LoadProgress(report)
     progress.total = sum(place.reader(file, progress).nbytes for place in places for _, file in place.tensors)
     if kept is not None and twins:
-        twin = find_twin(twins, kept.name, [file.path for _, file in checkpoint.tensors])
+        largest = max((file for _, file in checkpoint.tensors), key=lambda file: math.prod(file.values.shape))
+        twin = find_twin(twins, kept.name, largest.path)
         for place in places:
             place.twin = twin
         progress.digests.update(twin.digests if twin else {})

@@ -8,7 +8,7 @@ import contextlib
 import http.client
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -84,9 +84,9 @@ class Twin:
         return b""
 
 
-def find_twin(addresses: Sequence[WeightsAddress], folder: str, files: Iterable[Location]) -> Twin | None:
-    """The first of other hosts that has a folder in its weights cache; None if none has, or the files of the checkpoint are
-    faster."""
+def find_twin(addresses: Sequence[WeightsAddress], folder: str, file: Location) -> Twin | None:
+    """The first of other hosts that has a folder in its weights cache; None if none has, or the checkpoint, of which
+    `file` is a large one, is faster."""
 
     def ask(address: WeightsAddress) -> Twin | None:
         try:
@@ -103,7 +103,9 @@ def find_twin(addresses: Sequence[WeightsAddress], folder: str, files: Iterable[
     except OSError as error:
         _LOG.warning("%s has the weights, but can't send them: %s", twin, error)
         return None
-    own = _rate(lambda: _probe(max(files, key=size_of)))
+    own = 0.0
+    with contextlib.suppress(OSError):  # what can't be read is slow
+        own = _rate(lambda: _probe(file))
     _LOG.info("%s sends %.2f GB/s of the weights, the checkpoint %.2f GB/s", twin, theirs / 1e9, own / 1e9)
     return twin if theirs > own else None
 
