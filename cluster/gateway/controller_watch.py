@@ -12,8 +12,9 @@ from cluster.controller.view import GatewayReport, ServiceView
 
 _LOG = logging.getLogger(__name__)
 
-#: Seconds between reports, and until a controller that does not answer is asked again.
-SYNC_SECONDS, RETRY_SECONDS = 0.25, 0.5
+#: Seconds between reports, with and without keys, whose limits hold over all gateways; and until a controller that does not
+#: answer is asked again.
+KEYS_SECONDS, SYNC_SECONDS, RETRY_SECONDS = 0.25, 1.0, 0.5
 #: Seconds that a status waits for news.
 REFRESH_SECONDS = 1.0
 
@@ -26,11 +27,13 @@ class ControllerWatch:
         controller: ControllerClient,
         report: Callable[[], GatewayReport],
         on_view: Callable[[ServiceView, GatewayReport], None],
+        seconds: float = KEYS_SECONDS,
     ) -> None:
-        """`on_view` gets each view, with the report that it answers."""
+        """`on_view` gets each view, with the report that it answers. There is one at least every so many seconds."""
         self.view = ServiceView()
         self._controller = controller
         self._report = report
+        self._seconds = seconds
         self._on_view = on_view
 
     async def run(self) -> None:
@@ -38,7 +41,7 @@ class ControllerWatch:
         there = True
         while True:
             try:
-                await self._sync(SYNC_SECONDS)
+                await self._sync(self._seconds)
                 there = True
             except Exception as error:  # whatever is wrong with it, requests go on
                 if there:

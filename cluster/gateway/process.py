@@ -14,7 +14,7 @@ from cluster.deployment import Deployment
 from cluster.gateway.admission.latency import RecentLatency
 from cluster.gateway.auth.api_keys import Keys
 from cluster.gateway.cluster_service import ClusterService
-from cluster.gateway.controller_watch import ControllerWatch
+from cluster.gateway.controller_watch import KEYS_SECONDS, SYNC_SECONDS, ControllerWatch
 from cluster.gateway.routing.router import Router
 from cluster.gateway.server import Gateway
 from cluster.gateway.validation import Limits
@@ -74,7 +74,9 @@ class GatewayProcess:
             numbers=config.model.numbers,
         )
         self._latency = RecentLatency()
-        self._watch = ControllerWatch(controller, self._report, self._follow)
+        self._watch = ControllerWatch(
+            controller, self._report, self._follow, KEYS_SECONDS if config.gateway.api_keys else SYNC_SECONDS
+        )
         self._address = address
         metrics_url = f"http://{config.telemetry.address}/metrics"
         status = ClusterService(config, version, controller, self._watch, metrics_url)

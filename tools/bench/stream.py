@@ -22,7 +22,7 @@ from tests.support.service import running
 from tools.bench.processes import cpu_seconds
 from workers.host.streams import free_port
 
-STREAMS, TOKENS, CLIENTS = 16, 200, 8
+STREAMS, TOKENS, CLIENTS = 16, 200, 16
 _SERVICE, _METHOD = "bench.Stream", "Run"
 
 
@@ -70,21 +70,27 @@ async def _read_gateway(address: str, seeds: range) -> int:
         return sum(await asyncio.gather(*(one(seed) for seed in seeds)))
 
 
-def _read(address: str, client: int) -> int:
-    """Messages of one client's streams."""
-    return asyncio.run(_read_gateway(address, range(client, STREAMS, CLIENTS)))
+def _read(address: str, client: int, streams: int) -> int:
+    """Messages of one client's streams, of so many streams in all."""
+    return asyncio.run(_read_gateway(address, range(client, streams, CLIENTS)))
 
 
 def _gateways(processes: int) -> float:
-    """Seconds a message, of all gateways of a host together; the best of three rounds."""
+    """Seconds a message, of all gateways of a host together, each with STREAMS; the best of three rounds."""
     context = multiprocessing.get_context("spawn")
-    gateway = {"processes": processes}
-    with tempfile.TemporaryDirectory() as folder, running(pathlib.Path(folder), gateway=gateway) as service:
+    streams, gateway = STREAMS * processes, {"processes": processes}
+    engine = {"slots": streams}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running(pathlib.Path(folder), gateway=gateway, engine=engine) as service,
+    ):
         service.wait_for(lambda status: sum(one.listening for one in status.gateways) == processes, 60)
         pids = [gateway.pid for gateway in service.status().gateways]
         # Of a process all streams would go over one connection, to one gateway.
         with concurrent.futures.ProcessPoolExecutor(CLIENTS, context) as clients:
-            read = functools.partial(clients.map, _read, [service.address] * CLIENTS, range(CLIENTS))
+            read = functools.partial(
+                clients.map, _read, [service.address] * CLIENTS, range(CLIENTS), [streams] * CLIENTS
+            )
             sum(read())
             rounds = []
             for _ in range(3):
