@@ -18,7 +18,7 @@ from tests.support.ray_cluster import ray_cluster
 from tests.support.service import Service, running
 from tests.support.waiting import wait_until
 
-KILLS = int(os.environ.get("GROKMESH_KILLS", "2"))
+KILLS = int(os.environ.get("GROKMESH_KILLS", "1"))
 GATEWAYS, CLIENTS = 2, 4
 _Status = cluster_pb2.GetStatusResponse
 
