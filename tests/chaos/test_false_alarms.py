@@ -21,7 +21,7 @@ import pytest
 from grok.serving.v1 import cluster_pb2
 from grokmesh import Client
 from tests.chaos.history import Load, make_cases
-from tests.support.service import Service, running
+from tests.support.service import Service, has_ended, running
 
 SECONDS = int(os.environ.get("GROKMESH_ALARM_SECONDS", "0"))
 LOOPS, DEATHS = 8, 6
@@ -49,7 +49,7 @@ def _noticed(service: Service, number: int, rank: int) -> float:
     """Seconds from a signal that ends a worker, or stops it for ever, until the mesh is given up."""
     before, began = _replica(service), time.monotonic()
     os.kill(before.hosts[rank].pid, number)
-    service.wait_for(lambda s: s.replicas[0].epoch > before.epoch or s.replicas[0].state != READY, 60)
+    service.wait_for(lambda status: has_ended(before, status.replicas[0]), 60)
     seconds = time.monotonic() - began
     service.wait_for(lambda s: s.replicas[0].epoch > before.epoch and s.replicas[0].state == READY, 300)
     return seconds

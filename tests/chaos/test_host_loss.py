@@ -5,22 +5,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pathlib
 import statistics
 import time
-import urllib.request
-from collections.abc import Iterator
 
-import obstore.store
 import pytest
-from moto.server import ThreadedMotoServer
 
 from grok.serving.v1 import cluster_pb2
 from grokmesh import Client
 from tests.chaos import namespaces
 from tests.conftest import DEMO
+from tests.support.object_store import URL, object_store
 from tests.support.service import read_metrics
 from tests.support.waiting import wait_until
 
@@ -34,29 +32,6 @@ _Replica = cluster_pb2.ReplicaStatus
 pytestmark = pytest.mark.skipif(not namespaces.possible(), reason="needs root to make namespaces")
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """The environment in which s3://models/demo is the demo model. Its server is far slower than hosts among each other."""
-    server = ThreadedMotoServer("0.0.0.0", port=0)
-    server.start()
-    _, port = server.get_host_and_port()
-    environment = {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-    }
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/models", method="PUT"))
-    store = obstore.store.from_url("s3://models", client_options={"allow_http": True})
-    for path in DEMO.rglob("*"):
-        if path.is_file():
-            obstore.put(store, f"demo/{path.relative_to(DEMO)}", path.read_bytes())
-    yield {**environment, "AWS_ENDPOINT_URL": f"http://{namespaces.NETWORK}.1:{port}"}
-    server.stop()
-
-
 def _rebuilt(cluster: namespaces.Cluster, before: _Replica) -> _Replica:
     """The replica, once it serves again."""
 
@@ -68,12 +43,15 @@ def _rebuilt(cluster: namespaces.Cluster, before: _Replica) -> _Replica:
     return cluster.status().replicas[0]
 
 
-def test_a_spare_host_takes_its_weights_from_one_that_holds_the_same(
-    tmp_path: pathlib.Path, bucket: dict[str, str]
-) -> None:
-    model = {"name": "demo", "checkpoint": "s3://models/demo", "weights_cache": CACHE}
+def test_a_spare_host_takes_its_weights_from_one_that_holds_the_same(tmp_path: pathlib.Path) -> None:
+    model = {"name": "demo", "checkpoint": URL, "weights_cache": CACHE}
     mesh = {"hosts": 1, "devices_per_host": 1, "data": 1, "model": 1}
-    with namespaces.cluster(tmp_path, bucket, model=model, mesh=mesh, replicas=2) as cluster:
+    with contextlib.ExitStack() as stack:
+        # Its server is far slower than hosts are among each other.
+        environment = stack.enter_context(object_store(DEMO, "0.0.0.0"))
+        port = environment["AWS_ENDPOINT_URL"].rpartition(":")[2]
+        environment["AWS_ENDPOINT_URL"] = f"http://{namespaces.NETWORK}.1:{port}"
+        cluster = stack.enter_context(namespaces.cluster(tmp_path, environment, model=model, mesh=mesh, replicas=2))
         wait_until(lambda: all(replica.state == READY for replica in cluster.status().replicas), 60, cluster.status)
         before = cluster.status().replicas[0]
         cluster.hosts.crash(cluster.name_of(before.hosts[0].address))

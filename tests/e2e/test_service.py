@@ -27,7 +27,7 @@ from grok.serving.v1 import cluster_pb2, generation_pb2, generation_pb2_grpc
 from grokmesh import AsyncClient, Client, Completion, Options, completion_request
 from tests.conftest import DEMO
 from tests.support.ports import free_port
-from tests.support.service import Service, read_metrics, running
+from tests.support.service import Service, has_ended, read_metrics, running
 from tests.support.waiting import wait_until
 from tools.load import cases, run
 from workers.checkpoint.checkpoint import open_checkpoint
@@ -414,7 +414,7 @@ def test_a_host_may_fail_in_mid_stream_and_the_client_never_knows(
         thread.start()
     wait_until(lambda: all(seen), 10)
     os.kill(replica.hosts[rank].pid, fault)
-    service.wait_for(lambda status: _has_ended(replica, status.replicas[0]), seconds=10)
+    service.wait_for(lambda status: has_ended(replica, status.replicas[0]), seconds=10)
     late = client.complete(PROMPT, **{**options, "max_tokens": 3})  # who comes now waits
     assert late.tokens == whole.tokens[:3]
     for thread in threads:
@@ -427,10 +427,6 @@ def test_a_host_may_fail_in_mid_stream_and_the_client_never_knows(
     assert now.epoch > replica.epoch
     assert now.last_failure
     assert set((folder / "xla").rglob("*")) == compiled, "nothing was compiled anew"
-
-
-def _has_ended(before: cluster_pb2.ReplicaStatus, now: cluster_pb2.ReplicaStatus) -> bool:
-    return now.epoch > before.epoch or now.state != cluster_pb2.REPLICA_STATE_READY
 
 
 def test_two_replicas_of_one_host_share_the_work(tmp_path: pathlib.Path) -> None:

@@ -56,6 +56,11 @@ class Service:
             time.sleep(0.05)
 
 
+def has_ended(before: cluster_pb2.ReplicaStatus, now: cluster_pb2.ReplicaStatus) -> bool:
+    """Whether the epoch of a replica that served is over."""
+    return now.epoch > before.epoch or now.state != cluster_pb2.REPLICA_STATE_READY
+
+
 @contextlib.contextmanager
 def running(folder: pathlib.Path, api_key: str | None = None, **sections: Any) -> Iterator[Service]:
     """Serves the demo model, configured by `sections`, while the block runs; it must end cleanly, unless the block has killed

@@ -8,7 +8,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,10 +18,10 @@ import obstore.store
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moto.server import ThreadedMotoServer
 from obstore.exceptions import GenericError
 
 from tests.conftest import GOLDEN
+from tests.support.object_store import URL, object_store
 from tests.support.sparse import write_sparse_checkpoint
 from workers.checkpoint import reading, storage
 from workers.checkpoint.checkpoint import open_checkpoint
@@ -75,25 +74,9 @@ def test_a_file_that_has_become_shorter_is_an_error(tmp_path: pathlib.Path) -> N
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """An S3-compatible server with a checkpoint: its URL."""
-    with pytest.MonkeyPatch.context() as patch:
-        server = ThreadedMotoServer(port=0)
-        server.start()
-        host, port = server.get_host_and_port()
-        for name, value in (
-            ("AWS_ACCESS_KEY_ID", "test"),
-            ("AWS_SECRET_ACCESS_KEY", "test"),
-            ("AWS_REGION", "us-east-1"),
-            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
-        ):
-            patch.setenv(name, value)
-        urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/models", method="PUT"))
-        store = obstore.store.from_url("s3://models", client_options={"allow_http": True})
-        for path in (GOLDEN / "nano-s1").rglob("*"):
-            if path.is_file():
-                obstore.put(store, f"grok/{path.relative_to(GOLDEN / 'nano-s1')}", path.read_bytes())
-        yield "s3://models/grok"
-        server.stop()
+    """The URL of a checkpoint in an S3-compatible server."""
+    with object_store(GOLDEN / "nano-s1"):
+        yield URL
 
 
 def test_a_checkpoint_in_an_object_store_loads_as_from_a_disk(bucket: str) -> None:
