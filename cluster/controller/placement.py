@@ -275,6 +275,8 @@ class Placement:
 
     def remove(self) -> None:
         """Kills all workers and frees their hosts."""
+        if self._reached is not None:
+            self._reached.cancel()
         self._kill([*self.hosts, *self._standbys])
         self._free()
 
@@ -286,6 +288,8 @@ class Placement:
 
     async def _reachable(self, address: str) -> bool:
         """Whether the host at `host:port` answers within REACH_SECONDS, be it that nothing listens there."""
+        if not address:  # nothing is known that speaks against it
+            return True
         host, port = address.rsplit(":", 1)
         try:
             async with asyncio.timeout(REACH_SECONDS):
