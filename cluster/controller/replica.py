@@ -322,6 +322,7 @@ class Replica:
         self._enter(cluster_pb2.REPLICA_STATE_STARTING)
         placement = self._placement = running.placement
         self._nodes = placement.nodes
+        self._lies_on(running.spec.mesh)
         self._digests.check(placement.nodes, [assignment.digests for assignment in running.assignments])
         self.hosts = [HostView(a.endpoint, Progress(a.phase, 1.0)) for a in running.assignments]
         self.epoch = running.spec.epoch
@@ -346,7 +347,6 @@ class Replica:
     async def _serve(self, placement: Placement, spec: RankSpec) -> None:
         """Watches a mesh that serves, whose leader has this spec, until it ends."""
         self._spec = spec
-        self._lies_on(spec.mesh)
         stream = self._stream = await LeaderStream.connect(_leader(spec), spec.silence_seconds, self._network)
         try:
             # The first that ends decides: a mesh without one host is none.
