@@ -38,5 +38,4 @@ def test_a_decode_step_needs_little_beside_its_arguments(
     assert told.fits, told.problem
     assert told.temporaries <= limit
     assert max(traffic.largest for traffic in told.collectives.values()) <= 8e6
-    if hardware.topology:
-        assert told.weight_copies == {}
+    assert told.weight_copies == {}

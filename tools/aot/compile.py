@@ -53,7 +53,7 @@ def compile_program(
     from tools.aot.release import release_headers
     from workers.checkpoint.loader import parameter_shapes
     from workers.host.standby import DTYPES
-    from workers.kernels.interface import ACCELERATOR
+    from workers.kernels.gpu.kernels import GPU
     from workers.kernels.tpu.kernels import TPU
     from workers.messages.plan import EngineShape
     from workers.model.partition import Partition
@@ -61,7 +61,7 @@ def compile_program(
     from workers.runtime.program_set import ProgramSet
 
     data, model, rules = mesh
-    kernels = TPU if hardware.device.platform == "tpu" else ACCELERATOR
+    kernels = TPU if hardware.device.platform == "tpu" else GPU
     partition = Partition.create(config, _mesh(hardware, data, model), rules, kernels)
     shape = EngineShape(
         engine.slots,

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 
 from workers.checkpoint.checkpoint import Checkpoint
 from workers.kernels.cpu.kernels import INSTRUCTION_SETS, NativeKernelsError, native_kernels, use_instruction_set
+from workers.kernels.gpu.kernels import GPU
 from workers.kernels.interface import ACCELERATOR, PORTABLE, Kernels
 from workers.kernels.tpu.kernels import TPU
 from workers.messages.specs import MeshSpec, ModelSpec
@@ -18,15 +19,18 @@ _LOG = logging.getLogger(__name__)
 
 
 def select_kernels(model: ModelSpec, mesh: MeshSpec, checkpoint: Checkpoint) -> Kernels:
-    """Those of the platform: Pallas on TPUs, native ones on CPU hosts where they fit the model and were built; else plain JAX.
+    """Those of the platform: Pallas on TPUs and GPUs, native ones on CPU hosts where they fit and were built; else plain JAX.
 
-    Native ones fit 8-bit weights with bfloat16 scales, float32 activations and pages of floats, not split along the embedding.
+    Those for GPUs multiply in bfloat16, which activations then must be; they do not know weights that are split along the
+    embedding. Native ones fit 8-bit weights with bfloat16 scales, float32 activations and pages of floats, split as for GPUs.
 
     Raises:
       ValueError: `weights` ask for the native kernels, which are not to be had.
     """
     if mesh.platform != "cpu" and model.weights != "int8-unrounded":
-        return TPU if mesh.platform == "tpu" else ACCELERATOR
+        if mesh.platform == "tpu":
+            return TPU
+        return GPU if model.activations == "bfloat16" and mesh.rules != "xai" else ACCELERATOR
     quantized = [file for info, file in checkpoint.tensors if info.quantized]
     packable = all(file.scales is not None and file.scales.dtype.name == "bfloat16" for file in quantized)
     float32 = model.activations == "float32"

@@ -37,8 +37,9 @@ class Kernels:
       sample: (logits [B, V], state, rows) -> packed samples [B, PACKED_WIDTH]: see `sampling.sample`. The choice of kernels
         decides rounding, not distribution.
       batch_invariant: whether a row's bits are the same in programs of other shapes, so that prompts may be cut anywhere.
-      accelerator: whether the devices are other processors than the host's, so that what crosses between devices and what
-        is scattered costs otherwise.
+      accelerator: whether the devices are other processors than the host's, so that what crosses between devices costs
+        otherwise.
+      scatters: whether the devices write single elements of large arrays where they lie; TPUs turn the whole array round.
       heads_first: whether both kinds of pages are [K, P, page, C]; else keys are [P, K, C, page], values [P, K, page, C].
       pack: makes `PackedWeight.values` of int8 [..., K, N] with so many groups of rows; weights then are `PackedWeight`s and
         the table is a `PackedTable`. None where weights lie as they are.
@@ -55,6 +56,7 @@ class Kernels:
     sample: Callable[[jax.Array, SamplingState, SamplingRows], jax.Array]
     batch_invariant: bool
     accelerator: bool = False
+    scatters: bool = True
     heads_first: bool = False
     pack: Callable[[Any, int], Any] | None = None
 
@@ -76,4 +78,4 @@ PORTABLE = Kernels(
     batch_invariant=False,
 )
 #: For accelerators without kernels of their own.
-ACCELERATOR = dataclasses.replace(PORTABLE, name="xla-accelerator", accelerator=True)
+ACCELERATOR = dataclasses.replace(PORTABLE, name="xla-accelerator", accelerator=True, scatters=False)

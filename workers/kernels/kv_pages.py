@@ -29,13 +29,19 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return values.astype(jnp.int8), scales
 
 
-def write(pages: Pages, index: tuple[Any, ...], new: jax.Array) -> Pages:
-    """`pages` with `new` [.., C] at `index`, which has a slice for C where that is not the last dimension."""
+def write(pages: Pages, index: tuple[Any, ...], new: jax.Array, unique: bool = False) -> Pages:
+    """`pages` with `new` [.., C] at `index`, which has a slice for C where that is not the last dimension.
+
+    If places are `unique`, nothing waits for anything; what lies outside of the pages is dropped.
+    """
     if not isinstance(pages, QuantizedPages):
-        return pages.at[index].set(new.astype(pages.dtype))
+        return pages.at[index].set(new.astype(pages.dtype), unique_indices=unique)
     values, scales = quantize(new)
     of_scale = index if len(index) < pages.values.ndim else (index[0], index[1], index[3])
-    return QuantizedPages(pages.values.at[index].set(values), pages.scales.at[of_scale].set(scales))
+    return QuantizedPages(
+        pages.values.at[index].set(values, unique_indices=unique),
+        pages.scales.at[of_scale].set(scales, unique_indices=unique),
+    )
 
 
 def read(pages: Pages, index: tuple[Any, ...], size_axis: int) -> jax.Array:

@@ -88,14 +88,18 @@ def folded(weight: Weight) -> tuple[jax.Array | QuantizedWeight | PackedWeight, 
     return every, weight.layer * weight.shape[0]
 
 
+def taken(weight: Weight) -> jax.Array | QuantizedWeight | PackedWeight:
+    """A weight that may be one layer's among those of all layers, as one of its own."""
+    return weight.taken() if isinstance(weight, LayerWeight) else weight
+
+
 def dequantize(weight: Weight, dtype: jnp.dtype | type = jnp.float32) -> jax.Array:
     """The values [..., K, N] of a weight in `dtype`; an array is only cast.
 
     A value is `weight[k, n] * scales[k // (K // G), n]` **rounded to bfloat16**, as in xAI's code, whatever `dtype` is.
     The rounding is part of the model: without it logits differ by half a percent of their spread.
     """
-    if isinstance(weight, LayerWeight):
-        weight = weight.taken()
+    weight = taken(weight)
     if isinstance(weight, PackedWeight):
         raise TypeError("a packed weight is for the native kernels")
     if not isinstance(weight, QuantizedWeight):

@@ -103,11 +103,8 @@ class Transformer(hk.Module):
         module = DecoderLayer(self._config, self._partition)
 
         def compute(carry: tuple[jax.Array, Cache], layer: jax.Array) -> tuple[tuple[jax.Array, Cache], Routed]:
-            def take(next_getter: Callable[[Any], Any], value: Any, context: hk.GetterContext) -> Any:
-                # Kernels read large weights where they lie; small ones are copied.
-                own = LayerWeight(value, layer)
-                large = len(context.original_shape) > 1 and not context.full_name.endswith("router/w")
-                return next_getter(own if large else own.taken())
+            def take(next_getter: Callable[[Any], Any], value: Any, _: hk.GetterContext) -> Any:
+                return next_getter(LayerWeight(value, layer))  # kernels read weights where they lie
 
             with hk.custom_getter(take):
                 x, cache, routed = module(carry[0], positions, layer, attend, carry[1], dtype)

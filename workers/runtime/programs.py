@@ -181,7 +181,7 @@ class Programs:
         """The state after a call. Drawn tokens count where penalties will ask for them."""
         # On every device for itself, or the compiler adds up tables of counts over devices.
         whole = PartitionSpec()
-        local = _count_one_by_one if self._partition.kernels.accelerator else _scatter
+        local = _scatter if self._partition.kernels.scatters else _count_one_by_one
         count = self._partition.on_parts(local, (whole,) * 4, whole)
         counted = rows.active & (rows.flags & PENALIZED != 0)
         sampling = dataclasses.replace(state.sampling, counts=count(state.sampling.counts, counted, rows.slot, drawn))
@@ -210,7 +210,7 @@ def _scatter(counts: jax.Array, counted: jax.Array, slots: jax.Array, tokens: ja
 
 
 def _count_one_by_one(counts: jax.Array, counted: jax.Array, slots: jax.Array, tokens: jax.Array) -> jax.Array:
-    """The same, only where penalties ask for it: TPUs turn the whole table round to scatter. CPUs copy it for a loop."""
+    """The same, only where penalties ask for it."""
 
     def add(i: jax.Array, counts: jax.Array) -> jax.Array:
         at = (slots[i], tokens[i])

@@ -14,6 +14,7 @@ from tests.conftest import GOLDEN
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.host.kernel_selection import negotiate, select_kernels
 from workers.kernels.cpu.kernels import INSTRUCTION_SETS, native_kernels, use_instruction_set
+from workers.kernels.gpu.kernels import GPU
 from workers.kernels.interface import ACCELERATOR, PORTABLE
 from workers.kernels.tpu.kernels import TPU
 from workers.messages.specs import MeshSpec, ModelSpec
@@ -39,9 +40,13 @@ def test_cpu_hosts_compute_natively_what_fits() -> None:
 
 
 def test_accelerators_have_kernels_of_their_own() -> None:
-    for platform, kernels in (("gpu", ACCELERATOR), ("tpu", TPU)):
-        assert select_kernels(MODEL, dataclasses.replace(MESH, platform=platform), CHECKPOINT) is kernels
+    model = dataclasses.replace(MODEL, activations="bfloat16")
+    for platform, kernels in (("gpu", GPU), ("tpu", TPU)):
+        assert select_kernels(model, dataclasses.replace(MESH, platform=platform), CHECKPOINT) is kernels
         assert kernels.accelerator
+    gpu = dataclasses.replace(MESH, platform="gpu")
+    assert select_kernels(MODEL, gpu, CHECKPOINT) is ACCELERATOR
+    assert select_kernels(model, dataclasses.replace(gpu, rules="xai"), CHECKPOINT) is ACCELERATOR
 
 
 def test_unrounded_weights_are_refused_where_nothing_computes_them() -> None:

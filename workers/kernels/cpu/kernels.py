@@ -15,7 +15,7 @@ from workers.kernels.interface import Arrays, Kernels
 from workers.kernels.packed import PackedTable, PackedWeight, rows_of
 from workers.kernels.packing import Array, empty, packed_shape
 from workers.kernels.sampling import PACKED_WIDTH, SamplingRows, SamplingState, uniforms
-from workers.kernels.weights import LayerWeight, Weight
+from workers.kernels.weights import LayerWeight, Weight, taken
 
 #: From the one that any machine has to the fastest.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512-vnni")
@@ -87,22 +87,22 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _norm(
-    x: jax.Array, valid: jax.Array, scale: jax.Array, residual: jax.Array | None = None, *, epsilon: float
+    x: jax.Array, valid: jax.Array, scale: Weight, residual: jax.Array | None = None, *, epsilon: float
 ) -> jax.Array:
     more = () if residual is None else (residual,)
     call = jax.ffi.ffi_call("grokmesh_norm", _float32(*x.shape))
-    normed: jax.Array = call(x, valid, scale, *more, epsilon=np.float32(epsilon))
+    normed: jax.Array = call(x, valid, taken(scale), *more, epsilon=np.float32(epsilon))
     return normed
 
 
-def _route(x: jax.Array, valid: jax.Array, weight: jax.Array, selected: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _route(x: jax.Array, valid: jax.Array, weight: Weight, selected: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     rows = x.shape[0]
     results = (
         _float32(rows, weight.shape[1]),
         _float32(rows, selected),
         jax.ShapeDtypeStruct((rows, selected), jnp.int32),
     )
-    probabilities, gates, experts = jax.ffi.ffi_call("grokmesh_route", results)(x, valid, weight)
+    probabilities, gates, experts = jax.ffi.ffi_call("grokmesh_route", results)(x, valid, taken(weight))
     return gates, experts, probabilities
 
 

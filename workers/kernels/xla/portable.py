@@ -20,20 +20,21 @@ GroupedMatmul = Callable[[jax.Array, Weight, jax.Array], jax.Array]
 
 
 def norm(
-    x: jax.Array, valid: jax.Array, scale: jax.Array, residual: jax.Array | None = None, *, epsilon: float
+    x: jax.Array, valid: jax.Array, scale: Weight, residual: jax.Array | None = None, *, epsilon: float
 ) -> jax.Array:
     """x / sqrt(mean(x^2) + epsilon) * scale over the last dimension (https://arxiv.org/abs/1910.07467), in float32."""
     del valid
     wide = x.astype(jnp.float32)
-    normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon) * scale
+    normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    normed = normed * dequantize(scale)
     return normed if residual is None else residual + normed
 
 
-def route(x: jax.Array, valid: jax.Array, weight: jax.Array, selected: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def route(x: jax.Array, valid: jax.Array, weight: Weight, selected: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gates [M, S], experts [M, S] and probabilities [M, E]: softmax in float32 over **all** experts, then the largest."""
     del valid
     # The highest precision: accelerators otherwise multiply float32 as bfloat16, and choose other experts.
-    logits = jnp.matmul(x.astype(jnp.float32), weight.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    logits = jnp.matmul(x.astype(jnp.float32), dequantize(weight), precision=lax.Precision.HIGHEST)
     probabilities = jax.nn.softmax(logits)
     gates, experts = lax.top_k(probabilities, selected)
     return gates, experts, probabilities

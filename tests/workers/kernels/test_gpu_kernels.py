@@ -1,0 +1,189 @@
+"""The kernels for NVIDIA GPUs, interpreted, against plain JAX; and lowered for GPUs at Grok-1's own sizes."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tools.aot.release import release_headers
+from workers.checkpoint.loader import parameter_shapes
+from workers.kernels.gpu import tiles
+from workers.kernels.gpu.kernels import GPU, gpu_kernels
+from workers.kernels.interface import ACCELERATOR, Kernels
+from workers.kernels.kv_pages import QuantizedPages
+from workers.kernels.weights import LayerWeight, QuantizedWeight
+from workers.kernels.xla import portable
+from workers.messages.plan import EngineShape
+from workers.model.config import GrokConfig
+from workers.model.partition import Partition
+from workers.runtime.mesh import abstract_mesh
+from workers.runtime.program_set import ProgramSet
+
+pytestmark = pytest.mark.slow
+
+KERNELS = gpu_kernels(interpret=True)
+LAYERS, EXPERTS, DEPTH, WIDTH = 3, 4, 256, 512
+#: Rows of one tile for few, the most of it, and more.
+ROWS = (1, 5, 64, 150)
+
+
+def weight(*shape: int, groups: int = 2, scale_dtype: Any = jnp.bfloat16) -> LayerWeight:
+    """One of the layers' 8-bit weights."""
+    rng = np.random.default_rng(len(shape))
+    values = jnp.asarray(rng.integers(-127, 128, (LAYERS, *shape)), jnp.int8)
+    scales = rng.uniform(0.0005, 0.001, (LAYERS, *shape[:-2], groups, shape[-1]))
+    return LayerWeight(QuantizedWeight(values, jnp.asarray(scales, scale_dtype)), jnp.int32(1))
+
+
+def activations(rows: int, width: int = DEPTH) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(rows).standard_normal((rows, width)), jnp.bfloat16)
+
+
+def assert_close(got: Any, want: Any, tolerance: float) -> None:
+    """Equal to so much of the largest value."""
+    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * float(np.abs(want).max()))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("scale_dtype", [jnp.bfloat16, jnp.float32])
+def test_projections_are_those_of_plain_jax(rows: int, scale_dtype: Any) -> None:
+    x, valid = activations(rows), jnp.ones(rows, bool)
+    weights = tuple(weight(DEPTH, width, scale_dtype=scale_dtype) for width in (384, 128, 128))
+    for got, want in zip(KERNELS.project(x, valid, weights), portable.project(x, valid, weights), strict=True):
+        assert_close(got, want, 1e-6)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_plain_weights_and_logits_are_those_of_plain_jax(rows: int) -> None:
+    x, valid = activations(rows), jnp.ones(rows, bool)
+    plain = activations(DEPTH, 128)
+    assert_close(KERNELS.project(x, valid, (plain,))[0], portable.project(x, valid, (plain,))[0], 1e-6)
+    table = activations(192)
+    assert_close(KERNELS.logits(x, valid, table), portable.logits(x, valid, table), 1e-6)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_norms_and_routes_are_those_of_plain_jax(rows: int) -> None:
+    x, valid = activations(rows).astype(jnp.float32), jnp.ones(rows, bool)
+    scale = LayerWeight(activations(LAYERS).astype(jnp.float32), jnp.int32(2))
+    for more in ((), (x + 1,)):
+        got = KERNELS.norm(x, valid, scale, *more, epsilon=1e-5)
+        assert_close(got, portable.norm(x, valid, scale, *more, epsilon=1e-5), 1e-6)
+    router = LayerWeight(activations(LAYERS * DEPTH, EXPERTS).reshape(LAYERS, DEPTH, EXPERTS), jnp.int32(1))
+    for one, other in zip(KERNELS.route(x, valid, router, 2), portable.route(x, valid, router, 2), strict=True):
+        assert_close(one, other, 1e-5)
+
+
+def routed(rows: int) -> tuple[jax.Array, jax.Array]:
+    """Two experts a row, and their gates."""
+    rng = np.random.default_rng(rows)
+    experts = np.array([rng.permutation(EXPERTS)[:2] for _ in range(rows)], np.int32)
+    return jnp.asarray(rng.uniform(0.1, 0.9, (rows, 2)), jnp.float32), jnp.asarray(experts)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_experts_are_those_of_plain_jax(rows: int) -> None:
+    x, (gates, experts) = activations(rows), routed(rows)
+    valid = jnp.arange(rows) != 2
+    weights = (weight(EXPERTS, DEPTH, WIDTH), weight(EXPERTS, DEPTH, WIDTH), weight(EXPERTS, WIDTH, DEPTH))
+    got = KERNELS.experts(x, gates, experts, valid, *weights, None)
+    want = portable.experts(x, gates, experts, valid, *weights, None)
+    assert_close(got, want, 1e-3)  # a sum that is near the middle of two bfloat16 numbers may be rounded to either
+    np.testing.assert_array_equal(np.asarray(got)[~np.asarray(valid)], 0)
+
+
+def test_a_row_of_experts_is_the_same_beside_any_others() -> None:
+    weights = (weight(EXPERTS, DEPTH, WIDTH), weight(EXPERTS, DEPTH, WIDTH), weight(EXPERTS, WIDTH, DEPTH))
+    operation = jax.jit(functools.partial(KERNELS.experts, reduce=None))
+    x, (gates, experts) = activations(24), routed(24)
+    seen = set()
+    for place in (0, 7, 23):
+        order = np.roll(np.arange(24), place)
+        moved = operation(x[order], gates[order], experts[order], jnp.asarray(order % 5 != 1), *weights)
+        seen.add(np.asarray(moved)[place].tobytes())
+    assert len(seen) == 1
+
+
+def test_what_tiles_do_not_fit_is_computed_plainly() -> None:
+    x, valid = activations(3, 96), jnp.ones(3, bool)
+    narrow = weight(96, 160, groups=3)
+    np.testing.assert_array_equal(KERNELS.project(x, valid, (narrow,))[0], portable.project(x, valid, (narrow,))[0])
+
+
+@pytest.mark.parametrize(("layers", "fits"), [(8, True), (16, False), (64, True)])
+def test_stacks_whose_addresses_would_wrap_are_refused(layers: int, fits: bool) -> None:
+    """From 2 to 4 Gi elements of one byte, Pallas takes 32-bit offsets whose sign is wrong."""
+    values: Any = jax.ShapeDtypeStruct((layers * 8, 6144, 4096), jnp.int8)
+    scales: Any = jax.ShapeDtypeStruct((layers * 8, 8, 4096), jnp.bfloat16)
+    assert tiles.fits(tiles.Stack(values, scales, 0)) == fits
+
+
+BATCH, HEADS, GROUPED, SIZE, PAGE, TABLE = 3, 2, 3, 128, 64, 12
+
+
+@pytest.mark.parametrize("length", [1, 5, 40])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_attention_is_that_of_plain_jax(length: int, quantized: bool) -> None:
+    rng = np.random.default_rng(length)
+    count = 1 + BATCH * TABLE
+    table = jnp.arange(1, count, dtype=jnp.int32).reshape(BATCH, TABLE)
+    positions = jnp.array([[300], [0], [600]], jnp.int32) + jnp.arange(length, dtype=jnp.int32)
+    positions = positions.at[1, 3:].set(-1)
+
+    def random(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    query, key, value = random(BATCH, length, HEADS * GROUPED, SIZE), *(random(BATCH, length, HEADS, SIZE),) * 2
+    pages: Any = random(HEADS, count, PAGE, SIZE).astype(jnp.bfloat16)
+    keys: Any = pages.transpose(1, 0, 3, 2)
+    values: Any = pages.swapaxes(0, 1)
+    if quantized:
+        whole = jnp.asarray(rng.integers(-127, 128, pages.shape), jnp.int8)
+        scales = jnp.full(pages.shape[:3], 0.02)
+        pages, turned = QuantizedPages(whole, scales), scales.swapaxes(0, 1)
+        keys, values = (QuantizedPages(whole.transpose(axes), turned) for axes in ((1, 0, 3, 2), (1, 0, 2, 3)))
+    settings = {"scale": 0.0884, "cap": 30.0, "rope_base": 1e4}
+    want, new_keys, _ = portable.attend(query, key, value, keys, values, table, positions, **settings)
+    got, key_pages, _ = jax.jit(functools.partial(KERNELS.attend, **settings))(
+        query, key, value, pages, pages, table, positions
+    )
+    assert_close(got, want, 0.01)  # products are taken in bfloat16
+    written, expected = (np.asarray(jax.tree.leaves(kind)[0], np.float32) for kind in (key_pages, new_keys))
+    # Page 0 is nobody's: there plain JAX puts padding, which these kernels drop.
+    assert_close(written[:, 1:], expected.transpose(1, 0, 3, 2)[:, 1:], 0.01)
+
+
+@pytest.mark.parametrize("program", ["decode", "prefill"])
+@pytest.mark.parametrize("kv_dtype", [jnp.bfloat16, jnp.int8])
+def test_grok_1_lowers_for_gpus_without_a_loop_in_a_layer(program: str, kv_dtype: Any) -> None:
+    layer = _layer(GPU, program, kv_dtype)
+    assert layer.count("@__gpu$xla.gpu.triton") >= 10
+    assert layer.count("stablehlo.while") == 1  # that over the layers; the host would drive any other
+    if kv_dtype == jnp.bfloat16:
+        assert _layer(ACCELERATOR, program, kv_dtype).count("stablehlo.while") > 1
+
+
+def _layer(kernels: Kernels, program: str, kv_dtype: Any) -> str:
+    """The loop over the layers of Grok-1 on eight GPUs, lowered, with the functions that it calls."""
+    config = GrokConfig()
+    partition = Partition.create(config, abstract_mesh(1, 8), "batch", kernels)
+    params = parameter_shapes(release_headers(config), partition, dtype=jnp.bfloat16)
+    shape = EngineShape(64, 1, 8193, 64, 2048, 8192, kernels.batch_invariant)
+    programs = ProgramSet(config, shape, partition, params, jnp.bfloat16, kv_dtype)
+    text = programs.trace(program).lower(lowering_platforms=("cuda",)).as_text()
+    functions = {part.split("(", 1)[0]: part for part in text.split("func.func private @")[1:]}
+    loop = text[text.index("stablehlo.while") :]
+    loop = loop[: re.search(r"\n    }\n(?! *do)", loop).end()]  # type: ignore[union-attr]
+    taken, found = [loop], {""}
+    while taken[-1]:
+        called = set(re.findall(r"\bcall @(\w+)", taken[-1])) - found
+        found |= called
+        taken.append("".join(functions[name] for name in sorted(called)))
+    return "".join(taken)

@@ -1,0 +1,75 @@
+"""The whole engine with the kernels for GPUs, interpreted, against plain JAX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from tools.aot.release import release_headers
+from tools.bench.slice import random_parameters
+from workers.checkpoint.loader import parameter_shapes
+from workers.kernels.gpu.kernels import gpu_kernels
+from workers.kernels.interface import ACCELERATOR, Kernels
+from workers.messages.plan import Chunk, DecodeRow, EngineShape, Plan, Sampling, SlotStart, Token
+from workers.model.config import GrokConfig
+from workers.model.partition import Partition
+from workers.runtime.program_set import ProgramSet
+from workers.runtime.runtime import Runtime
+
+pytestmark = pytest.mark.slow
+
+#: Heads as wide as Grok-1's; everything fits the kernels' tiles also where it is split in two.
+CONFIG = GrokConfig(
+    emb_size=256,
+    num_layers=2,
+    num_q_heads=4,
+    num_kv_heads=2,
+    key_size=128,
+    ffn_size=256,
+    vocab_size=512,
+    num_experts=4,
+    sequence_len=128,
+)
+PROMPTS = (tuple(range(10, 50)), tuple(range(100, 107)), tuple(range(200, 260)))
+STEPS = 5
+
+
+def compute(kernels: Kernels, data: int, model: int, kv_dtype: Any) -> list[list[Token]]:
+    """What is drawn greedily after each of three prompts that are decoded together."""
+    mesh = Mesh(np.array(jax.devices()[: data * model]).reshape(data, model), ("data", "model"))
+    partition = Partition.create(CONFIG, mesh, "batch", kernels)
+    shapes = parameter_shapes(release_headers(CONFIG), partition, dtype=jnp.bfloat16)
+    params = jax.tree.map(lambda value, shape: jax.device_put(value, shape.sharding), random_parameters(shapes), shapes)
+    groups = partition.batch_groups
+    shape = EngineShape(4, groups, 17, 16, 64, 128, kernels.batch_invariant)
+    runtime = Runtime(ProgramSet(CONFIG, shape, partition, params, jnp.bfloat16, kv_dtype), partition)
+    runtime.set_parameters(params)
+    plans = iter(range(1, 100))
+    drawn: list[list[Token]] = []
+    for slot, prompt in enumerate(PROMPTS):
+        first = 1 + 5 * (slot % 2 if groups == 2 else slot)
+        start = SlotStart(slot, tuple(range(first, first + 5)), Sampling())
+        chunk = Chunk(slot, 0, prompt, last=True)
+        plan = Plan(next(plans), (start,), ((chunk,),), ())
+        drawn.append(list(runtime.read(runtime.execute(plan)).prefilled))
+    for step in range(STEPS):
+        rows = tuple(DecodeRow(slot, len(prompt) + step) for slot, prompt in enumerate(PROMPTS))
+        tokens = runtime.read(runtime.execute(Plan(next(plans), (), (), rows)))
+        for kept, (token,) in zip(drawn, tokens.decoded, strict=True):
+            kept.append(token)
+    return drawn
+
+
+@pytest.mark.parametrize(("data", "model", "kv_dtype"), [(1, 1, jnp.int8), (2, 2, jnp.bfloat16)])
+def test_tokens_are_those_of_plain_jax(data: int, model: int, kv_dtype: Any) -> None:
+    drawn = compute(gpu_kernels(interpret=True), data, model, kv_dtype)
+    for tokens, expected in zip(drawn, compute(ACCELERATOR, data, model, kv_dtype), strict=True):
+        assert [token.id for token in tokens] == [token.id for token in expected]
+        np.testing.assert_allclose(
+            [token.logprob for token in tokens], [token.logprob for token in expected], atol=0.05
+        )

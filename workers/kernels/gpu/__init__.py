@@ -1,0 +1,1 @@
+"""The operations for NVIDIA GPUs, in Pallas through Triton."""
