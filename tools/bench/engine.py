@@ -7,7 +7,6 @@ import dataclasses
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,15 +16,16 @@ import jax.numpy as jnp
 from tools.bench import options
 from tools.bench.checkpoint import make_checkpoint
 from tools.bench.limits import matmul_peak, read_bandwidth
+from tools.bench.steps import Steps, prompt_flops, step_bytes
 from workers.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from workers.checkpoint.loader import load_parameters
 from workers.host.kernel_selection import select_kernels
-from workers.messages.plan import Chunk, DecodeRow, EngineShape, Plan, Sampling, SlotStart
+from workers.messages.plan import EngineShape
 from workers.messages.specs import MeshSpec, ModelSpec
 from workers.model.partition import Partition
 from workers.runtime.mesh import make_mesh
 from workers.runtime.program_set import ProgramSet
-from workers.runtime.runtime import Pending, Runtime
+from workers.runtime.runtime import Runtime
 
 CHUNK, PAGE, SLOTS = 512, 64, 16
 #: Positions that a sequence may decode past its prompt, and the rest of its last page.
@@ -50,7 +50,7 @@ class Figure:
 
 
 class Engine:
-    """A runtime on one process, driven step by step."""
+    """A checkpoint's model in a runtime on one process."""
 
     def __init__(self, checkpoint: Checkpoint, weights: str, kv_cache: str, devices: int, context: int) -> None:
         self.config = checkpoint.config
@@ -66,66 +66,16 @@ class Engine:
         self._table_bytes = 2 if kernels.packed else 4
         pages = 1 + 2 * -(-context // PAGE)
         shape = EngineShape(SLOTS, 1, pages, PAGE, CHUNK, context, kernels.batch_invariant)
-        self.runtime = Runtime(ProgramSet(self.config, shape, partition, params, kv_dtype=kv_dtype), partition)
-        self.runtime.set_parameters(params)
-        self.runtime.warm_up()
-        self._plans = 0
-
-    def prefill(self, slot: int, pages: tuple[int, ...], length: int, known: int = 0) -> float:
-        """Gives a slot `length` positions, of which pages hold the first `known`; seconds that it took."""
-        known = min(known, length - 1)
-        tokens = tuple(3 + (7 * i + (slot if i >= known else 0)) % (self.config.vocab_size - 3) for i in range(length))
-        began = time.perf_counter()
-        for start in range(known, length, CHUNK):
-            chunk = Chunk(slot, start, tokens[start : start + CHUNK], last=start + CHUNK >= length)
-            starts = (SlotStart(slot, pages, Sampling()),) if start == known else ()
-            self.runtime.read(self._run(Plan(0, starts, ((chunk,),), ())))
-        return time.perf_counter() - began
+        runtime = Runtime(ProgramSet(self.config, shape, partition, params, kv_dtype=kv_dtype), partition)
+        runtime.set_parameters(params)
+        runtime.warm_up()
+        self.steps = Steps(runtime)
 
     def decode(self, batch: int, positions: int, steps: int) -> tuple[float, int]:
-        """Median seconds of a decode step, one step ahead, and the bytes that a step reads at least."""
-        # All have the same past, on pages that they share; each has its own for what comes. Memory sees no difference, as the
-        # pages of one long sequence are more than caches hold.
-        past, own = positions // PAGE, -(-(steps + PAGE) // PAGE)
-        shared = tuple(range(1, 1 + past))
-        for slot in range(batch):
-            first = 1 + past + slot * own
-            self.prefill(slot, (*shared, *range(first, first + own)), positions, 0 if slot == 0 else past * PAGE)
-        times: list[float] = []
-        counts: list[jax.Array] = []
-        pending: Pending | None = None
-        for step in range(steps):
-            began = time.perf_counter()
-            rows = tuple(DecodeRow(slot, positions + step) for slot in range(batch))
-            dispatched = self._run(Plan(0, (), (), rows))
-            if pending is not None:
-                self.runtime.read(pending)
-                times.append(time.perf_counter() - began)
-            pending = dispatched
-            counts += dispatched.expert_counts
-        assert pending is not None
-        self.runtime.read(pending)
-        experts = statistics.median(int((count > 0).sum()) for count in counts)
-        return statistics.median(times), self._bytes(int(experts), batch, positions + steps // 2)
-
-    def _bytes(self, experts: int, batch: int, positions: int) -> int:
-        """Weights of chosen experts, attention and table, and valid keys and values."""
-        c = self.config
-        heads = (2 * c.num_q_heads + 2 * c.num_kv_heads) * c.key_size * c.emb_size * c.num_layers
-        table = c.vocab_size * c.emb_size * self._table_bytes
-        cache = 2 * c.num_kv_heads * c.key_size * c.num_layers * self._kv_bytes * positions * batch
-        total: int = experts * 3 * c.emb_size * c.ffn_size + heads + table + cache
-        return total
-
-    def flops_per_token(self) -> float:
-        """Useful operations of one prompt position: two for each weight that it meets; the table is met once a prompt."""
-        c = self.config
-        heads = (2 * c.num_q_heads + 2 * c.num_kv_heads) * c.key_size * c.emb_size
-        return 2.0 * c.num_layers * (heads + c.num_selected_experts * 3 * c.emb_size * c.ffn_size)
-
-    def _run(self, plan: Plan) -> Pending:
-        self._plans += 1
-        return self.runtime.execute(dataclasses.replace(plan, number=self._plans))
+        """Median seconds of a decode step, and the bytes that a step reads at least."""
+        seconds, experts = self.steps.decode(batch, positions, steps)
+        cached = batch * (positions + steps // 2)
+        return seconds, step_bytes(self.config, experts, cached, self._table_bytes, self._kv_bytes)
 
 
 def measure(engine: Engine, long_context: int, report: Callable[[str], None]) -> list[Figure]:
@@ -142,8 +92,8 @@ def measure(engine: Engine, long_context: int, report: Callable[[str], None]) ->
         report(_line(figures[-1], f"of {bandwidth / 1e9:.1f} GB/s read"))
     peak = matmul_peak()
     pages = tuple(range(1, 1 + CHUNK // PAGE))
-    seconds = statistics.median(engine.prefill(0, pages, CHUNK) for _ in range(5))
-    flops = engine.flops_per_token() * CHUNK / seconds
+    seconds = statistics.median(engine.steps.prefill(0, pages, CHUNK) for _ in range(5))
+    flops = prompt_flops(engine.config) * CHUNK / seconds
     figures.append(Figure(f"prefill, {CHUNK} positions", seconds, CHUNK / seconds, flops / peak))
     report(_line(figures[-1], f"of {peak / 1e9:.0f} GFLOP/s, XLA's float32 product"))
     return figures

@@ -33,7 +33,7 @@ def ours(checkpoint: str, weights: str) -> Callable[[dict[str, Any]], dict[str, 
 
     def run(case: dict[str, Any]) -> dict[str, float]:
         if case["kind"] == "prefill":
-            return {"seconds": engine.prefill(0, tuple(range(1, 1 + CHUNK // PAGE)), case["positions"])}
+            return {"seconds": engine.steps.prefill(0, tuple(range(1, 1 + CHUNK // PAGE)), case["positions"])}
         seconds, read = engine.decode(case["batch"], case["positions"], case["steps"])
         return {"seconds": seconds, "bytes": read}
 

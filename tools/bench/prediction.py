@@ -62,7 +62,7 @@ def _compare(directory: pathlib.Path, config: GrokConfig) -> None:
         predicted = decode_seconds(config, layout, precision, hardware, batch, positions + steps // 2)
         compare(f"decode, batch {batch}, {positions} positions", seconds, predicted)
     pages = tuple(range(1, 1 + CHUNK // PAGE))
-    seconds = statistics.median(engine.prefill(0, pages, CHUNK) for _ in range(5))
+    seconds = statistics.median(engine.steps.prefill(0, pages, CHUNK) for _ in range(5))
     compare(f"prefill, {CHUNK} positions", seconds, prefill_seconds(config, layout, hardware, CHUNK, CHUNK))
     print(f"largest error {max(map(abs, errors)):.1%}, median {statistics.median(map(abs, errors)):.1%}")
 
