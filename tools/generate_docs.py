@@ -86,7 +86,8 @@ def api_reference() -> str:
         _NOTE,
         "The public gRPC interface, package `grok.serving.v1`. The gateway has server reflection and `grpc.health.v1` too.",
         "Errors are `google.rpc.Status` with details: `BadRequest` names each wrong field, `RetryInfo` says when to try again,",
-        'and `ErrorInfo` has a reason of domain "grokmesh".',
+        'and `ErrorInfo` has a reason of domain "grokmesh". A call that meets a gateway as it stops is ended by gRPC itself,',
+        "with CANCELLED and no details: it has done nothing, and may be sent again, as the Python client does.",
         "",
     ]
     for file in _descriptors().file:
