@@ -6,7 +6,6 @@ import dataclasses
 import statistics
 import time
 
-import jax
 import numpy as np
 
 from workers.messages.plan import Chunk, DecodeRow, Plan, Sampling, SlotStart
@@ -52,19 +51,16 @@ class Steps:
             first = 1 + past + slot * own
             self.prefill(slot, (*shared, *range(first, first + own)), positions, 0 if slot == 0 else past * size)
         times: list[float] = []
-        counts: list[jax.Array] = []
-        pending: Pending | None = None
+        dispatched: list[Pending] = []
         for step in range(steps):
             began = time.perf_counter()
             rows = tuple(DecodeRow(slot, positions + step) for slot in range(batch))
-            dispatched = self._run(Plan(0, (), (), rows))
-            if pending is not None:
-                self._runtime.read(pending)
+            dispatched.append(self._run(Plan(0, (), (), rows)))
+            if step:
+                self._runtime.read(dispatched[-2])
                 times.append(time.perf_counter() - began)
-            pending = dispatched
-            counts += dispatched.expert_counts
-        assert pending is not None
-        self._runtime.read(pending)
+        self._runtime.read(dispatched[-1])
+        counts = [count for pending in dispatched for count in pending.launched.result().expert_counts]
         experts = statistics.median(int((np.asarray(count) > 0).sum()) for count in counts)
         return statistics.median(times[_FIRST:]), int(experts)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import queue
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -26,21 +29,32 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Pending:
-    """A plan that was dispatched, whose samples the devices may still be computing.
+class Launched:
+    """What the programs of a plan return, which the devices may still be computing.
 
     Attributes:
-      plan: the plan.
       prefills: packed samples of each prefill call.
       decodes: packed samples of each decode call, [slots, ...] or, with drafts, [slots, 1 + MAX_DRAFT, ...].
       expert_counts: [L, E] of each call.
+    """
+
+    prefills: tuple[jax.Array, ...]
+    decodes: tuple[jax.Array, ...]
+    expert_counts: tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A plan that was dispatched.
+
+    Attributes:
+      plan: the plan.
+      launched: what comes of it, once its programs are launched.
       top_logprobs: of each slot, how many alternatives its request wants to know.
     """
 
     plan: Plan
-    prefills: tuple[jax.Array, ...]
-    decodes: tuple[jax.Array, ...]
-    expert_counts: tuple[jax.Array, ...]
+    launched: Future[Launched]
     top_logprobs: tuple[int, ...]
 
 
@@ -65,6 +79,13 @@ class Runtime:
         self.kernels = partition.kernels.name
         #: Whether the host's own processors are the devices.
         self.host_computes = mesh.devices.flat[0].platform == "cpu"
+        #: Launches that a thread of their own carries out. One may take as long as its step, as a GPU's branches wait for the
+        #: host; plans and samples must not wait with it. None where the host computes.
+        self._launches: queue.SimpleQueue[tuple[Callable[[], Launched], Future[Launched]]] | None = None
+        if partition.kernels.accelerator:
+            self._launches = queue.SimpleQueue()
+            # A daemon, as a launch may never return.
+            threading.Thread(target=_carry_out, args=(self._launches,), daemon=True, name="launcher").start()
         self._partition = partition
         self._params: Params = {}
         self._state = _zeros(program_set.state, mesh)
@@ -102,7 +123,7 @@ class Runtime:
 
     def warm_up(self) -> None:
         """Runs every program once without effect. All hosts must have compiled before any calls this."""
-        self.read(self.execute(Plan(0, (), ((),), ())))
+        self.read(self.execute(Plan(0, (), ((),), ())))  # launched, before this thread takes the state
         self._state, packed, _ = self._decode(self._params, self._state, self._slots.decode(()))
         if self._verify is not None:
             self._state, packed, _ = self._verify(self._params, self._state, self._slots.verify((), ()))
@@ -112,44 +133,62 @@ class Runtime:
         jax.block_until_ready((packed, self._state))
 
     def execute(self, plan: Plan) -> Pending:
-        """Dispatches a plan. Returns before the devices are done, unless the platform computes synchronously."""
+        """Dispatches a plan. Returns before the devices are done, unless the host computes: that happens in this call."""
+        changes: list[tuple[str, int, Array]] = []
         for grant in plan.grants:
             self._slots.grant(grant)
         for start in plan.starts:
             self._slots.start(start)
             self._top_logprobs[start.slot] = start.sampling.top_logprobs
             if start.sampling.biased:
-                self._set("bias", start.slot, self._bias_row(start.sampling))
+                changes.append(("bias", start.slot, self._bias_row(start.sampling)))
             if start.sampling.penalized:
-                self._set("counts", start.slot, self._counts_row(start))
+                changes.append(("counts", start.slot, self._counts_row(start)))
         self._slots.force(plan.forced)
         for mask in plan.masks:
-            self._set("mask", mask.slot, np.frombuffer(mask.words, np.int32))
-        prefills, decodes, counts = [], [], []
-        for chunks in plan.prefills:
-            self._state, packed, count = self._prefill(self._params, self._state, self._slots.prefill(chunks))
-            prefills.append(packed)
-            counts.append(count)
+            changes.append(("mask", mask.slot, np.frombuffer(mask.words, np.int32)))
+        prefills = [self._slots.prefill(chunks) for chunks in plan.prefills]
         if plan.drafts:
-            assert self._verify is not None
-            rows = self._slots.verify(plan.decode, plan.drafts)
-            self._state, packed, count = self._verify(self._params, self._state, rows)
-            decodes.append(packed)
+            program, decodes = self._verify, [self._slots.verify(plan.decode, plan.drafts)]
+        else:
+            steps = range(plan.steps if plan.decode else 0)
+            program, decodes = self._decode, [self._slots.decode(plan.decode, step) for step in steps]
+
+        def launch() -> Launched:
+            for change in changes:
+                self._set(*change)
+            first, one = self._call(self._prefill, prefills)
+            then, more = self._call(program, decodes)
+            return Launched(first, then, (*one, *more))
+
+        return Pending(plan, self._launch(launch), tuple(self._top_logprobs))
+
+    def _launch(self, launch: Callable[[], Launched]) -> Future[Launched]:
+        """All launches happen one after the other, in the order of the plans."""
+        launched: Future[Launched] = Future()
+        if self._launches is not None:
+            self._launches.put((launch, launched))
+        else:
+            launched.set_result(launch())
+        return launched
+
+    def _call(self, program: Any, packed: list[Array]) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """Runs a program on each of the packed rows: samples, and expert counts."""
+        samples, counts = [], []
+        for rows in packed:
+            self._state, drawn, count = program(self._params, self._state, rows)
+            samples.append(drawn)
             counts.append(count)
-        for step in range(plan.steps if plan.decode and not plan.drafts else 0):
-            self._state, packed, count = self._decode(self._params, self._state, self._slots.decode(plan.decode, step))
-            decodes.append(packed)
-            counts.append(count)
-        return Pending(plan, tuple(prefills), tuple(decodes), tuple(counts), tuple(self._top_logprobs))
+        return tuple(samples), tuple(counts)
 
     def read(self, pending: Pending) -> StepTokens:
         """Waits for a plan's samples and copies them to the host."""
-        plan, top = pending.plan, pending.top_logprobs
+        plan, top, launched = pending.plan, pending.top_logprobs, pending.launched.result()
         prefilled = []
-        for chunks, packed in zip(plan.prefills, pending.prefills, strict=True):
+        for chunks, packed in zip(plan.prefills, launched.prefills, strict=True):
             rows = _first(packed)
             prefilled += [_token(rows[self.shape.group_of(c.slot)], top[c.slot]) for c in chunks if c.last]
-        steps = [_first(packed) for packed in pending.decodes]  # [slots, ...] each
+        steps = [_first(packed) for packed in launched.decodes]  # [slots, ...] each
         if plan.drafts:
             (drawn,) = steps
             decoded: tuple[tuple[Token, ...], ...] = tuple(
@@ -159,14 +198,15 @@ class Runtime:
         else:
             decoded = tuple(tuple(_token(rows[row.slot], top[row.slot]) for rows in steps) for row in plan.decode)
             drafted = ()
-        return StepTokens(plan.number, tuple(prefilled), decoded, drafted, self._expert_tokens(pending))
+        return StepTokens(plan.number, tuple(prefilled), decoded, drafted, self._expert_tokens(launched))
 
     def wait(self, pending: Pending) -> None:
         """Waits until the devices have finished a plan."""
-        jax.block_until_ready((pending.prefills, pending.decodes))
+        launched = pending.launched.result()
+        jax.block_until_ready((launched.prefills, launched.decodes))
 
-    def _expert_tokens(self, pending: Pending) -> tuple[tuple[int, ...], ...]:
-        counts = [_first(count) for count in pending.expert_counts]  # [L, E] each
+    def _expert_tokens(self, launched: Launched) -> tuple[tuple[int, ...], ...]:
+        counts = [_first(count) for count in launched.expert_counts]  # [L, E] each
         by_group = np.add.reduceat(np.sum(counts, axis=0), self._group_starts, axis=0)
         return tuple(map(tuple, by_group.tolist()))
 
@@ -202,6 +242,16 @@ class Runtime:
         row[list(start.prompt)] = IN_PROMPT
         np.add.at(row, list(start.generated), 1)
         return row
+
+
+def _carry_out(launches: queue.SimpleQueue[tuple[Callable[[], Launched], Future[Launched]]]) -> None:
+    """Launches one after the other, for ever."""
+    while True:
+        launch, launched = launches.get()
+        try:
+            launched.set_result(launch())
+        except Exception as error:  # whoever reads the samples gets it, as if the devices had failed later
+            launched.set_exception(error)
 
 
 def _zeros(shapes: State, mesh: Mesh) -> State:

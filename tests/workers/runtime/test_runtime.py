@@ -7,6 +7,7 @@ import itertools
 import json
 import pathlib
 import random
+import threading
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from workers.checkpoint.loader import load_parameters
 from workers.engine.scheduler import Counts, Scheduler
 from workers.kernels.cpu.kernels import native_kernels
 from workers.kernels.interface import ACCELERATOR, PORTABLE, Kernels
-from workers.messages.plan import Chunk, EngineShape, Plan, Sampling, SlotStart, Token
+from workers.messages.plan import Chunk, DecodeRow, EngineShape, Plan, Sampling, SlotStart, Token
 from workers.messages.request import Request
 from workers.model.config import GrokConfig
 from workers.model.parameters import parameter_table
@@ -264,3 +265,29 @@ def test_native_kernels_give_the_same_bits_wherever_a_prompt_is_cut() -> None:
     whole = _logits(runtime, prompt, [16])
     for cuts in ([1, 2, 18], [15, 29], [7, 14, 21, 28]):
         np.testing.assert_array_equal(_logits(runtime, prompt, cuts), whole)
+
+
+def test_an_accelerator_is_given_plans_while_an_earlier_one_is_being_launched() -> None:
+    """Its programs may need the host until they are nearly done; what goes wrong with one, its reader gets."""
+    runtime = make_runtime(1, 1, "tensor", ACCELERATOR)
+    go, decode = threading.Event(), runtime._decode
+
+    def late(*arguments: Any) -> Any:
+        assert go.wait(60)
+        return decode(*arguments)
+
+    runtime._decode = late
+    start = SlotStart(0, tuple(range(1, 1 + runtime.shape.table_width)), Sampling())
+    first = runtime.execute(Plan(1, (start,), ((Chunk(0, 0, (5, 6, 7), last=True),),), ()))
+    steps = [runtime.execute(Plan(2 + step, (), (), (DecodeRow(0, 3 + step),))) for step in range(2)]
+    assert len(runtime.read(first).prefilled) == 1
+    go.set()
+    drawn = [runtime.read(step).decoded[0][0] for step in steps]
+    runtime._decode = decode
+    again = runtime.execute(Plan(4, (start,), ((Chunk(0, 0, (5, 6, 7), last=True),),), ()))
+    assert runtime.read(again).prefilled == runtime.read(first).prefilled
+    assert [runtime.read(runtime.execute(step.plan)).decoded[0][0] for step in steps] == drawn
+
+    runtime._decode = None
+    with pytest.raises(TypeError):
+        runtime.read(runtime.execute(Plan(5, (), (), (DecodeRow(0, 3),))))
