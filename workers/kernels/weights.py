@@ -79,15 +79,6 @@ def group_of(weight: Weight, group: jax.Array) -> Weight:
     return found
 
 
-def folded(weight: Weight) -> tuple[jax.Array | QuantizedWeight | PackedWeight, jax.Array | int]:
-    """A weight [G, K, N] as one of groups of all layers, [L * G, K, N], and the first that is its own."""
-    if not isinstance(weight, LayerWeight):
-        return weight, 0
-    every: jax.Array | QuantizedWeight | PackedWeight
-    every = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), weight.stacked)
-    return every, weight.layer * weight.shape[0]
-
-
 def taken(weight: Weight) -> jax.Array | QuantizedWeight | PackedWeight:
     """A weight that may be one layer's among those of all layers, as one of its own."""
     return weight.taken() if isinstance(weight, LayerWeight) else weight

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from typing import Any
 
 import jax
@@ -11,19 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tools.aot.release import release_headers
-from workers.checkpoint.loader import parameter_shapes
+from tests.support.lowering import layer_loop
 from workers.kernels.gpu import tiles
 from workers.kernels.gpu.kernels import GPU, gpu_kernels
-from workers.kernels.interface import ACCELERATOR, Kernels
+from workers.kernels.interface import ACCELERATOR
 from workers.kernels.kv_pages import QuantizedPages
 from workers.kernels.weights import LayerWeight, QuantizedWeight
 from workers.kernels.xla import portable
-from workers.messages.plan import EngineShape
-from workers.model.config import GrokConfig
-from workers.model.partition import Partition
 from workers.runtime.mesh import abstract_mesh
-from workers.runtime.program_set import ProgramSet
 
 pytestmark = pytest.mark.slow
 
@@ -163,27 +157,9 @@ def test_attention_is_that_of_plain_jax(length: int, quantized: bool) -> None:
 @pytest.mark.parametrize("program", ["decode", "prefill"])
 @pytest.mark.parametrize("kv_dtype", [jnp.bfloat16, jnp.int8])
 def test_grok_1_lowers_for_gpus_without_a_loop_in_a_layer(program: str, kv_dtype: Any) -> None:
-    layer = _layer(GPU, program, kv_dtype)
+    mesh = abstract_mesh(1, 8)
+    layer = layer_loop(GPU, mesh, "cuda", program, kv_dtype)
     assert layer.count("@__gpu$xla.gpu.triton") >= 10
     assert layer.count("stablehlo.while") == 1  # that over the layers; the host would drive any other
     if kv_dtype == jnp.bfloat16:
-        assert _layer(ACCELERATOR, program, kv_dtype).count("stablehlo.while") > 1
-
-
-def _layer(kernels: Kernels, program: str, kv_dtype: Any) -> str:
-    """The loop over the layers of Grok-1 on eight GPUs, lowered, with the functions that it calls."""
-    config = GrokConfig()
-    partition = Partition.create(config, abstract_mesh(1, 8), "batch", kernels)
-    params = parameter_shapes(release_headers(config), partition, dtype=jnp.bfloat16)
-    shape = EngineShape(64, 1, 8193, 64, 2048, 8192, kernels.batch_invariant)
-    programs = ProgramSet(config, shape, partition, params, jnp.bfloat16, kv_dtype)
-    text = programs.trace(program).lower(lowering_platforms=("cuda",)).as_text()
-    functions = {part.split("(", 1)[0]: part for part in text.split("func.func private @")[1:]}
-    loop = text[text.index("stablehlo.while") :]
-    loop = loop[: re.search(r"\n    }\n(?! *do)", loop).end()]  # type: ignore[union-attr]
-    taken, found = [loop], {""}
-    while taken[-1]:
-        called = set(re.findall(r"\bcall @(\w+)", taken[-1])) - found
-        found |= called
-        taken.append("".join(functions[name] for name in sorted(called)))
-    return "".join(taken)
+        assert layer_loop(ACCELERATOR, mesh, "cuda", program, kv_dtype).count("stablehlo.while") > 1

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.mesh import AbstractDevice
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractMesh
 
+from tests.support.lowering import layer_loop
 from workers.kernels.kv_pages import Pages, QuantizedPages
 from workers.kernels.tpu import attention, matmul
-from workers.kernels.weights import QuantizedWeight
+from workers.kernels.tpu.kernels import TPU
+from workers.kernels.weights import LayerWeight, QuantizedWeight
 from workers.kernels.xla import portable
 from workers.kernels.xla.grouped_matmul import grouped_matmul
+from workers.runtime.mesh import AXES, TYPES
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +49,28 @@ def test_grouped_products_are_those_of_plain_jax(
     got = matmul.grouped_matmul(x, weight, group_sizes, interpret=True)
     want = grouped_matmul(x, weight, group_sizes)
     np.testing.assert_allclose(got[: sum(sizes)], want[: sum(sizes)], rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+def test_a_layer_reads_its_own_of_all_layers_weights() -> None:
+    rng = np.random.default_rng(2)
+    values = jnp.asarray(rng.integers(-127, 128, (3, 4, 256, 128)), jnp.int8)
+    every = QuantizedWeight(values, jnp.asarray(rng.uniform(0.001, 0.002, (3, 4, 2, 128)), jnp.bfloat16))
+    x, sizes = jnp.asarray(rng.standard_normal((9, 256)), jnp.float32), jnp.array([2, 0, 4, 3], jnp.int32)
+    multiply = jax.jit(functools.partial(matmul.grouped_matmul, interpret=True))
+    for layer in range(3):
+        one = LayerWeight(every, jnp.int32(layer))
+        want = grouped_matmul(x, one, sizes)
+        np.testing.assert_allclose(multiply(x, one, sizes), want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize(("program", "loops"), [("decode", 1), ("prefill", 2)])
+def test_grok_1_lowers_for_tpus(program: str, loops: int) -> None:
+    """Only attention of a chunk loops within a layer."""
+    device = AbstractDevice("TPU v6 lite", 1, "tpu")
+    mesh = AbstractMesh((2, 8), AXES, axis_types=TYPES, abstract_device=device)
+    layer = layer_loop(TPU, mesh, "tpu", program, jnp.bfloat16)
+    assert layer.count("tpu_custom_call") >= 7
+    assert layer.count("stablehlo.while") == loops
 
 
 def test_rows_of_no_group_read_nothing_and_break_nothing() -> None:

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from workers.kernels.weights import LayerWeight, QuantizedWeight, Weight, dequantize, folded
+from workers.kernels.weights import LayerWeight, QuantizedWeight, Weight, dequantize
 
 #: Rows of a weight's tile at most, and its columns: what is widened of it at a time must fit beside the next tile.
 _DEPTH, _COLUMNS = 2048, (512, 256, 128)
@@ -32,13 +32,16 @@ def grouped_matmul(x: jax.Array, weight: Weight, group_sizes: jax.Array, *, inte
     Returns:
       [M, N] float32.
     """
-    if not isinstance(weight.stacked if isinstance(weight, LayerWeight) else weight, QuantizedWeight):
+    layer: jax.Array | int = 0
+    if isinstance(weight, LayerWeight):
+        stacked, layer = weight.stacked, weight.layer
+    else:
+        stacked = jax.tree.map(lambda leaf: leaf[None], weight)
+    if not isinstance(stacked, QuantizedWeight):
         product: jax.Array = lax.ragged_dot(
             x, dequantize(weight, x.dtype), group_sizes, preferred_element_type=jnp.float32
         )
         return product
-    weight, first = folded(weight)
-    assert isinstance(weight, QuantizedWeight)
     rows, groups = x.shape[0], group_sizes.shape[0]
     block = min(max(_FEWEST, pl.next_power_of_2(-(-2 * rows // groups))), _MOST)
     count = -(-rows // block) + groups - 1  # blocks at most: each group may leave one half empty
@@ -47,22 +50,27 @@ def grouped_matmul(x: jax.Array, weight: Weight, group_sizes: jax.Array, *, inte
     first_block, first_row = last_block - blocks, last_row - group_sizes
     active = last_block[-1:]
     # Blocks without rows stay at the last one's matrix, so that none is fetched for them.
-    owner = jnp.searchsorted(last_block, jnp.minimum(jnp.arange(count), active[0] - 1), side="right")
+    wanted = jnp.minimum(jnp.arange(count), active[0] - 1)
+    owner = jnp.searchsorted(last_block, wanted, side="right", method="compare_all")  # others would loop
     owner = jnp.minimum(owner, groups - 1).astype(jnp.int32)  # [blocks]
     start = first_row[owner] + (jnp.arange(count) - first_block[owner]) * block
     source = (start[:, None] + jnp.arange(block)).reshape(-1)
     padded = jnp.take(x, source, axis=0, mode="clip")  # [blocks * block, K]
-    out = _multiply(padded, weight, first + owner, active.astype(jnp.int32), block, interpret)
+    out = _multiply(padded, stacked, layer * groups + owner, active.astype(jnp.int32), block, interpret)
     row = jnp.arange(rows)
-    group = jnp.minimum(jnp.searchsorted(last_row, row, side="right"), groups - 1)
+    group = jnp.minimum(jnp.searchsorted(last_row, row, side="right", method="compare_all"), groups - 1)
     return jnp.take(out, first_block[group] * block + row - first_row[group], axis=0, mode="clip")
 
 
 def _multiply(
     x: jax.Array, weight: QuantizedWeight, owner: jax.Array, active: jax.Array, block: int, interpret: bool
 ) -> jax.Array:
-    """Each block of rows of x [blocks * block, K] times the matrix that owns it: [blocks * block, N] float32."""
-    _, depth, columns = weight.shape
+    """Each block of rows of x [blocks * block, K] times the matrix that owns it: [blocks * block, N] float32.
+
+    The weight is [L, G, K, N], its matrices are counted over all layers. Its scales keep their shape: [L * G, S, N] would lie
+    otherwise in memory, and XLA would lay out those of all layers anew in every layer.
+    """
+    _, groups, depth, columns = weight.shape
     scale_groups = weight.scales.shape[-2]
     group_rows = depth // scale_groups
     tile_columns = next((size for size in _COLUMNS if columns % size == 0), columns)
@@ -84,7 +92,7 @@ def _multiply(
 
     def scales_at(n: Any, b: Any, k: Any, owner: Any, active: Any) -> Any:
         at = turn(b, k, active) // tiles_a_scale
-        return (owner[b], at, n) if whole else (owner[b], at, 0, n)
+        return owner[b] // groups, owner[b] % groups, at, *(() if whole else (0,)), n
 
     def out_at(n: Any, b: Any, *_: Any) -> Any:
         return b, n
@@ -95,7 +103,7 @@ def _multiply(
         in_specs=[
             pl.BlockSpec((block, tile_depth), rows_at),
             pl.BlockSpec((1, tile_depth, tile_columns), values_at),
-            pl.BlockSpec((1, tile_groups, *(() if whole else (1,)), tile_columns), scales_at),
+            pl.BlockSpec((1, 1, tile_groups, *(() if whole else (1,)), tile_columns), scales_at),
         ],
         out_specs=pl.BlockSpec((block, tile_columns), out_at),
         scratch_shapes=[pltpu.VMEM((block, tile_columns), jnp.float32)],
@@ -107,7 +115,10 @@ def _multiply(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         interpret=interpret,
     )
-    product: jax.Array = call(owner, active, x, weight.weight, scales_of_tiles)
+    values = weight.weight.reshape(-1, depth, columns)
+    if not interpret:  # else XLA fetches the small stacks of all layers to the chip in every layer
+        values = pltpu.with_memory_space_constraint(values, pltpu.MemorySpace.HBM)
+    product: jax.Array = call(owner, active, x, values, scales_of_tiles)
     return product
 
 
@@ -127,7 +138,7 @@ def _multiply_tile(
         _, tile_depth, tile_columns = values.shape
         grouped = values[0].reshape(tile_groups, tile_depth // tile_groups, tile_columns).astype(jnp.float32)
         # Rounded to bfloat16 as in `dequantize`: that is part of the model.
-        factors = scales[0].reshape(tile_groups, 1, tile_columns).astype(jnp.float32)
+        factors = scales[0, 0].reshape(tile_groups, 1, tile_columns).astype(jnp.float32)
         wide = (grouped * factors).astype(jnp.bfloat16)
         matrix = wide.reshape(tile_depth, tile_columns).astype(x.dtype)
         total[...] += jnp.dot(x[...], matrix, preferred_element_type=jnp.float32)
