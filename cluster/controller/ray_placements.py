@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -17,8 +18,12 @@ from cluster.controller.epochs import remember
 from cluster.controller.placement import GROUP_PREFIX, Placement, RunningMesh, WorkerName, start_host
 from workers.messages.specs import MeshSpec
 
+_LOG = logging.getLogger(__name__)
+
 #: Seconds to wait for hosts other than those that are to be avoided.
 AVOID_SECONDS = 5.0
+#: Seconds of waiting for hosts after which the log says what no node has.
+PUZZLED_SECONDS = 20.0
 
 
 class RayPlacements:
@@ -123,8 +128,13 @@ async def _reserve(name: str, options: dict[str, Any], seconds: float | None) ->
     group: PlacementGroup = placement_group(**options, name=name, lifetime="detached")
     loop = asyncio.get_running_loop()
     began = loop.time()
+    puzzled = False
     try:
         while not await asyncio.to_thread(group.wait, 1):
+            if not puzzled and loop.time() - began > PUZZLED_SECONDS:
+                puzzled = True
+                if lacking := lacking_labels(options, await asyncio.to_thread(ray.nodes)):
+                    _LOG.warning("%s waits for hosts, but no node has %s", name, lacking)
             if seconds is not None and loop.time() - began > seconds:
                 remove_placement_group(group)
                 return None
@@ -132,6 +142,21 @@ async def _reserve(name: str, options: dict[str, Any], seconds: float | None) ->
         remove_placement_group(group)
         raise
     return group
+
+
+def lacking_labels(options: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> str:
+    """Which labels of those that a placement group selects by no living node has; of a TPU's, who sets them."""
+    there = {label for node in nodes if node["Alive"] for label in node.get("Labels", {}).items()}
+    wanted = {
+        label: None
+        for selector in options.get("bundle_label_selector", ())
+        for label in selector.items()
+        if label[0] != "ray.io/node-id"
+    }
+    lacking = [f"{name}={value}" for name, value in wanted if (name, value) not in there]
+    tpu = any(name.startswith("ray.io/tpu-") for name in lacking)
+    advice = "; Ray takes them from what Google sets on TPU hosts, on Kubernetes by its Ray TPU webhook" if tpu else ""
+    return ", ".join(lacking) + advice if lacking else ""
 
 
 def spares_beside(mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[str]) -> bool:

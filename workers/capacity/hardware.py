@@ -29,7 +29,7 @@ class Device:
       link_seconds: of the smallest sum over these devices.
       network: bytes a second to devices of other hosts (or slices), one way.
       network_seconds: of the smallest sum over hosts.
-      per_host: devices of a host.
+      per_host: devices of a host, where a host is not the whole slice.
     """
 
     name: str
@@ -116,7 +116,9 @@ def tpu_slice(text: str) -> Hardware:
         raise HardwareError(f"--topology {text}: no such slice; {name} comes as {', '.join(known)}")
     chips = math.prod(int(size) for size in topology.split("x"))
     device = DEVICES[name]
-    return Hardware(device, max(1, chips // device.per_host), chips, topology)
+    # v5e and v6e have hosts of 8 chips too, and Ray takes a slice of 8 for one of these.
+    hosts = 1 if name in ("v5e", "v6e") and chips == 8 else max(1, chips // device.per_host)
+    return Hardware(device, hosts, chips, topology)
 
 
 def gpu_hosts(text: str, hosts: int) -> Hardware:

@@ -168,8 +168,17 @@ def pages_that_fit(
     )
     heads = layout.ways(layout.axes("kv_heads"))
     page = kv_bytes_per_token(config, precision.kv_cache) / heads * page_size
-    pages = min(most, int((hardware.device.memory - empty.total) // page))
+    pages = min(most, int((hardware.device.memory - empty.total - _reserve(config, layout, hardware, empty)) // page))
     return pages, dataclasses.replace(empty, kv_pages=max(pages, 0) * page)
+
+
+def _reserve(config: GrokConfig, layout: Layout, hardware: Hardware, empty: Memory) -> float:
+    """What pages leave free on accelerators, which have no other memory to go to: a hundredth for fragments, and room for the
+    four parts of experts that are on their way while weights load, if programs take less."""
+    if hardware.device.platform == "cpu":
+        return 0.0
+    loading = 4 * config.emb_size * config.ffn_size / layout.ways(layout.axes("ffn"))
+    return 0.01 * hardware.device.memory + max(0.0, loading - empty.programs)
 
 
 def _candidate(

@@ -28,12 +28,7 @@ class StandbyEngine:
 
     def __init__(self, model: ModelSpec, mesh: MeshSpec, engine: EngineSpec) -> None:
         """Raises CheckpointError; ValueError if model, mesh and engine do not fit each other."""
-        if mesh.platform == "gpu":  # the share that the planner counts on; JAX's own is less
-            os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-        if mesh.platform == "cpu":
-            jax.config.update("jax_platforms", "cpu")
-            jax.config.update("jax_num_cpu_devices", mesh.devices_per_host)
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        _choose_platform(mesh)
         self._model = model
         self._mesh = mesh
         self._engine = engine
@@ -59,6 +54,19 @@ class StandbyEngine:
         shapes = parameter_shapes(self.checkpoint, partition, weights=model.weights, dtype=self.dtype)
         kv_dtype = DTYPES[model.kv_cache or model.activations]
         self.program_set = ProgramSet(config, shape, partition, shapes, self.dtype, kv_dtype)
+
+
+def _choose_platform(mesh: MeshSpec) -> None:
+    """Settles what JAX makes its devices of. It takes nothing else: where a driver is missing, that is what its error says."""
+    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(mesh.platform, mesh.platform))
+    if mesh.platform == "gpu":
+        # The share that the planner counts on; JAX's own is less.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+        # Else ranks tune operations for each other, and one that finds its own programs in its cache leaves the others waiting.
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_shard_autotuning=false".strip()
+    if mesh.platform == "cpu":
+        jax.config.update("jax_num_cpu_devices", mesh.devices_per_host)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
 
 def engine_shape(engine: EngineSpec, model_context: int, groups: int, batch_invariant: bool) -> EngineShape:

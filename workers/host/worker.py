@@ -109,6 +109,7 @@ class Worker:
             coordinator_bind_address=a.coordinator if a.rank == 0 else None,
             num_processes=a.mesh.hosts,
             process_id=a.rank,
+            cluster_detection_method="deactivate",  # SLURM's and others' variables would leave one GPU of a host
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS // 2,
         )

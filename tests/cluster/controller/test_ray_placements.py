@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from cluster.config.schema import ClusterSection
-from cluster.controller.ray_placements import bundle, group_options
+from cluster.controller.ray_placements import bundle, group_options, lacking_labels
 from workers.messages.specs import MeshSpec
 
 pytestmark = pytest.mark.slow
@@ -28,3 +28,19 @@ def test_a_replica_lies_on_one_tpu_slice_with_ranks_in_its_order_and_hosts_keep_
     ranks, kept = json.loads(done.stdout.splitlines()[-1])
     assert ranks == [{"slice-name": "whole", "worker-id": "0"}, {"slice-name": "whole", "worker-id": "1"}]
     assert all(kept)
+
+
+def test_labels_that_no_node_has_are_named_with_who_sets_them() -> None:
+    mesh = MeshSpec("tpu", hosts=2, devices_per_host=4, data=1, model=8, rules="tensor")
+    options = group_options(mesh, ClusterSection(cpus_per_host=1, tpu_pod_type="v6e-8"), frozenset(["bad"]))
+    hosts = [
+        {"Alive": True, "Labels": {"ray.io/tpu-pod-type": "v6e-8", "ray.io/tpu-worker-id": str(rank)}}
+        for rank in (0, 1)
+    ]
+    assert lacking_labels(options, hosts) == ""
+    hosts[1]["Alive"] = False
+    assert lacking_labels(options, hosts).startswith("ray.io/tpu-worker-id=1; Ray takes them")
+    plain = [{"Alive": True, "Labels": {"ray.io/node-id": "a"}}]
+    assert lacking_labels(options, plain).startswith("ray.io/tpu-pod-type=v6e-8, ray.io/tpu-worker-id=0, ")
+    assert "webhook" in lacking_labels(options, plain)
+    assert lacking_labels(group_options(mesh, ClusterSection(cpus_per_host=1), frozenset(["bad"])), plain) == ""

@@ -24,7 +24,7 @@ logging.getLogger("workers.host.worker").addHandler(
     type("Phases", (logging.Handler,), {"emit": lambda _, record: phases.append(record.getMessage())})()
 )
 checkpoint, devices, data = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-mesh = MeshSpec("cpu", 1, devices, data, 1, "tensor")
+mesh = MeshSpec(sys.argv[4], 1, devices, data, 1, "tensor")
 engine = EngineSpec(slots=2, page_size=8, prefill_chunk=16, context=64)
 worker = Worker(RankSpec(0, 3, b"s", 0, "", "", ModelSpec("m", checkpoint, "int8", "float32"), mesh, engine, None))
 try:
@@ -42,8 +42,8 @@ except Exception as error:
 """
 
 
-def _run(checkpoint: str, devices: int, data: int) -> dict[str, object]:
-    arguments = [sys.executable, "-c", PROGRAM, checkpoint, str(devices), str(data)]
+def _run(checkpoint: str, devices: int, data: int, platform: str = "cpu") -> dict[str, object]:
+    arguments = [sys.executable, "-c", PROGRAM, checkpoint, str(devices), str(data), platform]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -69,3 +69,11 @@ def test_a_host_goes_through_its_phases_and_then_compiles_nothing_more() -> None
 )
 def test_what_does_not_fit_is_named(checkpoint: str, devices: int, data: int, problem: str) -> None:
     assert str(_run(checkpoint, devices, data)["error"]).startswith(problem)
+
+
+@pytest.mark.parametrize(("platform", "backend"), [("gpu", "CUDA"), ("tpu", "tpu")])
+def test_a_host_without_the_accelerators_that_it_should_have_says_so(platform: str, backend: str) -> None:
+    """And not that a mesh needs more devices than its processor is."""
+    found = _run(str(GOLDEN / "nano-s1"), 8, 1, platform)
+    assert backend in str(found["error"])
+    assert "devices; 1 are there" not in str(found["error"])
