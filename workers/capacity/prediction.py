@@ -11,12 +11,12 @@ from workers.model.config import GrokConfig
 from workers.model.layout import Layout
 from workers.model.parameters import parameter_table
 
-#: Shares of what the makers promise that real programs reach: at best, and when all goes badly.
-_BANDWIDTH = {"tpu": (0.9, 0.6), "gpu": (0.9, 0.6), "cpu": (0.95, 0.75)}
-_FLOPS = {"tpu": (0.7, 0.35), "gpu": (0.7, 0.35), "cpu": (1.0, 0.85)}
-#: Seconds of each layer's own that do not shrink with its size: the start of its operations, and of the step.
-_LAYER_SECONDS = {"tpu": 15e-6, "gpu": 60e-6, "cpu": 40e-6}
-_STEP_SECONDS = 0.3e-3
+#: Shares of what the makers promise that programs reach: at best, and when all goes badly. Measured on an H100 and on CPUs.
+_BANDWIDTH = {"tpu": (0.9, 0.6), "gpu": (0.8, 0.5), "cpu": (0.95, 0.75)}
+_FLOPS = {"tpu": (0.7, 0.35), "gpu": (0.4, 0.2), "cpu": (1.0, 0.85)}
+#: Seconds of each layer's own that do not shrink with its size, the start of its operations, and those of the step.
+_LAYER_SECONDS = {"tpu": (0.0, 15e-6), "gpu": (30e-6, 90e-6), "cpu": (40e-6, 40e-6)}
+_STEP_SECONDS = {"tpu": (0.0, 0.3e-3), "gpu": (0.1e-3, 0.3e-3), "cpu": (0.3e-3, 0.3e-3)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,15 +85,16 @@ def decode_seconds(
     rows = batch * config.emb_size * 4
     sums = sum_seconds(hardware, layout.ways(layout.axes("q_heads")), rows / layout.batch_groups)
     sums += sum_seconds(hardware, layout.ways(layout.axes("ffn")), rows)
-    fixed = _STEP_SECONDS + config.num_layers * _LAYER_SECONDS[device.platform]
+    fixed = _fixed(config, device)
     memory, compute = _limits(device, read, operations)
     if device.platform == "cpu":  # one core computes while another waits, but not all of the time
         over_hosts = config.num_layers * sums
         return Range(
-            math.hypot(memory.best, compute.best) + fixed, math.hypot(memory.worst, compute.worst) + fixed + over_hosts
+            math.hypot(memory.best, compute.best) + fixed.best,
+            math.hypot(memory.worst, compute.worst) + fixed.worst + over_hosts,
         )
-    worst = max(memory.worst, compute.worst) + config.num_layers * sums + fixed
-    return Range(max(memory.best, compute.best), worst)
+    worst = max(memory.worst, compute.worst) + config.num_layers * sums + fixed.worst
+    return Range(max(memory.best, compute.best) + fixed.best, worst)
 
 
 def prefill_seconds(config: GrokConfig, layout: Layout, hardware: Hardware, tokens: int, chunk: int) -> Range:
@@ -113,8 +114,13 @@ def prefill_seconds(config: GrokConfig, layout: Layout, hardware: Hardware, toke
         * calls
         * sum_seconds(hardware, layout.ways(layout.axes("ffn")), chunk * groups * config.emb_size * 4)
     )
-    fixed = calls * (_STEP_SECONDS + config.num_layers * _LAYER_SECONDS[device.platform])
-    return Range(compute.best, compute.worst + sums + fixed)
+    return Range(compute.best, compute.worst + sums + calls * _fixed(config, device).worst)
+
+
+def _fixed(config: GrokConfig, device: Device) -> Range:
+    """Seconds of a step that no bandwidth shortens."""
+    layers, step = _LAYER_SECONDS[device.platform], _STEP_SECONDS[device.platform]
+    return Range(step[0] + config.num_layers * layers[0], step[1] + config.num_layers * layers[1])
 
 
 def _limits(device: Device, read: float, operations: float) -> tuple[Range, Range]:
