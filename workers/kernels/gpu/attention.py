@@ -17,8 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from workers.kernels import kv_pages
-from workers.kernels.gpu.tiles import FEW
+from workers.kernels.gpu.tiles import FEW, addressable
 from workers.kernels.kv_pages import Pages, QuantizedPages
+from workers.kernels.xla import heads_first
 from workers.kernels.xla.paged_attention import SMALLEST
 from workers.kernels.xla.rotary import rotate
 
@@ -43,18 +44,16 @@ def attend(
     interpret: bool = False,
 ) -> tuple[jax.Array, Pages, Pages]:
     """As `workers.kernels.xla.portable.attend`, but both kinds of pages are [K, P, page, C]. Products are taken in bfloat16."""
-    size, every = kv_pages.page_size(value_pages), slice(None)
-    place = jnp.maximum(positions, 0)
-    page = jnp.take_along_axis(table, place // size, axis=1)  # [B, T]
-    # Padding is dropped: written to one page, as elsewhere, its rows would wait for each other.
-    page = jnp.where(positions >= 0, page, jax.tree.leaves(key_pages)[0].shape[1])
-    at = (every, page, place % size)
-    key_pages = kv_pages.write(key_pages, at, rotate(key, positions, rope_base).transpose(2, 0, 1, 3), unique=True)
-    value_pages = kv_pages.write(value_pages, at, value.transpose(2, 0, 1, 3), unique=True)
+    key_pages, value_pages = heads_first.write(key, value, key_pages, value_pages, table, positions, rope_base)
     batch, length, heads, width = query.shape
     kv_heads = key.shape[2]
     grouped = heads // kv_heads
-    rotated = rotate(query, positions, rope_base).astype(jnp.bfloat16)
+    rotated = rotate(query, positions, rope_base)
+    tiled = all(size >= 16 and not size & (size - 1) for size in (width, kv_pages.page_size(value_pages)))
+    if not (tiled and addressable(jax.tree.leaves(key_pages)[0])):
+        mixed = heads_first.attend(rotated, key_pages, value_pages, table, positions, scale=scale, cap=cap)
+        return mixed, key_pages, value_pages
+    rotated = rotated.astype(jnp.bfloat16)
     rows = rotated.reshape(batch, length, kv_heads, grouped, width).swapaxes(1, 2)
     rows = rows.reshape(batch, kv_heads, length * grouped, width)
     call = functools.partial(_attend, scale=scale, cap=cap, grouped=grouped, interpret=interpret)

@@ -7,6 +7,7 @@ do not depend on how many rows stand beside it, nor on the program that computes
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from workers.kernels.weights import LayerWeight, QuantizedWeight, Weight
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,18 +92,25 @@ def stack(weight: Weight) -> Stack:
     return Stack(values, scales, first)
 
 
-def fits(found: Stack) -> bool:
-    """Whether the kernels can read a stack: bytes or bfloat16, whole tiles, and addresses that Pallas computes right.
+def addressable(array: jax.Array) -> bool:
+    """Whether Pallas computes an array's addresses right: it takes 32-bit offsets up to 4 GiB, and from 2 Gi elements on their
+    sign makes them negative."""
+    right = array.size < 2**31 or array.size * array.dtype.itemsize > 2**32
+    if not right:
+        _LOG.warning(
+            "plain XLA, which is slower, reads an array of %.1f GiB of bytes: 2 to 4 GiB are too many",
+            array.size / 2**30,
+        )
+    return right
 
-    Pallas takes 32-bit offsets for arrays up to 4 GiB, but from 2 Gi elements on their sign makes them negative.
-    """
+
+def fits(found: Stack) -> bool:
+    """Whether the kernels can read a stack: bytes or bfloat16, in whole tiles."""
     values = found.values
     _, depth, columns = values.shape
     kinds = (jnp.bfloat16,) if found.scales is None else (jnp.int8,)
-    wrapped = values.dtype.itemsize == 1 and 2**31 <= values.size <= 2**32
-    return (
-        values.dtype in kinds and columns % 128 == 0 and depth % 32 == 0 and found.group_rows % 32 == 0 and not wrapped
-    )
+    whole = columns % 128 == 0 and depth % 32 == 0 and found.group_rows % 32 == 0
+    return values.dtype in kinds and whole and addressable(values)
 
 
 def splits(depth: int, programs: int, group_rows: int) -> int:
