@@ -84,6 +84,13 @@ def taken(weight: Weight) -> jax.Array | QuantizedWeight | PackedWeight:
     return weight.taken() if isinstance(weight, LayerWeight) else weight
 
 
+def layered(weight: Weight) -> LayerWeight:
+    """A weight as one layer's among those of all layers: of a weight of its own, the only one."""
+    if isinstance(weight, LayerWeight):
+        return weight
+    return LayerWeight(jax.tree.map(lambda leaf: leaf[None], weight), jnp.int32(0))
+
+
 def dequantize(weight: Weight, dtype: jnp.dtype | type = jnp.float32) -> jax.Array:
     """The values [..., K, N] of a weight in `dtype`; an array is only cast.
 

@@ -15,7 +15,7 @@ from workers.kernels.interface import Arrays, Kernels
 from workers.kernels.packed import PackedTable, PackedWeight, rows_of
 from workers.kernels.packing import Array, empty, packed_shape
 from workers.kernels.sampling import PACKED_WIDTH, SamplingRows, SamplingState, uniforms
-from workers.kernels.weights import LayerWeight, Weight, taken
+from workers.kernels.weights import Weight, layered, taken
 
 #: From the one that any machine has to the fastest.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512-vnni")
@@ -142,14 +142,11 @@ def _stacked(weights: tuple[Weight, ...]) -> tuple[list[PackedWeight], jax.Array
     """Weights of all layers, and the layer whose ones they are."""
     layer = jnp.zeros((), jnp.int32)
     packed = []
-    for weight in weights:
-        if isinstance(weight, LayerWeight):
-            every, layer = weight.stacked, weight.layer
-        else:
-            every = jax.tree.map(lambda leaf: leaf[None], weight)
-        if not isinstance(every, PackedWeight):
+    for own in map(layered, weights):
+        if not isinstance(own.stacked, PackedWeight):
             raise TypeError("the native kernels take packed weights")
-        packed.append(every)
+        packed.append(own.stacked)
+        layer = own.layer
     return packed, layer
 
 

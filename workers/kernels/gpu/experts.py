@@ -154,7 +154,7 @@ def _widen(
         compiler_params=tile.compiler,
         interpret=interpret,
         name="experts_up",
-    )(jnp.int32(gate.first).reshape(1), *blocks.arrays, x, *gate.arrays, *up.arrays)
+    )(gate.first.reshape(1), *blocks.arrays, x, *gate.arrays, *up.arrays)
     return found[0] if whole else _activate(found[0], found[1], blocks, x.shape[0], interpret)
 
 
@@ -244,7 +244,7 @@ def _narrow(
         compiler_params=tile.compiler,
         interpret=interpret,
         name="experts_down",
-    )(jnp.int32(down.first).reshape(1), *blocks.arrays, hidden, *down.arrays)
+    )(down.first.reshape(1), *blocks.arrays, hidden, *down.arrays)
     return out
 
 

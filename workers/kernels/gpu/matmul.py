@@ -50,7 +50,7 @@ def project(
         interpret=interpret,
         name="project",
     )(
-        jnp.stack([jnp.int32(stack.first) for stack in stacks]),
+        jnp.stack([stack.first for stack in stacks]),
         x,
         *(array for stack in stacks for array in stack.arrays),
     )

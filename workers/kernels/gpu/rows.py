@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from workers.kernels.weights import LayerWeight, Weight
+from workers.kernels.weights import Weight, layered
 from workers.kernels.xla import portable
 
 _COMPILER = pltriton.CompilerParams(num_warps=8, num_stages=1)
@@ -99,7 +99,6 @@ def route(
 
 def _stacked(weight: Weight) -> tuple[jax.Array, jax.Array]:
     """A weight that is an array among those of all layers, [L, ...], and its layer [1]."""
-    every, layer = (weight.stacked, weight.layer) if isinstance(weight, LayerWeight) else (weight, jnp.int32(0))
-    array = every if isinstance(weight, LayerWeight) else every[None]  # type: ignore[index]
-    assert isinstance(array, jax.Array)
-    return array, layer.reshape(1)
+    own = layered(weight)
+    assert isinstance(own.stacked, jax.Array)
+    return own.stacked, own.layer.reshape(1)

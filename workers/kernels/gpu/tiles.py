@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from workers.kernels.weights import LayerWeight, QuantizedWeight, Weight
+from workers.kernels.weights import QuantizedWeight, Weight, layered
 
 _LOG = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Stack:
 
     values: jax.Array
     scales: jax.Array | None
-    first: jax.Array | int
+    first: jax.Array
 
     @property
     def arrays(self) -> tuple[jax.Array, ...]:
@@ -82,14 +82,12 @@ class Stack:
 
 def stack(weight: Weight) -> Stack:
     """A weight [K, N] or [G, K, N], perhaps one layer's of many, as a stack."""
-    first: jax.Array | int = 0
-    if isinstance(weight, LayerWeight):
-        first = weight.layer * math.prod(weight.shape[:-2])
-        weight = weight.stacked
-    arrays = (weight.weight, weight.scales) if isinstance(weight, QuantizedWeight) else (weight, None)
+    own = layered(weight)
+    every = own.stacked
+    arrays = (every.weight, every.scales) if isinstance(every, QuantizedWeight) else (every, None)
     values, scales = (None if a is None else a.reshape(-1, *a.shape[-2:]) for a in arrays)  # type: ignore[union-attr]
     assert values is not None
-    return Stack(values, scales, first)
+    return Stack(values, scales, own.layer * math.prod(own.shape[:-2]))
 
 
 def addressable(array: jax.Array) -> bool:

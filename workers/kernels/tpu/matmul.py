@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from workers.kernels.weights import LayerWeight, QuantizedWeight, Weight, dequantize
+from workers.kernels.weights import LayerWeight, QuantizedWeight, Weight, dequantize, layered
 
 #: Rows of a weight's tile at most, and its columns: what is widened of it at a time must fit beside the next tile.
 _DEPTH, _COLUMNS = 2048, (512, 256, 128)
@@ -32,11 +32,8 @@ def grouped_matmul(x: jax.Array, weight: Weight, group_sizes: jax.Array, *, inte
     Returns:
       [M, N] float32.
     """
-    layer: jax.Array | int = 0
-    if isinstance(weight, LayerWeight):
-        stacked, layer = weight.stacked, weight.layer
-    else:
-        stacked = jax.tree.map(lambda leaf: leaf[None], weight)
+    own = layered(weight)
+    stacked, layer = own.stacked, own.layer
     if not isinstance(stacked, QuantizedWeight):
         product: jax.Array = lax.ragged_dot(
             x, dequantize(weight, x.dtype), group_sizes, preferred_element_type=jnp.float32
