@@ -46,8 +46,8 @@ UNNOTICED = ("kill controller", "pause controller", "flood")
 FAILOVER_SECONDS, RECOVERY_SECONDS = 120.0, 200.0
 #: Virtual seconds in which a request is forgotten whose client has left: its gateway may have died with it.
 LEFT_SECONDS = 1.0
-#: Real seconds that a seed may take.
-REAL_SECONDS = 20
+#: Seconds of the processor that a seed may take.
+CPU_SECONDS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,14 +366,14 @@ def play(seed: int, kinds: Sequence[str] = FAULTS, without: Collection[str] = ()
 
 @contextlib.contextmanager
 def _virtual(loop: VirtualLoop) -> Iterator[None]:
-    """Clocks show the loop's time; what takes too long in real time is ended."""
+    """Clocks show the loop's time; what takes too long is ended."""
 
     def late(*_: Any) -> None:
-        raise TimeoutError(f"{REAL_SECONDS} real seconds without an end")
+        raise TimeoutError(f"{CPU_SECONDS} seconds of the processor without an end")
 
     names = random.Random(0)
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(REAL_SECONDS)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     logging.disable(logging.CRITICAL)
     try:
         with (
@@ -386,5 +386,5 @@ def _virtual(loop: VirtualLoop) -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import multiprocessing
 import pathlib
 import unittest.mock
@@ -42,13 +43,18 @@ ARGUMENTS = [str(DEMO), str(MODEL.vocab_size), str(MODEL.eos_token)]
 Result = TypeVar("Result")
 
 
+@functools.cache
+def _text_jobs() -> TextJobs:
+    return TextJobs(TOKENIZER, MODEL.vocab_size, MODEL.eos_token)
+
+
 class InlineTexts(Texts):
     """Does all work at once."""
 
     def __init__(self) -> None:
         unused: Any = None
         super().__init__(TOKENIZER, unused, lambda caller, tokens: None)
-        self._jobs = TextJobs(TOKENIZER, MODEL.vocab_size, MODEL.eos_token)
+        self._jobs = _text_jobs()
 
     async def encode(self, text: str, caller: Caller) -> list[int]:
         """The tokens of a text."""
