@@ -10,7 +10,6 @@ the files of a folder of its own, which gets its name when all is there. The ind
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -28,6 +27,7 @@ import numpy as np
 
 from workers.checkpoint.checkpoint import Checkpoint
 from workers.checkpoint.digests import digest
+from workers.checkpoint.folder_locks import LOCK, locked, remove_unused
 from workers.checkpoint.storage import version_of
 from workers.kernels.packing import Array
 
@@ -35,7 +35,7 @@ _LOG = logging.getLogger(__name__)
 
 #: Changes when files of an earlier version would be misread.
 VERSION = 1
-INDEX, _LOCK, _PARTIAL = "index.json", "lock", ".partial"
+INDEX, _PARTIAL = "index.json", ".partial"
 #: Headers that are asked for at a time.
 THREADS = 16
 
@@ -102,12 +102,12 @@ class WeightsCache:
         self._files: dict[str, CachedArray] = {}
         self.digests: dict[str, int] = {}
         (directory / model).mkdir(mode=0o700, exist_ok=True)
-        _HELD.append(_locked(directory / model / _LOCK, fcntl.LOCK_SH))
+        _HELD.append(locked(directory / model / LOCK, fcntl.LOCK_SH))
         for other in directory.iterdir():
             if other.name != model:
-                _remove_unused(other, other / _LOCK)
+                remove_unused(other)
         for other in (directory / model).glob(f"*{_PARTIAL}"):
-            _remove_unused(other, other / _LOCK)
+            remove_unused(other)
         self.complete = self._read_index()
 
     def _read_index(self) -> bool:
@@ -149,7 +149,7 @@ class WeightsCache:
                 # Locked before it has the name by which other processes find what no process writes any more.
                 new = self._folder.with_name(f"{self._folder.name}.{os.getpid()}")
                 new.mkdir(mode=0o700)
-                _HELD.append(_locked(new / _LOCK, fcntl.LOCK_EX))
+                _HELD.append(locked(new / LOCK, fcntl.LOCK_EX))
                 self._partial = new.rename(new.with_name(f"{new.name}{_PARTIAL}"))
         dtype = jnp.dtype(dtype)
         with (self._partial / name).open("wb") as file:
@@ -179,17 +179,3 @@ class WeightsCache:
         if self._partial is not None:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial = None
-
-
-def _locked(path: pathlib.Path, kind: int) -> int:
-    """The descriptor of a lock file, locked for as long as it is open. Raises OSError if another process has locked it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    return descriptor
-
-
-def _remove_unused(folder: pathlib.Path, lock: pathlib.Path) -> None:
-    """Removes a folder whose lock no process holds."""
-    with contextlib.suppress(OSError), lock.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from workers.checkpoint.cache_keeper import start_keeper
 from workers.host import liveness
 from workers.host.code_digest import code_digest
 from workers.host.environment import settle
@@ -67,6 +68,7 @@ class Host:
         if weights_cache and self._weights is None:
             self._weights = WeightsServer(self._address, pathlib.Path(weights_cache))
             self._weights.serve_in_background("weights")
+            start_keeper(weights_cache, os.getppid())
         return self._endpoint()
 
     def _endpoint(self) -> Endpoint:

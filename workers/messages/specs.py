@@ -35,7 +35,8 @@ class ModelSpec:
         position of a head; on CPU hosts the fast kernels do not know it.
       weights_cache: directory on each host, such as /dev/shm/grokmesh, in which it keeps its part of the weights as its kernels
         read them, for the next epoch and the next start of the service; nothing is kept if absent. In memory it takes no
-        more of it on CPU hosts, and as much as the devices' weights on others. `grokmesh stop --forget` removes it.
+        more of it on CPU hosts, and as much as the devices' weights on others. `grokmesh stop --forget` removes it, and so
+        does each host ten minutes after Ray has ended there.
     """
 
     name: str
