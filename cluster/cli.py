@@ -23,6 +23,7 @@ from cluster.commands import (
     plan,
     profile,
     restart,
+    selftest,
     serve,
     status,
     stop,
@@ -39,7 +40,7 @@ from workers.checkpoint.errors import CheckpointError
 from workers.model.config import ConfigError as ModelConfigError
 from workers.text.tokenizer import TokenizerError
 
-_COMMANDS = (serve, generate, verify, plan, inspect, convert, status, profile, key, health, restart, stop)
+_COMMANDS = (serve, generate, selftest, verify, plan, inspect, convert, status, profile, key, health, restart, stop)
 _BENCHMARKS = {"serve": bench_serve, "engine": bench_engine}
 
 

@@ -274,7 +274,7 @@ def _ray(config: Config) -> Iterator[None]:
             hosts = config.replicas * config.mesh.hosts
             _LOG.info("starting a local Ray cluster of %d hosts", hosts)
             address = stack.enter_context(local_cluster(hosts, config.cluster.cpus_per_host))
-        stack.enter_context(_connected(address, _namespace(config.gateway.address)))
+        stack.enter_context(connected(address, _namespace(config.gateway.address)))
         yield
 
 
@@ -288,7 +288,7 @@ def end_left(entry: daemon.Entry, *, forget: bool) -> None:
         if forget and cache is not None:
             await asyncio.to_thread(forget_weights, cache)
 
-    with _connected(entry.cluster, entry.name, STOP_SECONDS):
+    with connected(entry.cluster, entry.name, STOP_SECONDS):
         asyncio.run(end())
 
 
@@ -298,7 +298,7 @@ def _namespace(address: str) -> str:
 
 
 @contextlib.contextmanager
-def _connected(address: str, namespace: str, seconds: float = RAY_SECONDS) -> Iterator[None]:
+def connected(address: str, namespace: str, seconds: float = RAY_SECONDS) -> Iterator[None]:
     """Connects to a Ray cluster while the block runs. Raises OSError if none answers for so long."""
     deadline = time.monotonic() + seconds
     while True:

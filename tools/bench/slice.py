@@ -23,8 +23,9 @@ import numpy as np
 from tools.aot.release import release_headers
 from tools.bench.steps import Steps, prompt_flops, step_bytes
 from workers.checkpoint.loader import Params, parameter_shapes
+from workers.kernels.cpu.kernels import native_kernels
 from workers.kernels.gpu.kernels import GPU
-from workers.kernels.interface import ACCELERATOR, PORTABLE, Kernels
+from workers.kernels.interface import ACCELERATOR, Kernels
 from workers.kernels.tpu.kernels import TPU
 from workers.messages.plan import EngineShape
 from workers.model.config import GrokConfig
@@ -34,7 +35,11 @@ from workers.runtime.program_set import ProgramSet
 from workers.runtime.runtime import Runtime
 
 _PAGE, _STEPS = 64, 24
-_PLATFORMS = {"gpu": GPU, "cuda": GPU, "tpu": TPU, "cpu": PORTABLE}
+
+
+def kernels_of(platform: str) -> Kernels:
+    """Those that workers choose on a platform, as JAX calls it. Raises NativeKernelsError if a CPU host has none."""
+    return native_kernels() if platform == "cpu" else TPU if platform == "tpu" else GPU
 
 
 def layers_of(config: GrokConfig, layers: int, part: int) -> GrokConfig:
@@ -86,11 +91,11 @@ def read_bandwidth(size: int) -> float:
     return size / min(times)
 
 
-def make_steps(config: GrokConfig, kernels: Kernels, shape: EngineShape) -> Steps:
-    """A runtime of random weights on the only device, ready to compute."""
+def make_steps(config: GrokConfig, kernels: Kernels, shape: EngineShape, dtype: Any = jnp.bfloat16) -> Steps:
+    """A runtime of random weights on the only device, ready to compute. `dtype` is that of activations and of the KV cache."""
     partition = Partition.create(config, make_mesh(1, 1), "batch", kernels)
-    shapes = parameter_shapes(release_headers(config), partition, dtype=jnp.bfloat16)
-    runtime = Runtime(ProgramSet(config, shape, partition, shapes, jnp.bfloat16, jnp.bfloat16), partition)
+    shapes = parameter_shapes(release_headers(config), partition, dtype=dtype)
+    runtime = Runtime(ProgramSet(config, shape, partition, shapes, dtype, dtype), partition)
     runtime.set_parameters(random_parameters(shapes))
     runtime.warm_up()
     return Steps(runtime)
@@ -116,11 +121,11 @@ def main() -> int:
     config = layers_of(
         GrokConfig.load(arguments.config) if arguments.config else GrokConfig(), arguments.layers, arguments.part
     )
-    kernels = ACCELERATOR if arguments.plain else _PLATFORMS[device.client.platform]
+    kernels = ACCELERATOR if arguments.plain else kernels_of(device.platform)
     context = max(arguments.past + 2 * _PAGE, arguments.prompt)
     pages = 1 + -(-context // _PAGE) + 3 * arguments.slots
     shape = EngineShape(arguments.slots, 1, pages, _PAGE, arguments.chunk, context, kernels.batch_invariant)
-    steps = make_steps(config, kernels, shape)
+    steps = make_steps(config, kernels, shape, jnp.bfloat16 if kernels.accelerator else jnp.float32)
     print(
         f"{device.device_kind}, {bandwidth / 1e9:.0f} GB/s read, kernels {kernels.name}, jax {jax.__version__}: "
         f"{config.num_layers} layers, 1 of {arguments.part} parts"
@@ -128,7 +133,7 @@ def main() -> int:
     figures: dict[str, Any] = {"device": device.device_kind, "bandwidth": bandwidth, "kernels": kernels.name}
     for batch in arguments.batch:
         seconds, experts = steps.decode(batch, arguments.past, _STEPS)
-        read = step_bytes(config, experts, batch * (arguments.past + _STEPS // 2), 2, 2)
+        read = step_bytes(config, experts, batch * (arguments.past + _STEPS // 2), 2, 2 if kernels.accelerator else 4)
         share = read / seconds / bandwidth
         print(f"decode, batch {batch}: {seconds * 1e3:.2f} ms, {read / 1e9:.1f} GB, {share:.1%} of the bandwidth")
         figures[f"decode {batch}"] = {"seconds": seconds, "bytes": read, "share": share}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from workers.messages.specs import ACTIVATIONS, WEIGHTS
+from workers.messages.specs import ACTIVATIONS, PLATFORMS, WEIGHTS
 from workers.model.layout import RULES
 
 
@@ -19,4 +19,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--weights", choices=WEIGHTS, default="int8", help="as kept on devices (default: %(default)s)")
     parser.add_argument("--activations", choices=ACTIVATIONS, default="float32", help="type (default: %(default)s)")
+    parser.add_argument("--platform", choices=PLATFORMS, default="cpu", help="of the devices (default: %(default)s)")
     parser.add_argument("--hosts", type=int, default=1, help="processes that form the mesh (default: %(default)s)")

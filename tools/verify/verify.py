@@ -159,7 +159,9 @@ def _worker(arguments: argparse.Namespace, data: int, model: int) -> Worker:
             coordinator=arguments.coordinator,
             leader="",
             model=ModelSpec("verify", str(arguments.checkpoint), arguments.weights, arguments.activations),
-            mesh=MeshSpec("cpu", arguments.hosts, data * model // arguments.hosts, data, model, arguments.rules),
+            mesh=MeshSpec(
+                arguments.platform, arguments.hosts, data * model // arguments.hosts, data, model, arguments.rules
+            ),
             engine=EngineSpec(_SLOTS * data, _PAGE, _CHUNK, None, None, 0),
             compilation_cache=None,
         )
@@ -169,7 +171,7 @@ def _worker(arguments: argparse.Namespace, data: int, model: int) -> Worker:
 def _start_others(arguments: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
     """Starts ranks 1 and on; they are silent, since rank 0 says the same, and end with it."""
     command = [sys.executable, "-P", "-m", "tools.verify.verify"]
-    for name in ("checkpoint", "golden", "mesh", "hosts", "rules", "weights", "activations", "coordinator"):
+    for name in ("checkpoint", "golden", "mesh", "hosts", "rules", "weights", "activations", "platform", "coordinator"):
         command += [f"--{name}", str(getattr(arguments, name))]
     return [
         subprocess.Popen([*command, "--rank", str(rank)], stderr=subprocess.DEVNULL)

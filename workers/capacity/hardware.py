@@ -72,6 +72,9 @@ DEVICES = {
     )
 }
 
+#: How JAX calls TPUs whose name differs from ours.
+_KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
+
 #: Slices that can be had, in chips along each dimension.
 TOPOLOGIES = {
     "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
@@ -79,6 +82,12 @@ TOPOLOGIES = {
     "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
 }
+
+
+def device_of(kind: str) -> Device | None:
+    """The device that JAX calls so, such as `NVIDIA H100 80GB HBM3`; None if it is not known."""
+    name = _KINDS.get(kind)
+    return DEVICES[name] if name else next((d for d in DEVICES.values() if d.name in re.split(r"[ -]", kind)), None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,57 @@
+"""`grokmesh selftest`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import time
+
+from tools.selftest import sections
+from tools.selftest.findings import Finding, Outcome, row, summary
+from workers.messages.specs import PLATFORMS
+
+HELP = "say whether devices, kernels and storage are right, and as fast as expected; exit code 1 if something is wrong"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="test all hosts of this Ray cluster, such as auto, at once (default: this host)",
+    )
+    parser.add_argument("--platform", choices=PLATFORMS, help="of the devices (default: what this host has)")
+    parser.add_argument(
+        "--devices", type=int, default=1, help="devices of each host; of CPU hosts, parts (default: %(default)s)"
+    )
+    parser.add_argument("--checkpoint", help="directory or URL from which the rate of loading is measured")
+    parser.add_argument(
+        "--golden", default=str(sections.GOLDEN), help="directory of golden sets (default: those of the project)"
+    )
+    parser.add_argument("--config", help="config.json of the model whose layers are computed (default: Grok-1)")
+    parser.add_argument("--json", type=pathlib.Path, help="file for all findings")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    began = time.perf_counter()
+    platform = arguments.platform or sections.platform_here()
+    options = sections.Options(platform, arguments.devices, arguments.checkpoint, arguments.golden, arguments.config)
+    found: dict[str, list[Finding]] = {}
+    if arguments.ray:
+        from cluster.commands.selftest_hosts import test_hosts
+
+        for host, findings in test_hosts(arguments.ray, options):
+            print(host, *map(row, findings), sep="\n", flush=True)
+            found.setdefault(host, []).extend(findings)
+    else:
+        for finding in sections.run_sections(options):
+            print(row(finding), flush=True)
+            found.setdefault("this host", []).append(finding)
+    everything = [finding for findings in found.values() for finding in findings]
+    seconds = time.perf_counter() - began
+    print(summary(everything, seconds))
+    if arguments.json:
+        hosts = {host: [dataclasses.asdict(finding) for finding in findings] for host, findings in found.items()}
+        arguments.json.write_text(json.dumps({"seconds": seconds, "hosts": hosts}, indent=1) + "\n")
+    return 1 if any(finding.outcome is Outcome.FAILED for finding in everything) else 0

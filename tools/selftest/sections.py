@@ -1,0 +1,114 @@
+"""Runs the sections of a self-test on this host, one process after the other. Without JAX.
+
+A section that breaks its device takes no other with it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+from tools.selftest.findings import Finding, Outcome
+
+GOLDEN = pathlib.Path(__file__).parents[2] / "tests" / "golden"
+_DEVICE_FILES = {"nvidia[0-9]*": "gpu", "accel[0-9]*": "tpu", "vfio/[0-9]*": "tpu"}
+#: Seconds that a section may take: programs of accelerators compile for minutes.
+_SECTION_SECONDS = 600
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is to be tested.
+
+    Attributes:
+      platform: of the devices, cpu, gpu or tpu.
+      devices: of this host, where it is not as many as there are: CPU devices.
+      checkpoint: directory or URL from which the rate of loading is measured; None for none.
+      golden: directory with golden sets.
+      config: config.json of the model of which layers are computed; None for Grok-1.
+    """
+
+    platform: str
+    devices: int = 1
+    checkpoint: str | None = None
+    golden: str = str(GOLDEN)
+    config: str | None = None
+
+
+def platform_here() -> str:
+    """The platform of this host's devices, as their drivers show it."""
+    found = {platform for pattern, platform in _DEVICE_FILES.items() if any(pathlib.Path("/dev").glob(pattern))}
+    return next((platform for platform in ("gpu", "tpu") if platform in found), "cpu")
+
+
+def run_sections(options: Options) -> Iterator[Finding]:
+    """All that one host can find out by itself."""
+    environment = environment_of(options)
+    yield from _run("host", ["tools.selftest.host"], environment)
+    yield from _run("kernels", ["tools.selftest.kernels", options.platform], environment)
+    yield from _golden(options, environment)
+    layers = ["tools.selftest.layers", options.platform, *([options.config] if options.config else [])]
+    yield from _run("layers", layers, environment)
+    if options.checkpoint is None:
+        yield Finding("loading", "rate", Outcome.SKIPPED, "name a directory or URL with --checkpoint")
+    else:
+        yield from _run("loading", ["tools.selftest.loading", options.checkpoint], environment)
+
+
+def environment_of(options: Options) -> dict[str, str]:
+    """For processes that use this host's devices."""
+    changed = {"JAX_PLATFORMS": {"gpu": "cuda"}.get(options.platform, options.platform)}
+    if options.platform == "cpu":
+        changed["JAX_NUM_CPU_DEVICES"] = str(options.devices)
+    return {**os.environ, **changed}
+
+
+def run_interconnect(options: Options, coordinator: str, rank: int, hosts: int) -> list[Finding]:
+    """What the devices of several hosts find out together; all must call this alike. Rank 0 says it, the others what fails."""
+    words = ["--coordinator", coordinator, "--rank", str(rank), "--hosts", str(hosts)]
+    return list(_run("interconnect", ["tools.selftest.host", *words], environment_of(options)))
+
+
+def _golden(options: Options, environment: dict[str, str]) -> Iterator[Finding]:
+    """What xAI's own code has computed, on as many devices as divide it."""
+    sets = sorted(path.parent for path in pathlib.Path(options.golden).glob("*/cases.json"))
+    if not sets:
+        yield Finding(
+            "golden",
+            "sets",
+            Outcome.SKIPPED,
+            f"none in {options.golden}; a clone of the project has them in tests/golden",
+        )
+    activations = "float32" if options.platform == "cpu" else "bfloat16"
+    for directory in sets:
+        words = ["--checkpoint", str(directory), "--golden", str(directory), "--platform", options.platform]
+        module = ["tools.verify.verify", *words, "--activations", activations, "--mesh", f"1x{options.devices}"]
+        code, lines = _lines(module, environment)
+        text = lines[-1] if lines else ""
+        yield Finding("golden", directory.name, Outcome.FAILED if code else Outcome.OK, text)
+
+
+def _run(section: str, module: Sequence[str], environment: dict[str, str]) -> Iterator[Finding]:
+    code, lines = _lines(module, environment)
+    yield from (finding for line in lines if (finding := Finding.said(line)) is not None)
+    if code:
+        last = " | ".join([line for line in lines if line.strip() and Finding.said(line) is None][-2:])
+        yield Finding(section, "ends", Outcome.FAILED, f"code {code}: {last[-300:]}")
+
+
+def _lines(module: Sequence[str], environment: dict[str, str]) -> tuple[int, list[str]]:
+    """Exit code and last lines of a module that runs in a process of its own."""
+    command = [sys.executable, "-P", "-m", *module]
+    try:
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=_SECTION_SECONDS, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return 124, [f"it has not ended in {_SECTION_SECONDS} s"]
+    return done.returncode, list(collections.deque(done.stdout.splitlines(), 1000))
