@@ -284,6 +284,8 @@ class Placement:
         """Which hosts can be reached, from when that was asked first."""
         if self._reached is None:
             self._reached = asyncio.gather(*(self._reachable(endpoint.liveness) for endpoint in self._endpoints))
+            # Whether one asks or not: a cancelled one has an exception, too.
+            self._reached.add_done_callback(lambda reached: reached.cancelled() or reached.exception())
         return self._reached
 
     async def _reachable(self, address: str) -> bool:

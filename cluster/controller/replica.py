@@ -210,8 +210,7 @@ class Replica:
                     return
                 await self._fail(failure)
         finally:
-            if self._placement is not None:
-                self._placement.remove()
+            self._leave_hosts()
 
     async def _live(self) -> Exception | None:
         """Runs an epoch to its end; returns why it failed, None if it was asked to end."""
@@ -244,22 +243,29 @@ class Replica:
             self._draining = False
             self._enter(cluster_pb2.REPLICA_STATE_PLACING)
         await self._placements.begins(self.index, self.epoch)
-        now = asyncio.get_running_loop().time()
-        failing = self._quarantine.failing(now)
+        if self.outdated or self._growing or await self._belongs_elsewhere():
+            self._leave_hosts()
         if self._placement is not None:
-            worst = frozenset([node for node in self._placement.nodes if node in failing][:1])
-            elsewhere = worst and await self._placements.spares_beside(self._mesh, worst)
-            if self.outdated or self._growing or elsewhere:
-                self._placement.remove()
-                self._placement = None
-            else:
-                self._placement = await self._placement.renew()
+            self._placement = await self._placement.renew()
         self._growing = False
         while self._placement is None:
             self._placement = await self._create()
         self._nodes = self._placement.nodes
         self._lies_on(self._config_of(len(self._nodes)).mesh)
         return self._placement
+
+    async def _belongs_elsewhere(self) -> bool:
+        """Whether one of its hosts loses workers again and again, and there are others."""
+        if self._placement is None:
+            return False
+        failing = self._quarantine.failing(asyncio.get_running_loop().time())
+        worst = frozenset([node for node in self._placement.nodes if node in failing][:1])
+        return bool(worst) and await self._placements.spares_beside(self._mesh, worst)
+
+    def _leave_hosts(self) -> None:
+        if self._placement is not None:
+            self._placement.remove()
+            self._placement = None
 
     async def _create(self) -> Placement | None:
         """New workers, on as many hosts as are configured. If it has served, some may be lost for long: then on fewer."""
@@ -288,6 +294,8 @@ class Replica:
             try:
                 self._placement.dump_stacks()
                 await self._blame(self._placement, failure)
+                if await self._belongs_elsewhere():
+                    self._leave_hosts()  # another replica may do better with them meanwhile
             except Exception:
                 _LOG.exception("replica %d: no host can be blamed", self.index, extra=self.log_fields)
         await asyncio.sleep(

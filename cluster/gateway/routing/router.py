@@ -96,7 +96,7 @@ class Router:
         served = self._served & {replica.index for replica in replicas if replica.state not in _GONE}
         self._returning = served | {replica.index for replica in replicas if replica.returns}
         leaders = {replica.leader: replica.draining for replica in replicas if replica.leader is not None}
-        self._taking = {leader for leader, draining in leaders.items() if not draining}
+        before, self._taking = self._taking, {leader for leader, draining in leaders.items() if not draining}
         for leader in set(self._serving) - set(leaders):
             task = self._serving.pop(leader)
             self._ending.add(task)
@@ -105,9 +105,10 @@ class Router:
         for leader in set(leaders) - set(self._serving):
             self._serving[leader] = asyncio.ensure_future(self._keep(leader))
         self._changed()
-        if not self._links and not self._returning:
-            for session, _ in list(self._waiting.values()):
-                self._send(session)
+        # One that drained goes on after all if the controller that wanted it has died.
+        opened = any(link.leader in self._taking - before for link in self._links.values())
+        if opened or (not self._links and not self._returning):
+            self._send_waiting()
 
     async def close(self) -> None:
         """Ends all streams."""
@@ -131,8 +132,7 @@ class Router:
         def proven() -> None:
             self._links[replica] = link
             self._changed()
-            for session, _ in list(self._waiting.values()):
-                self._send(session)
+            self._send_waiting()
 
         try:
             await link.run(proven)
@@ -206,6 +206,10 @@ class Router:
         self._stop_waiting(session)
         if not self._place(session):
             session.deliver(unavailable("the replica was lost, and there is no other"))
+
+    def _send_waiting(self) -> None:
+        for session, _ in list(self._waiting.values()):
+            self._send(session)
 
     def _least_busy(self) -> ReplicaLink | None:
         """The replica with the least to do; None if none takes sessions."""

@@ -179,6 +179,21 @@ def test_sessions_wait_for_a_replica_that_is_built_again(end: Callable[[_Leader]
     asyncio.run(play())
 
 
+def test_a_session_that_waits_gets_the_replica_that_drained_and_goes_on_after_all() -> None:
+    async def play() -> None:
+        router, session = _Router(max_wait=5), _session()
+        async with _leading(router, 0, 1) as leader:
+            serving = router._views[0]
+            router.show(dataclasses.replace(serving, draining=True))
+            router.start(session)
+            assert router.unplaced == 1
+            router.show(serving)  # as a new controller does
+            assert (await leader.submitted()).id == "r"
+            router.cancel(session)
+
+    asyncio.run(play())
+
+
 def test_a_leader_that_says_that_it_lives_is_believed() -> None:
     async def play() -> None:
         router = _Router(max_wait=5)
