@@ -22,21 +22,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="test all hosts of this Ray cluster, such as auto, at once (default: this host)",
     )
     parser.add_argument("--platform", choices=PLATFORMS, help="of the devices (default: what this host has)")
-    parser.add_argument(
-        "--devices", type=int, default=1, help="devices of each host; of CPU hosts, parts (default: %(default)s)"
-    )
+    parser.add_argument("--devices", type=int, default=1, help="parts of each CPU host (default: %(default)s)")
     parser.add_argument("--checkpoint", help="directory or URL from which the rate of loading is measured")
     parser.add_argument(
         "--golden", default=str(sections.GOLDEN), help="directory of golden sets (default: those of the project)"
     )
     parser.add_argument("--config", help="config.json of the model whose layers are computed (default: Grok-1)")
+    parser.add_argument(
+        "--only", choices=sections.SECTIONS, nargs="+", default=sections.SECTIONS, help="these sections (default: all)"
+    )
     parser.add_argument("--json", type=pathlib.Path, help="file for all findings")
 
 
 def run(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
     platform = arguments.platform or sections.platform_here()
-    options = sections.Options(platform, arguments.devices, arguments.checkpoint, arguments.golden, arguments.config)
+    options = sections.Options(
+        platform, arguments.devices, arguments.checkpoint, arguments.golden, arguments.config, tuple(arguments.only)
+    )
     found: dict[str, list[Finding]] = {}
     if arguments.ray:
         from cluster.commands.selftest_hosts import test_hosts

@@ -41,7 +41,9 @@ def test_hosts(address: str, options: Options) -> Iterator[tuple[str, list[Findi
         nodes = [
             node for node in ray.nodes() if node["Alive"] and (resource == "CPU" or node["Resources"].get(resource))
         ]
-        testers = {f"host {node['NodeManagerAddress']}": _tester(node, resource) for node in nodes}
+        testers = {
+            f"host {node['NodeManagerAddress']} ({node['NodeID'][:8]})": _tester(node, resource) for node in nodes
+        }
         places = {host: tester.place.remote() for host, tester in testers.items()}
         ready, _ = ray.wait(list(places.values()), num_returns=len(places), timeout=_FREE_SECONDS)
         free = {host: testers[host] for host, place in places.items() if place in ready}

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from tools.aot.release import release_headers
 from tools.bench.steps import Steps, prompt_flops, step_bytes
@@ -30,7 +31,7 @@ from workers.kernels.tpu.kernels import TPU
 from workers.messages.plan import EngineShape
 from workers.model.config import GrokConfig
 from workers.model.partition import Partition
-from workers.runtime.mesh import make_mesh
+from workers.runtime.mesh import AXES, TYPES
 from workers.runtime.program_set import ProgramSet
 from workers.runtime.runtime import Runtime
 
@@ -92,8 +93,9 @@ def read_bandwidth(size: int) -> float:
 
 
 def make_steps(config: GrokConfig, kernels: Kernels, shape: EngineShape, dtype: Any = jnp.bfloat16) -> Steps:
-    """A runtime of random weights on the only device, ready to compute. `dtype` is that of activations and of the KV cache."""
-    partition = Partition.create(config, make_mesh(1, 1), "batch", kernels)
+    """A runtime of random weights on the first device, ready to compute. `dtype` is that of activations and of the KV cache."""
+    mesh = Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1), AXES, axis_types=TYPES)
+    partition = Partition.create(config, mesh, "batch", kernels)
     shapes = parameter_shapes(release_headers(config), partition, dtype=dtype)
     runtime = Runtime(ProgramSet(config, shape, partition, shapes, dtype, dtype), partition)
     runtime.set_parameters(random_parameters(shapes))

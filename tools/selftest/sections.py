@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from tools.selftest.findings import Finding, Outcome
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "tests" / "golden"
+SECTIONS = ("host", "kernels", "golden", "layers", "loading")
 _DEVICE_FILES = {"nvidia[0-9]*": "gpu", "accel[0-9]*": "tpu", "vfio/[0-9]*": "tpu"}
 #: Seconds that a section may take: programs of accelerators compile for minutes.
 _SECTION_SECONDS = 600
@@ -27,9 +28,10 @@ class Options:
 
     Attributes:
       platform: of the devices, cpu, gpu or tpu.
-      devices: of this host, where it is not as many as there are: CPU devices.
+      devices: parts into which a CPU host is divided; of accelerators all are tested.
       checkpoint: directory or URL from which the rate of loading is measured; None for none.
       golden: directory with golden sets.
+      only: which sections.
       config: config.json of the model of which layers are computed; None for Grok-1.
     """
 
@@ -38,6 +40,7 @@ class Options:
     checkpoint: str | None = None
     golden: str = str(GOLDEN)
     config: str | None = None
+    only: Sequence[str] = SECTIONS
 
 
 def platform_here() -> str:
@@ -48,12 +51,21 @@ def platform_here() -> str:
 
 def run_sections(options: Options) -> Iterator[Finding]:
     """All that one host can find out by itself."""
-    environment = environment_of(options)
-    yield from _run("host", ["tools.selftest.host"], environment)
-    yield from _run("kernels", ["tools.selftest.kernels", options.platform], environment)
-    yield from _golden(options, environment)
-    layers = ["tools.selftest.layers", options.platform, *([options.config] if options.config else [])]
-    yield from _run("layers", layers, environment)
+    environment, devices = environment_of(options), options.devices
+    # Golden sets are computed on all devices, and only JAX knows how many accelerators there are.
+    if "host" in options.only or ("golden" in options.only and options.platform != "cpu"):
+        for finding in _run("host", ["tools.selftest.host"], environment):
+            devices = int(finding.figures.get("devices", devices))
+            yield finding
+    if "kernels" in options.only:
+        yield from _run("kernels", ["tools.selftest.kernels", options.platform], environment)
+    if "golden" in options.only:
+        yield from _golden(options, devices, environment)
+    if "layers" in options.only:
+        words = [options.platform, *([options.config] if options.config else [])]
+        yield from _run("layers", ["tools.selftest.layers", *words], environment)
+    if "loading" not in options.only:
+        return
     if options.checkpoint is None:
         yield Finding("loading", "rate", Outcome.SKIPPED, "name a directory or URL with --checkpoint")
     else:
@@ -74,8 +86,8 @@ def run_interconnect(options: Options, coordinator: str, rank: int, hosts: int) 
     return list(_run("interconnect", ["tools.selftest.host", *words], environment_of(options)))
 
 
-def _golden(options: Options, environment: dict[str, str]) -> Iterator[Finding]:
-    """What xAI's own code has computed, on as many devices as divide it."""
+def _golden(options: Options, devices: int, environment: dict[str, str]) -> Iterator[Finding]:
+    """What xAI's own code has computed, on all devices."""
     sets = sorted(path.parent for path in pathlib.Path(options.golden).glob("*/cases.json"))
     if not sets:
         yield Finding(
@@ -87,7 +99,7 @@ def _golden(options: Options, environment: dict[str, str]) -> Iterator[Finding]:
     activations = "float32" if options.platform == "cpu" else "bfloat16"
     for directory in sets:
         words = ["--checkpoint", str(directory), "--golden", str(directory), "--platform", options.platform]
-        module = ["tools.verify.verify", *words, "--activations", activations, "--mesh", f"1x{options.devices}"]
+        module = ["tools.verify.verify", *words, "--activations", activations, "--mesh", f"1x{devices}"]
         code, lines = _lines(module, environment)
         text = lines[-1] if lines else ""
         yield Finding("golden", directory.name, Outcome.FAILED if code else Outcome.OK, text)

@@ -37,7 +37,8 @@ class Watchdog:
         clock: Callable[[], float] = time.monotonic,
         excused: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Time is excused while a rank gives no sign of life: whether it is lost is found out otherwise."""
+        """Time is excused while a rank gives no sign of life, and until then: whether it is lost is found out otherwise. Ranks
+        that are stopped one after the other, each too briefly to be lost, hang no more than one is."""
         self._bark = bark
         self._working = working
         self._clock = clock
@@ -104,8 +105,7 @@ class Watchdog:
         since, seconds, checked = self._counted
         if since != began:
             seconds, checked = 0.0, began
-        if not self._excused():
-            seconds += min(now - checked, MOST_BETWEEN_CHECKS)
+        seconds = 0.0 if self._excused() else seconds + min(now - checked, MOST_BETWEEN_CHECKS)
         self._counted = began, seconds, now
         return seconds
 
