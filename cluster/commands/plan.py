@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 
 from tools.aot.report import AotReport, Engine, NoCompilerError, compile_in_subprocess
@@ -42,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=WEIGHTS, default="int8", help="as kept on devices (default: %(default)s)")
     parser.add_argument("--kv-cache", choices=KV_CACHES, default="bfloat16", help="type (default: %(default)s)")
     parser.add_argument("--step-ms", type=float, help="longest that a step of all of them should take")
+    parser.add_argument(
+        "--price", type=float, help="of a device and hour, in any currency; shows that of a million tokens"
+    )
     parser.add_argument("--json", action="store_true", help="figures instead of text")
     parser.add_argument("--compile", action="store_true", help="have the real programs compiled for it too")
 
@@ -57,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise hw.HardwareError(f"--context {context}: the model has 1 to {model.sequence_len} positions")
     if arguments.concurrency < 1:
         raise hw.HardwareError(f"--concurrency {arguments.concurrency}: at least 1")
+    if arguments.price is not None and not 0 < arguments.price < math.inf:
+        raise hw.HardwareError(f"--price {arguments.price:g}: of a device and hour, more than 0")
     wanted = arguments.step_ms / 1e3 if arguments.step_ms is not None else None
     try:
         found = plan(model, hardware, precision, Workload(context, arguments.concurrency, wanted))
@@ -65,12 +71,12 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     reports = _compiled(found) if arguments.compile else []
     if arguments.json:
-        shown = {"fits": True, **as_json(found)}
+        shown = {"fits": True, **as_json(found, arguments.price)}
         if arguments.compile:
             shown["compiled"] = [dataclasses.asdict(report) for report in reports]
         print(json.dumps(shown, indent=1))
     else:
-        print(describe(found))
+        print(describe(found, arguments.price))
         print("\n".join(line for report in reports for line in _report_lines(found, report)))
     return 0 if all(report.fits for report in reports) else 1
 

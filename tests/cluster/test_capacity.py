@@ -100,6 +100,7 @@ def test_plan_tells_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpus", "8xH100", "--context", "9000"], "1 to 8192"),
         (["--gpus", "8xH100", "--hosts", "0"], "at least 1"),
         (["--gpus", "8xH100", "--concurrency", "0"], "at least 1"),
+        (["--gpus", "8xH100", "--price", "-1"], "more than 0"),
         (["--gpus", "8xH100", "--model", "/nowhere"], "/nowhere/ckpt-0: is no directory"),
         (["--cpu", "512,300,4000", "--compile"], "CPU hosts compile when they start"),
     ],

@@ -15,15 +15,23 @@ from workers.model.parameters import parameter_table
 
 #: Bytes a second that a host reads from a good local disk, and from an object store.
 DISK, OBJECT_STORE = 2e9, 1e9
+#: Bytes a second that a weights cache in memory is checked with by a CPU host, and copied from it to each accelerator.
+CHECKED, COPIED = 20e9, 5e9
+#: Seconds until a host that has died, and one that is only silent, is known to be lost; and those that new workers take to
+#: start, meet and compile from their cache: p50 and most, measured on two cores with a model of 1.27 GB.
+NOTICED, REBUILT = Range(0.3, 4.0), Range(7.2, 8.8)
 _PARTS = ("experts", "attention", "table", "rest", "kv_pages", "sampling", "programs")
 
 
-def as_json(plan: CapacityPlan) -> dict[str, Any]:
-    """All figures of a plan: bytes and seconds."""
+def as_json(plan: CapacityPlan, price: float | None = None) -> dict[str, Any]:
+    """All figures of a plan: bytes and seconds; with a price of a device and hour, that of tokens."""
     best = plan.best
 
     def seconds(found: dict[int, Range]) -> dict[str, dict[str, float]]:
-        return {str(key): {"best": value.best, "worst": value.worst} for key, value in found.items()}
+        return {
+            str(key): {"best": value.best, "expected": value.middle, "worst": value.worst}
+            for key, value in found.items()
+        }
 
     return {
         "hardware": str(plan.hardware),
@@ -37,7 +45,13 @@ def as_json(plan: CapacityPlan) -> dict[str, Any]:
         "sequences_of_whole_context": best.capacity,
         "decode_seconds": seconds(plan.decode),
         "first_token_seconds": seconds(plan.prefill),
-        "load_seconds": {"disk": _host_bytes(plan) / DISK, "object_store": _host_bytes(plan) / OBJECT_STORE},
+        "load_seconds": {
+            "disk": _host_bytes(plan) / DISK,
+            "object_store": _host_bytes(plan) / OBJECT_STORE,
+            "weights_cache": _cached_seconds(plan),
+        },
+        "recovery_seconds": {"best": _recovery(plan).best, "worst": _recovery(plan).worst},
+        **({} if price is None else {"price_of_a_million_tokens": _prices(plan, price)}),
         "other_meshes": [
             {"data": c.data, "model": c.model, "rules": c.rules, "sequences_of_whole_context": c.capacity}
             for c in plan.candidates[1:]
@@ -91,10 +105,17 @@ def cluster_fragment(plan: CapacityPlan) -> dict[str, Any]:
     return {"available_node_types": {"worker": workers}}
 
 
-def describe(plan: CapacityPlan) -> str:
-    """The plan as a page of text."""
+def describe(plan: CapacityPlan, price: float | None = None) -> str:
+    """The plan as a page of text; `price` is that of a device and hour."""
     return "\n".join(
-        [*_memory_lines(plan), *_mesh_lines(plan), *_speed_lines(plan), *_load_lines(plan), *_configuration_lines(plan)]
+        [
+            *_memory_lines(plan),
+            *_mesh_lines(plan),
+            *_speed_lines(plan),
+            *([] if price is None else _price_lines(plan, price)),
+            *_load_lines(plan),
+            *_configuration_lines(plan),
+        ]
     )
 
 
@@ -167,15 +188,18 @@ def _speed_lines(plan: CapacityPlan) -> list[str]:
         f"How fast? (sequences {middle} positions long; best: bytes and bandwidth; worst: with sums over devices, and less of "
         "either)",
         "",
-        f"  {'batch':>7} {'experts a layer':>16} {'ms a step':>18} {'tokens/s':>20}",
+        f"  {'batch':>7} {'experts a layer':>16} {'ms a step':>18} {'expected':>9} {'tokens/s':>20}",
     ]
     for batch, step in plan.decode.items():
         lines.append(
             f"  {batch:>7} {expected_experts(plan.config, batch):>16.1f} "
-            f"{step.best * 1e3:>8.1f} .. {step.worst * 1e3:<6.1f} {batch / step.worst:>9,.0f} .. {batch / step.best:<8,.0f}"
+            f"{step.best * 1e3:>8.1f} .. {step.worst * 1e3:<6.1f} {step.middle * 1e3:>9.1f} "
+            f"{batch / step.worst:>9,.0f} .. {batch / step.best:<8,.0f}"
         )
     for tokens, first in plan.prefill.items():
-        lines.append(f"  first token of a prompt of {tokens}: {first.best:.2f} .. {first.worst:.2f} s")
+        lines.append(
+            f"  first token of a prompt of {tokens}: {first.best:.2f} .. {first.worst:.2f} s, {first.middle:.2f} expected"
+        )
     wanted = plan.workload.step_seconds
     if wanted is not None:
         step = plan.decode[plan.workload.concurrency]
@@ -190,16 +214,56 @@ def _host_bytes(plan: CapacityPlan) -> float:
     return stored * plan.hardware.devices / plan.hardware.hosts
 
 
+def _kept_bytes(plan: CapacityPlan) -> float:
+    """Bytes of a host's weights cache."""
+    return plan.best.memory.weights * plan.hardware.devices / plan.hardware.hosts
+
+
+def _cached_seconds(plan: CapacityPlan) -> float:
+    """Seconds that a host takes to load from its weights cache in memory."""
+    if plan.hardware.device.platform == "cpu":
+        return _kept_bytes(plan) / CHECKED
+    return plan.best.memory.weights / COPIED
+
+
+def _recovery(plan: CapacityPlan) -> Range:
+    """Seconds from the loss of a host until the mesh serves again with another one, which reads its part from a disk or an
+    object store, while the others have theirs in a cache."""
+    best, worst = (max(_host_bytes(plan) / rate, _cached_seconds(plan)) for rate in (DISK, OBJECT_STORE))
+    return Range(NOTICED.best + REBUILT.best + best, NOTICED.worst + REBUILT.worst + worst)
+
+
+def _prices(plan: CapacityPlan, price: float) -> dict[str, dict[str, float]]:
+    """Of a million tokens that are computed without a pause: of completions by batch, of prompts by length."""
+    second = price * plan.hardware.devices / 3600
+    return {
+        "completion": {str(batch): second * step.middle / batch * 1e6 for batch, step in plan.decode.items()},
+        "prompt": {str(tokens): second * first.middle / tokens * 1e6 for tokens, first in plan.prefill.items()},
+    }
+
+
+def _price_lines(plan: CapacityPlan, price: float) -> list[str]:
+    lines = [f"How much, at {price:g} a device and hour? (expected; a replica that always has so much to do)", ""]
+    lines += [
+        f"  a million tokens of {'completions, batch' if kind == 'completion' else 'prompts of'} {size}: {cost:,.2f}"
+        for kind, costs in _prices(plan, price).items()
+        for size, cost in costs.items()
+    ]
+    return [*lines, ""]
+
+
 def _load_lines(plan: CapacityPlan) -> list[str]:
-    size = _host_bytes(plan)
-    kept = plan.best.memory.weights * plan.hardware.devices / plan.hardware.hosts
+    size, kept, recovery = _host_bytes(plan), _kept_bytes(plan), _recovery(plan)
+    themselves = ", which are the weights themselves" if plan.hardware.device.platform == "cpu" else ""
     return [
         "How long until it serves?",
         "",
         f"  each of {plan.hardware.hosts} hosts reads {size / 1e9:,.0f} GB: {size / DISK:,.0f} s from a disk of "
         f"{DISK / 1e9:g} GB/s, {size / OBJECT_STORE:,.0f} s from an object store at {OBJECT_STORE / 1e9:g} GB/s",
-        f"  with model.weights_cache in memory the next start reads nothing; it keeps {kept / 1e9:,.0f} GB on each host"
-        + (", which are the weights themselves" if plan.hardware.device.platform == "cpu" else ""),
+        f"  with model.weights_cache in memory the next start reads nothing: {_cached_seconds(plan):,.0f} s; the cache keeps "
+        f"{kept / 1e9:,.0f} GB on each host{themselves}",
+        f"  after the loss of a host, with another in its place and such caches: "
+        f"{recovery.best:,.0f} .. {recovery.worst:,.0f} s",
         "",
     ]
 

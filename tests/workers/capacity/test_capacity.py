@@ -19,7 +19,7 @@ from workers.capacity.hardware import DEVICES, HardwareError, cpu_hosts, gpu_hos
 from workers.capacity.memory import Precision, kv_bytes_per_token, memory, whole_bytes
 from workers.capacity.planner import DoesNotFitError, Workload, layout_of, meshes, pages_that_fit, plan
 from workers.capacity.prediction import active_parameters, expected_experts, sum_seconds
-from workers.capacity.report import configuration, describe
+from workers.capacity.report import as_json, configuration, describe
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.loader import load_parameters
 from workers.kernels.cpu.kernels import native_kernels
@@ -157,6 +157,24 @@ def test_the_page_answers_the_questions() -> None:
     assert "FP32 1,256 GB, FP16 628 GB, 8-bit 314 GB, 4-bit 157 GB" in text
     assert "30 ms a step for 8 sequences: met" in text
     assert "rules: tensor" in text
+    assert "How much" not in text
+
+
+def test_tokens_cost_what_the_devices_do_while_they_compute_them() -> None:
+    found = plan(GROK_1, gpu_hosts("8xH100", 1), Precision(), Workload(8192, 8))
+    prices = as_json(found, price=3.6)["price_of_a_million_tokens"]
+    assert prices["completion"]["8"] == pytest.approx(8 * 3.6 / 3600 * found.decode[8].middle / 8 * 1e6)
+    assert prices["completion"]["128"] < prices["completion"]["1"]
+    assert prices["prompt"]["8192"] == pytest.approx(8 * 3.6 / 3600 * found.prefill[8192].middle / 8192 * 1e6)
+    assert "completions, batch 8: " in describe(found, price=3.6)
+
+
+def test_a_cache_shortens_the_next_start_and_not_that_of_a_new_host() -> None:
+    two = plan(GROK_1, cpu_hosts(768e9, 400e9, 6e12, 2), Precision(activations="float32"), Workload(4096, 8))
+    four = plan(GROK_1, cpu_hosts(768e9, 400e9, 6e12, 4), Precision(activations="float32"), Workload(4096, 8))
+    found, fewer = as_json(four), as_json(two)
+    assert found["load_seconds"]["weights_cache"] < found["load_seconds"]["disk"] / 2
+    assert found["load_seconds"]["disk"] < found["recovery_seconds"]["best"] < fewer["recovery_seconds"]["best"]
 
 
 @pytest.mark.parametrize(
