@@ -39,7 +39,8 @@ def _verify(checkpoint: pathlib.Path, golden: pathlib.Path, mesh: str = "1x1", h
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh", "hosts"), [("nano-s1", "1x1", 1), ("text-s1", "2x2", 2), ("nano-s1", "1x8", 2)]
+    ("name", "mesh", "hosts"),
+    [("nano-s1", "1x1", 1), ("text-s1", "2x2", 2), ("nano-s1", "1x8", 2), ("head128-s5", "1x2", 1)],
 )
 def test_golden_sets_pass(name: str, mesh: str, hosts: int, capfd: pytest.CaptureFixture[str]) -> None:
     assert _verify(GOLDEN / name, GOLDEN / name, mesh, hosts) == 0

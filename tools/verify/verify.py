@@ -84,7 +84,7 @@ def _verdicts(golden: GoldenSet, arguments: argparse.Namespace, worker: Worker) 
         yield checksums
     rounding = _rounding(arguments, runtime.kernels)
     for case in golden.forward:
-        logits, probabilities = _score(runtime, case["prompt"])
+        logits, probabilities = score(runtime, case["prompt"])
         yield judge_forward(golden, case, logits, probabilities, config.num_selected_experts, rounding)
     greedy = [case for case in golden.run if case["kind"] == "greedy"]
     scheduler = Scheduler(runtime.shape, config.vocab_size, len(greedy))
@@ -94,7 +94,7 @@ def _verdicts(golden: GoldenSet, arguments: argparse.Namespace, worker: Worker) 
             continue  # what the original did with prompts that it cut or masked is not to be imitated
         tokens = golden.array(golden.reference, f"run/{case['name']}/tokens").tolist()
         prompt = list(case["prompt"])
-        logits, probabilities = _score(runtime, [*prompt, *tokens[:-1]])
+        logits, probabilities = score(runtime, [*prompt, *tokens[:-1]])
         gaps = router_gaps(probabilities, config.num_selected_experts).min(axis=1)
         yield judge_run(golden, case, drawn.get(case["name"]), logits[len(prompt) - 1 :], gaps)
 
@@ -106,7 +106,7 @@ def _rounding(arguments: argparse.Namespace, kernels: str) -> Rounding:
     return FLOAT32 if kernels == PORTABLE.name else NATIVE
 
 
-def _score(runtime: Runtime, prompt: list[int]) -> tuple[Array, Array]:
+def score(runtime: Runtime, prompt: list[int]) -> tuple[Array, Array]:
     """Logits [T, V] and router probabilities [T, L, E] of a whole prompt, computed chunk by chunk."""
     pages = tuple(range(1, 1 + runtime.shape.pages_for(len(prompt))))
     results = []

@@ -28,8 +28,9 @@ RECONNECT_SECONDS = 0.2
 LAST_SECONDS = 0.1
 #: Seconds that a forecast wait counts, unless a session is started.
 WAIT_SECONDS = 0.02
-#: Replicas that may be lost while they compute one session alone. Else one that breaks them would break all, for ever.
-MOST_TRIALS = 2
+#: Replicas that may be lost while they compute one session alone. Else one that breaks them would break all, for ever; so often
+#: hosts are hardly lost just then by chance.
+MOST_TRIALS = 3
 
 
 #: Replicas in these states are not built again.
@@ -145,7 +146,7 @@ class Router:
 
     def _move(self, left: list[Session], tried: str) -> None:
         """Sends sessions elsewhere whose replica was lost, which computed the one with the id `tried` alone."""
-        for session in left:
+        for session in sorted(left, key=lambda session: session.trials):
             session.lose(alone=session.request.id == tried)
             if session.trials == MOST_TRIALS:
                 session.deliver(breaking(f"{session.losses} replicas were lost with this request; it must be why"))
@@ -208,7 +209,8 @@ class Router:
             session.deliver(unavailable("the replica was lost, and there is no other"))
 
     def _send_waiting(self) -> None:
-        for session, _ in list(self._waiting.values()):
+        """Sends all that wait for a replica. What may have broken one is tried after the others."""
+        for session, _ in sorted(self._waiting.values(), key=lambda entry: entry[0].trials):
             self._send(session)
 
     def _least_busy(self) -> ReplicaLink | None:

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from tests.conftest import GOLDEN
 from tools.aot.release import release_headers
 from tools.bench.slice import random_parameters
-from workers.checkpoint.loader import parameter_shapes
+from tools.verify.golden import BFLOAT16, GoldenSet, judge_forward
+from tools.verify.verify import score
+from workers.checkpoint.checkpoint import open_checkpoint
+from workers.checkpoint.loader import load_parameters, parameter_shapes
 from workers.kernels.gpu.kernels import gpu_kernels
 from workers.kernels.interface import ACCELERATOR, Kernels
 from workers.messages.plan import Chunk, DecodeRow, EngineShape, Plan, Sampling, SlotStart, Token
@@ -73,3 +77,20 @@ def test_tokens_are_those_of_plain_jax(data: int, model: int, kv_dtype: Any) -> 
         np.testing.assert_allclose(
             [token.logprob for token in tokens], [token.logprob for token in expected], atol=0.05
         )
+
+
+def test_what_xais_code_has_computed_comes_out() -> None:
+    """A prompt of the golden set whose heads are as wide as Grok-1's, which the kernels compute."""
+    directory = GOLDEN / "head128-s5"
+    golden, checkpoint = GoldenSet.load(directory), open_checkpoint(directory)
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
+    partition = Partition.create(checkpoint.config, mesh, "batch", gpu_kernels(interpret=True))
+    params, _ = load_parameters(checkpoint, partition, dtype=jnp.bfloat16)
+    shape = EngineShape(2, 1, 9, 16, 32, 128)
+    runtime = Runtime(ProgramSet(checkpoint.config, shape, partition, params, jnp.bfloat16), partition)
+    runtime.set_parameters(params)
+    (case,) = (case for case in golden.forward if len(case["prompt"]) == 32)
+    logits, probabilities = score(runtime, case["prompt"])
+    verdict = judge_forward(golden, case, logits, probabilities, checkpoint.config.num_selected_experts, BFLOAT16)
+    assert verdict.problems == ()
+    assert verdict.judged > 16
