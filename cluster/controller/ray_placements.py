@@ -45,11 +45,12 @@ class RayPlacements:
     ) -> Placement | None:
         """See Placements. What is wanted, but need not be, has AVOID_SECONDS to be there."""
         cluster, group, name = self._cluster, None, _group_name(replica)
-        there = {node["NodeID"] for node in await asyncio.to_thread(ray.nodes) if node["Alive"]}
+        nodes = await asyncio.to_thread(ray.nodes)
+        there = {node["NodeID"] for node in nodes if node["Alive"]}
         for count in range(len(avoided), -1, -1):
             without = frozenset(avoided[:count])
             stay = [node if node in there - without else "" for node in before] if len(before) == mesh.hosts else []
-            if (without or any(stay)) and await self.spares_beside(mesh, without):
+            if (without or any(stay)) and spares_beside(nodes, mesh, cluster, without):
                 group = await _reserve(name, group_options(mesh, cluster, without, stay), AVOID_SECONDS)
                 break
         group = group or await _reserve(name, group_options(mesh, cluster), seconds)
@@ -75,7 +76,7 @@ class RayPlacements:
 
     async def spares_beside(self, mesh: MeshSpec, avoided: frozenset[str]) -> bool:
         """See Placements."""
-        return await asyncio.to_thread(spares_beside, mesh, self._cluster, avoided)
+        return spares_beside(await asyncio.to_thread(ray.nodes), mesh, self._cluster, avoided)
 
     async def room(self, replica: int, mesh: MeshSpec, nodes: Sequence[str]) -> None:
         """See Placements. What is waited for is reserved, so that Ray's autoscaler adds it."""
@@ -159,12 +160,14 @@ def lacking_labels(options: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]
     return ", ".join(lacking) + advice if lacking else ""
 
 
-def spares_beside(mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[str]) -> bool:
-    """Whether a replica could lie on other nodes than those, were they free."""
+def spares_beside(
+    nodes: Sequence[Mapping[str, Any]], mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[str]
+) -> bool:
+    """Whether a replica could lie on other of Ray's nodes than those, were they free."""
     wanted = bundle(mesh, cluster.cpus_per_host)
     fit = [
         node
-        for node in ray.nodes()
+        for node in nodes
         if node["Alive"]
         and node["NodeID"] not in avoided
         and all(node["Resources"].get(name, 0) >= count for name, count in wanted.items())
