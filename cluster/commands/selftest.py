@@ -19,9 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
-        help="test all hosts of this Ray cluster, such as auto, at once (default: this host)",
+        help="test all hosts of this Ray cluster, such as auto, at once (default: this host); paths are those of each host",
     )
-    parser.add_argument("--platform", choices=PLATFORMS, help="of the devices (default: what this host has)")
+    parser.add_argument(
+        "--platform",
+        choices=PLATFORMS,
+        help="of the devices (default: what is there)",
+    )
     parser.add_argument("--devices", type=int, default=1, help="parts of each CPU host (default: %(default)s)")
     parser.add_argument("--checkpoint", help="directory or URL from which the rate of loading is measured")
     parser.add_argument(
@@ -36,19 +40,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
-    platform = arguments.platform or sections.platform_here()
-    options = sections.Options(
-        platform, arguments.devices, arguments.checkpoint, arguments.golden, arguments.config, tuple(arguments.only)
-    )
+
+    def options_of(platform: str) -> sections.Options:
+        a = arguments
+        return sections.Options(platform, a.devices, a.checkpoint, a.golden, a.config, tuple(a.only))
+
     found: dict[str, list[Finding]] = {}
     if arguments.ray:
         from cluster.commands.selftest_hosts import test_hosts
 
-        for host, findings in test_hosts(arguments.ray, options):
+        for host, findings in test_hosts(arguments.ray, options_of, arguments.platform):
             print(host, *map(row, findings), sep="\n", flush=True)
             found.setdefault(host, []).extend(findings)
     else:
-        for finding in sections.run_sections(options):
+        for finding in sections.run_sections(options_of(arguments.platform or sections.platform_here())):
             print(row(finding), flush=True)
             found.setdefault("this host", []).append(finding)
     everything = [finding for findings in found.values() for finding in findings]

@@ -46,8 +46,8 @@ UNNOTICED = ("kill controller", "pause controller", "flood")
 FAILOVER_SECONDS, RECOVERY_SECONDS = 120.0, 200.0
 #: Virtual seconds in which a request is forgotten whose client has left: its gateway may have died with it.
 LEFT_SECONDS = 1.0
-#: Seconds of the processor that a seed may take.
-CPU_SECONDS = 20
+#: Seconds of the processor that a seed may take, and of the clock, in case that it waits for something real.
+CPU_SECONDS, WAITING_SECONDS = 20, 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,11 +369,12 @@ def _virtual(loop: VirtualLoop) -> Iterator[None]:
     """Clocks show the loop's time; what takes too long is ended."""
 
     def late(*_: Any) -> None:
-        raise TimeoutError(f"{CPU_SECONDS} seconds of the processor without an end")
+        raise TimeoutError(f"{CPU_SECONDS} seconds of the processor, or {WAITING_SECONDS} of the clock, without an end")
 
     names = random.Random(0)
-    before = signal.signal(signal.SIGPROF, late)
+    before = [signal.signal(sign, late) for sign in (signal.SIGPROF, signal.SIGALRM)]
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    signal.alarm(WAITING_SECONDS)
     logging.disable(logging.CRITICAL)
     try:
         with (
@@ -387,4 +388,6 @@ def _virtual(loop: VirtualLoop) -> Iterator[None]:
     finally:
         logging.disable(logging.NOTSET)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
+        signal.alarm(0)
+        for sign, handler in zip((signal.SIGPROF, signal.SIGALRM), before, strict=True):
+            signal.signal(sign, handler)

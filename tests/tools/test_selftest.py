@@ -7,9 +7,12 @@ import json
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
+import jax
 import pytest
 
+from cluster.commands.selftest_hosts import _groups, platform_of
 from tests.conftest import DEMO
 from tests.support.ray_cluster import ray_cluster
 from tools.selftest import kernels as selftest_kernels
@@ -87,13 +90,31 @@ def test_right_kernels_are_close_to_plain_jax(kernels: Kernels, monkeypatch: pyt
     assert [one.name for one in selftest_kernels.compare(kernels) if one.error > one.tolerance] == []
 
 
-def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest_kernels, "ROWS", (3,))
-    wrong = dataclasses.replace(
-        native_kernels(), norm=lambda *args, **more: portable.norm(*args, **more).at[0, 0].set(float("nan"))
-    )
+
+    def norm(*arguments: Any, **more: Any) -> jax.Array:
+        return portable.norm(*arguments, **more).at[0, 0].set(float("nan"))
+
+    def route(*arguments: Any) -> tuple[jax.Array, ...]:
+        gates, experts, probabilities = portable.route(*arguments)
+        return gates * 1.01, experts, probabilities
+
+    wrong: Any = dataclasses.replace(native_kernels(), norm=norm)
+    wrong = dataclasses.replace(wrong, route=route)
     found = [one.name for one in selftest_kernels.compare(wrong) if not one.error <= one.tolerance]
-    assert found == ["norm, 3 rows"]
+    assert found == ["norm, 3 rows", "router, 3 rows"]
+
+
+def test_hosts_with_an_interconnect_are_tested_together_in_rank_order() -> None:
+    def host(name: str, slice_name: str, worker: int) -> dict[str, Any]:
+        labels = {"ray.io/tpu-slice-name": slice_name, "ray.io/tpu-worker-id": str(worker)}
+        return {"NodeID": name, "Resources": {"TPU": 4}, "Labels": labels}
+
+    hosts = [host("b1", "b", 1), host("a0", "a", 0), host("b0", "b", 0)]
+    assert [[node["NodeID"] for node in group] for group in _groups(hosts)] == [["b0", "b1"]]
+    assert platform_of([{"Resources": {"CPU": 8}}, *hosts]) == "tpu"
+    assert platform_of([{"Resources": {"CPU": 8}}]) == "cpu"
 
 
 def test_as_many_layers_as_memory_holds() -> None:

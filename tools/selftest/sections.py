@@ -14,9 +14,12 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from tools.selftest.findings import Finding, Outcome
+from workers.host.environment import share_devices
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "tests" / "golden"
 SECTIONS = ("host", "kernels", "golden", "layers", "loading")
+#: How the chips of a host lie, by their number.
+_TPU_HOSTS = {1: "1,1,1", 4: "2,2,1", 8: "2,4,1"}
 _DEVICE_FILES = {"nvidia[0-9]*": "gpu", "accel[0-9]*": "tpu", "vfio/[0-9]*": "tpu"}
 #: Seconds that a section may take: programs of accelerators compile for minutes.
 _SECTION_SECONDS = 600
@@ -28,7 +31,8 @@ class Options:
 
     Attributes:
       platform: of the devices, cpu, gpu or tpu.
-      devices: parts into which a CPU host is divided; of accelerators all are tested.
+      devices: parts into which a CPU host is divided. Of accelerators the memory of each is measured, sums and golden sets take
+        all, and kernels and layers the first.
       checkpoint: directory or URL from which the rate of loading is measured; None for none.
       golden: directory with golden sets.
       only: which sections.
@@ -51,7 +55,7 @@ def platform_here() -> str:
 
 def run_sections(options: Options) -> Iterator[Finding]:
     """All that one host can find out by itself."""
-    environment, devices = environment_of(options), options.devices
+    environment, devices = _alone(options), options.devices
     # Golden sets are computed on all devices, and only JAX knows how many accelerators there are.
     if "host" in options.only or ("golden" in options.only and options.platform != "cpu"):
         for finding in _run("host", ["tools.selftest.host"], environment):
@@ -74,10 +78,23 @@ def run_sections(options: Options) -> Iterator[Finding]:
 
 def environment_of(options: Options) -> dict[str, str]:
     """For processes that use this host's devices."""
-    changed = {"JAX_PLATFORMS": {"gpu": "cuda"}.get(options.platform, options.platform)}
+    environment = dict(os.environ)
+    share_devices(options.platform, environment)
+    environment["JAX_TRACEBACK_FILTERING"] = "off"  # so that an error is the last line
+    environment["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(options.platform, options.platform)
     if options.platform == "cpu":
-        changed["JAX_NUM_CPU_DEVICES"] = str(options.devices)
-    return {**os.environ, **changed}
+        environment["JAX_NUM_CPU_DEVICES"] = str(options.devices)
+    return environment
+
+
+def _alone(options: Options) -> dict[str, str]:
+    """For processes that use this host's devices without those of others."""
+    environment = environment_of(options)
+    chips = len(list(pathlib.Path("/dev").glob("accel[0-9]*")) or list(pathlib.Path("/dev/vfio").glob("[0-9]*")))
+    if options.platform == "tpu" and chips in _TPU_HOSTS:
+        # Else all hosts of a slice wait for each other.
+        environment |= {"TPU_HOST_BOUNDS": "1,1,1", "TPU_CHIPS_PER_HOST_BOUNDS": _TPU_HOSTS[chips]}
+    return environment
 
 
 def run_interconnect(options: Options, coordinator: str, rank: int, hosts: int) -> list[Finding]:
@@ -121,6 +138,7 @@ def _lines(module: Sequence[str], environment: dict[str, str]) -> tuple[int, lis
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             timeout=_SECTION_SECONDS, check=False,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return 124, [f"it has not ended in {_SECTION_SECONDS} s"]
+    except subprocess.TimeoutExpired as error:
+        found = error.stdout.decode(errors="replace").splitlines() if isinstance(error.stdout, bytes) else []
+        return 124, [*found, f"it has not ended in {_SECTION_SECONDS} s"]
     return done.returncode, list(collections.deque(done.stdout.splitlines(), 1000))

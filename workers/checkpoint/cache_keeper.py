@@ -6,6 +6,9 @@ Otherwise its memory would be taken until the host itself starts again.
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
+import logging
 import os
 import pathlib
 import socket
@@ -15,41 +18,59 @@ import time
 
 from workers.checkpoint.folder_locks import remove_unused
 
+_LOG = logging.getLogger(__name__)
+
 #: Seconds without Ray after which a cache is removed: `ray up` may only bring another version.
 KEEP_SECONDS = 600.0
-_POLL_SECONDS = 1.0
+#: The name of the process that each of Ray's nodes has.
+RAY_NODE = "raylet"
 
 
-def start_keeper(directory: str, ray_node: int) -> None:
-    """Starts the keeper of a cache. It outlives this process, and the one of Ray's node, which it watches."""
-    module = [sys.executable, "-m", __name__, directory, str(ray_node), str(KEEP_SECONDS)]
-    # Ray ends the children of its workers, but not what has another parent.
-    subprocess.run(
-        ["setsid", "--fork", *module], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        check=True,
-    )  # fmt: skip
+def start_keeper(directory: str) -> None:
+    """Starts the keeper of a cache, unless there is one. It outlives this process, and Ray's node, for which it looks."""
+    module = [sys.executable, "-P", "-m", __name__, directory, str(KEEP_SECONDS), RAY_NODE]
+    try:  # Ray ends the children of its workers, but not what has another parent.
+        subprocess.run(
+            ["setsid", "--fork", *module], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as error:
+        _LOG.warning("%s will be kept when Ray has ended here: %s", directory, error)
 
 
-def keep(directory: pathlib.Path, ray_node: int, seconds: float) -> None:
-    """Removes what no process uses, so many seconds after Ray's node has ended."""
-    while pathlib.Path(f"/proc/{ray_node}").exists():
-        time.sleep(_POLL_SECONDS)
-    time.sleep(seconds)
+def keep(directory: pathlib.Path, seconds: float, node: str) -> None:
+    """Removes what no process uses, once no process called `node` has been there for so many seconds."""
+    pause = min(5.0, seconds / 4)
+    left = seconds
+    while left > 0:
+        time.sleep(pause)
+        left = seconds if _runs(node) else left - pause
     with contextlib.suppress(OSError):
         for model in directory.iterdir():
             remove_unused(model)
         directory.rmdir()
 
 
+def _runs(name: str) -> bool:
+    """Whether this user has a process of a name."""
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it may have ended
+            if (process / "comm").read_text().strip() == name and process.stat().st_uid == os.geteuid():
+                return True
+    return False
+
+
 def main() -> None:
-    """Arguments: the directory, the process id of Ray's node, and seconds."""
-    directory, ray_node, seconds = sys.argv[1:]
+    """Arguments: the directory, seconds, and what Ray's node is called."""
+    directory, seconds, node = sys.argv[1:]
     only = socket.socket(socket.AF_UNIX)
-    try:  # one for each node, whatever number of workers that has
-        only.bind(f"\0grokmesh-cache-keeper-{os.geteuid()}-{ray_node}-{directory}")
-    except OSError:
-        return
-    keep(pathlib.Path(directory), int(ray_node), float(seconds))
+    try:  # one is enough, whatever number of workers starts it
+        only.bind(f"\0grokmesh-cache-keeper-{os.geteuid()}-{hashlib.sha256(directory.encode()).hexdigest()[:24]}")
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return
+        raise
+    keep(pathlib.Path(directory), float(seconds), node)
 
 
 if __name__ == "__main__":

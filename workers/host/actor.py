@@ -68,7 +68,7 @@ class Host:
         if weights_cache and self._weights is None:
             self._weights = WeightsServer(self._address, pathlib.Path(weights_cache))
             self._weights.serve_in_background("weights")
-            start_keeper(weights_cache, os.getppid())
+            start_keeper(weights_cache)
         return self._endpoint()
 
     def _endpoint(self) -> Endpoint:

@@ -42,6 +42,15 @@ def _check_flags(environment: MutableMapping[str, str]) -> None:
         raise EnvironmentProblem(f"XLA_FLAGS={environment['XLA_FLAGS']}: {problem}; unset what XLA does not know")
 
 
+def share_devices(platform: str, environment: MutableMapping[str, str]) -> None:
+    """What a process that computes on a platform's devices needs, before JAX makes them."""
+    if platform == "gpu":
+        # The share that the planner counts on; JAX's own is less.
+        environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+        # Else ranks tune operations for each other, and one that finds its own programs in its cache leaves the others waiting.
+        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_gpu_shard_autotuning=false".strip()
+
+
 def bypass_proxies(hosts: Iterable[str], environment: MutableMapping[str, str]) -> None:
     """Has gRPC connect to hosts of the mesh directly, whatever proxy the environment names: JAX's coordination goes over it."""
     known = environment.get("no_grpc_proxy", environment.get("no_proxy", environment.get("NO_PROXY", "")))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.loader import parameter_shapes
 from workers.checkpoint.storage import locate
+from workers.host.environment import share_devices
 from workers.host.kernel_selection import select_kernels
 from workers.kernels.interface import Kernels
 from workers.messages.plan import EngineShape
@@ -59,11 +60,7 @@ class StandbyEngine:
 def _choose_platform(mesh: MeshSpec) -> None:
     """Settles what JAX makes its devices of. It takes nothing else: where a driver is missing, that is what its error says."""
     jax.config.update("jax_platforms", {"gpu": "cuda"}.get(mesh.platform, mesh.platform))
-    if mesh.platform == "gpu":
-        # The share that the planner counts on; JAX's own is less.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-        # Else ranks tune operations for each other, and one that finds its own programs in its cache leaves the others waiting.
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_shard_autotuning=false".strip()
+    share_devices(mesh.platform, os.environ)
     if mesh.platform == "cpu":
         jax.config.update("jax_num_cpu_devices", mesh.devices_per_host)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -37,8 +37,8 @@ class Watchdog:
         clock: Callable[[], float] = time.monotonic,
         excused: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Time is excused while a rank gives no sign of life, and until then: whether it is lost is found out otherwise. Ranks
-        that are stopped one after the other, each too briefly to be lost, hang no more than one is."""
+        """While it is `excused`, as a rank gives no sign of life, no time counts, and afterwards the count starts anew: whether
+        that rank is lost is found out otherwise. So ranks that are stopped briefly, one after the other, are no hang."""
         self._bark = bark
         self._working = working
         self._clock = clock

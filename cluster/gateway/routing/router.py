@@ -146,8 +146,9 @@ class Router:
 
     def _move(self, left: list[Session], tried: str) -> None:
         """Sends sessions elsewhere whose replica was lost, which computed the one with the id `tried` alone."""
-        for session in sorted(left, key=lambda session: session.trials):
+        for session in left:
             session.lose(alone=session.request.id == tried)
+        for session in sorted(left, key=lambda session: session.trials):
             if session.trials == MOST_TRIALS:
                 session.deliver(breaking(f"{session.losses} replicas were lost with this request; it must be why"))
                 continue

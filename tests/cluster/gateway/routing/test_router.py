@@ -303,6 +303,23 @@ def test_a_session_that_breaks_every_replica_breaks_no_more_and_takes_no_others_
     asyncio.run(asyncio.wait_for(play(), 30))
 
 
+def test_what_may_have_broken_a_replica_is_tried_after_the_others() -> None:
+    async def play() -> None:
+        router = _Router(max_wait=5)
+        async with _leading(router, 0, 1) as leader:
+            for name in ("suspect", "other"):
+                router.start(_session(name))
+                assert (await leader.submitted()).id == name
+            leader.say(trying="suspect")
+            await _turns()
+            async with _leading(router, 1, 1) as second:
+                leader.die()
+                assert [(await second.submitted()).id for _ in range(2)] == ["other", "suspect"]
+                router.end("it is over")
+
+    asyncio.run(play())
+
+
 def test_without_any_replica_there_is_nothing_to_wait_for() -> None:
     async def play() -> None:
         router = _Router(max_wait=5)
