@@ -32,7 +32,7 @@ def start_keeper(directory: str) -> None:
     try:  # Ray ends the children of its workers, but not what has another parent.
         subprocess.run(
             ["setsid", "--fork", *module], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, check=True,
+            stderr=subprocess.DEVNULL, cwd="/", check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as error:
         _LOG.warning("%s will be kept when Ray has ended here: %s", directory, error)
