@@ -49,10 +49,9 @@ def test_hosts(
         options = options_of(platform or platform_of(nodes))
         resource = options.platform.upper()
         chosen = [node for node in nodes if resource == "CPU" or node["Resources"].get(resource)]
-        for node in nodes if resource != "CPU" else ():
-            if node not in chosen:
-                outcome = Outcome.SKIPPED if chosen else Outcome.FAILED
-                yield _name(node), [Finding("host", "devices", outcome, f"Ray sees no {resource} here")]
+        for node in (node for node in nodes if node not in chosen):
+            outcome = Outcome.SKIPPED if chosen else Outcome.FAILED
+            yield _name(node), [Finding("host", "devices", outcome, f"Ray sees no {resource} here")]
         testers = {_name(node): _tester(node, resource) for node in chosen}
         places = {host: tester.place.remote() for host, tester in testers.items()}
         ready, _ = (

@@ -311,7 +311,8 @@ def test_what_may_have_broken_a_replica_is_tried_after_the_others() -> None:
                 router.start(_session(name))
                 assert (await leader.submitted()).id == name
             leader.say(trying="suspect")
-            await _turns()
+            while router._links[0].trying != "suspect":
+                await asyncio.sleep(0.001)
             async with _leading(router, 1, 1) as second:
                 leader.die()
                 assert [(await second.submitted()).id for _ in range(2)] == ["other", "suspect"]
