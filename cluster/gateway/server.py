@@ -34,6 +34,8 @@ CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
 
 #: Seconds for completions that were asked to go on elsewhere, and for other calls, to end.
 END_SECONDS, IDLE_GRACE_SECONDS = 10.0, 1.0
+#: In which completions that the server had accepted before it stopped are still admitted.
+ACCEPTED_SECONDS = 0.25
 _POLL_SECONDS = 0.05
 #: Seconds between measurements of the loop's lag.
 BEAT_SECONDS = 0.05
@@ -125,15 +127,16 @@ class Gateway:
             await self._health.set(service, status)
 
     async def stop(self) -> None:
-        """Drains: health says NOT_SERVING, new completions get UNAVAILABLE, those in flight have `drain_seconds`, and are asked
+        """Drains: health says NOT_SERVING, no more completions are accepted, those in flight have `drain_seconds`, and are asked
         then to go on elsewhere.
 
         Clients are asked to connect anew; gRPC sends again what they meanwhile send on old connections.
         """
-        self.admission.draining = True
         await self._health.enter_graceful_shutdown()
         drain = self._config.drain_seconds
         stopping = asyncio.ensure_future(self._server.stop(drain + END_SECONDS + IDLE_GRACE_SECONDS))
+        await asyncio.sleep(ACCEPTED_SECONDS)
+        self.admission.draining = True
         await self._emptied(drain)
         self._router.end("the gateway is shutting down")
         await self._emptied(END_SECONDS)
