@@ -127,8 +127,8 @@ class Gateway:
             await self._health.set(service, status)
 
     async def stop(self) -> None:
-        """Drains: health says NOT_SERVING, no more completions are accepted, those in flight have `drain_seconds`, and are asked
-        then to go on elsewhere.
+        """Drains: health says NOT_SERVING, no more completions are accepted, those in flight have `drain_seconds`, and then are
+        asked to go on elsewhere.
 
         Clients are asked to connect anew; gRPC sends again what they meanwhile send on old connections.
         """
