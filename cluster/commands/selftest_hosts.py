@@ -9,6 +9,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.controller.failures import summary
 from cluster.service import connected
 from tools.selftest.findings import Finding, Outcome
 from tools.selftest.sections import Options, run_interconnect, run_sections
@@ -87,7 +88,7 @@ def _together(members: Sequence[Any], options: Options) -> list[Finding]:
     try:
         place = ray.get(members[0].place.remote(), timeout=_FREE_SECONDS)
     except ray.exceptions.RayError as error:
-        return [Finding("interconnect", "ends", Outcome.FAILED, str(error).strip().splitlines()[-1])]
+        return [Finding("interconnect", "ends", Outcome.FAILED, summary(error))]
     asked = [tester.interconnect.remote(options, place, rank, len(members)) for rank, tester in enumerate(members)]
     return [finding for answer in asked for finding in _answer("interconnect", answer)]
 
@@ -104,5 +105,5 @@ def _answer(section: str, answer: Any) -> list[Finding]:
     try:
         found: list[Finding] = ray.get(answer, timeout=_TEST_SECONDS)
     except ray.exceptions.RayError as error:
-        return [Finding(section, "ends", Outcome.FAILED, str(error).strip().splitlines()[-1])]
+        return [Finding(section, "ends", Outcome.FAILED, summary(error))]
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +16,22 @@ _BYTES = 512 << 20
 _SIZE = 2048
 
 
+def best_of(action: Callable[[], object], times: int = 5) -> float:
+    """Seconds of the fastest of some times, after one that does not count."""
+    action()
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
 def read_bandwidth(rounds: int = 5) -> float:
     """Bytes a second that all threads together read from memory; the best of some rounds."""
     parts = np.array_split(np.ones(_BYTES // 4, np.float32), os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
-
-        def read() -> float:
-            began = time.perf_counter()
-            list(pool.map(_read, parts))
-            return time.perf_counter() - began
-
-        read()
-        return _BYTES / min(read() for _ in range(rounds))
+        return _BYTES / best_of(lambda: list(pool.map(_read, parts)), rounds)
 
 
 def _read(part: np.ndarray[tuple[int], np.dtype[np.float32]]) -> float:
@@ -39,10 +44,4 @@ def matmul_peak(rounds: int = 8) -> float:
     x = jnp.ones((_SIZE, _SIZE))
     multiply = jax.jit(jnp.matmul)
 
-    def run() -> float:
-        began = time.perf_counter()
-        multiply(x, x).block_until_ready()
-        return time.perf_counter() - began
-
-    run()
-    return 2 * _SIZE**3 / min(run() for _ in range(rounds))
+    return 2 * _SIZE**3 / best_of(lambda: multiply(x, x).block_until_ready(), rounds)

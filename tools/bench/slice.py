@@ -13,7 +13,6 @@ import functools
 import json
 import pathlib
 import sys
-import time
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tools.aot.release import release_headers
+from tools.bench.limits import best_of
 from tools.bench.steps import Steps, prompt_flops, step_bytes
 from workers.checkpoint.loader import Params, parameter_shapes
 from workers.kernels.cpu.kernels import native_kernels
@@ -83,17 +83,16 @@ def read_bandwidth(size: int) -> float:
     """Bytes a second that the device reads of an array of so many bytes; the best of five."""
     x = jnp.ones(size // 4, jnp.float32)
     total = jax.jit(jnp.sum)
-    total(x).block_until_ready()
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        total(x).block_until_ready()
-        times.append(time.perf_counter() - began)
-    return size / min(times)
+    return size / best_of(lambda: total(x).block_until_ready())
 
 
-def make_steps(config: GrokConfig, kernels: Kernels, shape: EngineShape, dtype: Any = jnp.bfloat16) -> Steps:
-    """A runtime of random weights on the first device, ready to compute. `dtype` is that of activations and of the KV cache."""
+def make_steps(config: GrokConfig, kernels: Kernels, *, slots: int, past: int, prompt: int, chunk: int) -> Steps:
+    """A runtime of random weights on the first device, ready to compute: steps of up to `slots` sequences that share `past`
+    positions, and a prompt in chunks."""
+    dtype: Any = jnp.bfloat16 if kernels.accelerator else jnp.float32
+    context = max(past + 2 * _PAGE, prompt)
+    pages = 1 + -(-context // _PAGE) + 3 * slots
+    shape = EngineShape(slots, 1, pages, _PAGE, chunk, context, kernels.batch_invariant)
     mesh = Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1), AXES, axis_types=TYPES)
     partition = Partition.create(config, mesh, "batch", kernels)
     shapes = parameter_shapes(release_headers(config), partition, dtype=dtype)
@@ -124,10 +123,8 @@ def main() -> int:
         GrokConfig.load(arguments.config) if arguments.config else GrokConfig(), arguments.layers, arguments.part
     )
     kernels = ACCELERATOR if arguments.plain else kernels_of(device.platform)
-    context = max(arguments.past + 2 * _PAGE, arguments.prompt)
-    pages = 1 + -(-context // _PAGE) + 3 * arguments.slots
-    shape = EngineShape(arguments.slots, 1, pages, _PAGE, arguments.chunk, context, kernels.batch_invariant)
-    steps = make_steps(config, kernels, shape, jnp.bfloat16 if kernels.accelerator else jnp.float32)
+    a = arguments
+    steps = make_steps(config, kernels, slots=a.slots, past=a.past, prompt=a.prompt, chunk=a.chunk)
     print(
         f"{device.device_kind}, {bandwidth / 1e9:.0f} GB/s read, kernels {kernels.name}, jax {jax.__version__}: "
         f"{config.num_layers} layers, 1 of {arguments.part} parts"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
+import itertools
 import os
 import pathlib
 import re
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -108,23 +108,12 @@ def _bandwidth(device: jax.Device, known: Device | None) -> Finding:
 
 def _copies(device: jax.Device) -> Finding:
     array = np.ones(_COPIED // 4, np.float32)
-    there = best_of(lambda: jax.device_put(array, device).block_until_ready())
+    there = limits.best_of(lambda: jax.device_put(array, device).block_until_ready())
     held = jax.device_put(array, device)
-    back = best_of(lambda: np.asarray(held + 1))
+    back = limits.best_of(lambda: np.asarray(held + 1))
     rates = {"to_device": _COPIED / there, "from_device": _COPIED / back}
     text = f"{rates['to_device'] / 1e9:.1f} GB/s to it, {rates['from_device'] / 1e9:.1f} back"
     return Finding("host", f"device {device.id}, copies", Outcome.OK, text, rates)
-
-
-def best_of(action: Callable[[], object], times: int = 5) -> float:
-    """Seconds of the fastest of some times, after one that does not count."""
-    action()
-    seconds = []
-    for _ in range(times):
-        began = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
 
 
 def sums(hosts: int) -> Iterator[Finding]:
@@ -149,7 +138,7 @@ def sums(hosts: int) -> Iterator[Finding]:
         x, mean = numbers(size), functools.partial(means, times)
         total = jax.jit(jax.shard_map(mean, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False))
         right = all((np.asarray(shard.data) == (count + 1) / 2).all() for shard in total(x).addressable_shards)
-        seconds = best_of(lambda total=total, x=x: total(x).block_until_ready()) / times  # type: ignore[misc]
+        seconds = limits.best_of(lambda total=total, x=x: total(x).block_until_ready()) / times  # type: ignore[misc]
         rate = 2 * size * (count - 1) / count / seconds
         name = f"sum of {size >> 10:,} KiB over {count} devices"
         text = f"{seconds * 1e6:,.0f} us, {rate / 1e9:.2f} GB/s a device"
@@ -178,7 +167,7 @@ def main() -> int:
             arguments.coordinator, arguments.hosts, arguments.rank, cluster_detection_method="deactivate",
             initialization_timeout=_JOIN_SECONDS,
         )  # fmt: skip
-    for finding in (*(host() if arguments.hosts == 1 else ()), *sums(arguments.hosts)):
+    for finding in itertools.chain(host() if arguments.hosts == 1 else (), sums(arguments.hosts)):
         if arguments.rank == 0:
             finding.say()
     return 0

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 
 from tools.bench import limits
 from tools.bench.slice import kernels_of, layers_of, make_steps, read_bandwidth
@@ -21,7 +20,6 @@ from workers.capacity.memory import Precision
 from workers.capacity.planner import layout_of
 from workers.capacity.prediction import Range, decode_seconds, prefill_seconds
 from workers.kernels.cpu.kernels import NativeKernelsError
-from workers.messages.plan import EngineShape
 from workers.model.config import GrokConfig
 
 _PAGE, _STEPS, _READ = 64, 24, 2 << 30
@@ -114,11 +112,7 @@ def main() -> int:
         hardware = cpu_hosts(host, bandwidth, limits.matmul_peak(), 1)
     layers, part = layers_that_fit(whole, memory)
     config, slots = layers_of(whole, layers, part), max(sizes.batches)
-    context = max(sizes.past + 2 * _PAGE, sizes.prompt)
-    shape = EngineShape(
-        slots, 1, 1 + -(-context // _PAGE) + 3 * slots, _PAGE, sizes.chunk, context, kernels.batch_invariant
-    )
-    steps = make_steps(config, kernels, shape, jnp.bfloat16 if kernels.accelerator else jnp.float32)
+    steps = make_steps(config, kernels, slots=slots, past=sizes.past, prompt=sizes.prompt, chunk=sizes.chunk)
     share = "whole" if part == 1 else f"one of {part} parts of each"
     Finding(
         "layers",
