@@ -13,92 +13,92 @@ import ray.exceptions
 from ray.util.placement_group import placement_group_table, remove_placement_group
 
 from cluster.controller.epochs import remembered
-from cluster.controller.placement import GROUP_PREFIX, Placement, RunningMesh, WorkerName, answer
-from workers.messages.specs import READY, Assignment
+from cluster.controller.placement import Placement, RunningMesh
+from cluster.controller.ray_calls import answer
+from cluster.controller.standbys import Standbys
+from workers.messages.specs import READY, Assignment, RankSpec
 
 _LOG = logging.getLogger(__name__)
 
+#: Of the names of replicas' placement groups, and of workers in them, and of workers that stand by.
+GROUP_PREFIX, STANDBY_PREFIX = "replica-", "standby-"
 #: A worker that does not answer for so long is part of no mesh that serves. Busy ones need their time.
 ANSWER_SECONDS = 10.0
 #: A worker of another controller: its handle, and what it is part of; None if it does not answer or has failed.
 Found = tuple[Any, Assignment | None]
 
 
-async def adopt() -> tuple[list[RunningMesh], dict[int, int]]:
-    """See `Placements.running`. Workers and groups are those of this namespace."""
-    names = [name for name in map(WorkerName.parse, await asyncio.to_thread(ray.util.list_named_actors)) if name]
+async def adopt(standbys: Standbys) -> tuple[list[RunningMesh], dict[int, int]]:
+    """See `Placements.running`. Workers and groups are those of this namespace; `standbys` gets those that stand by."""
+    names = await asyncio.to_thread(ray.util.list_named_actors)
+    names = [name for name in names if name.startswith((GROUP_PREFIX, STANDBY_PREFIX))]
     found = dict(zip(names, await asyncio.gather(*map(_ask, names)), strict=True))
-    meshes, kept, epochs = whole_meshes(found, await remembered(), _placed)
+
+    def placed(name: str, *others: Any) -> Placement:
+        return Placement(ray.util.get_placement_group(name), name, *others)
+
+    meshes, kept, epochs = whole_meshes(found, await remembered(), placed, standbys)
     for name in found.keys() - kept:
         _LOG.info("removing %s, which is part of no mesh that serves", name)
         if (host := found[name][0]) is not None:
             ray.kill(host)
-    await asyncio.to_thread(_remove_groups, {name.group for name in kept})
+    await asyncio.to_thread(_remove_groups, {mesh.placement.name for mesh in meshes})
     for mesh in meshes:
         _LOG.info("replica %d goes on in epoch %d", mesh.spec.replica, mesh.spec.epoch)
     return meshes, epochs
 
 
 def whole_meshes(
-    found: Mapping[WorkerName, Found], remembered: Mapping[int, int], placed: Callable[..., Placement]
-) -> tuple[list[RunningMesh], set[WorkerName], dict[int, int]]:
-    """The meshes that go on, at most one of each replica; the workers that belong to them; and the last epoch of each replica,
-    which may be one that is `remembered`. `placed` makes a Placement, of its group's name and Placement's other arguments."""
-    specs = [one.spec for _, one in found.values() if one is not None and one.spec is not None]
-    epochs = dict(sorted([*remembered.items(), *((spec.replica, spec.epoch) for spec in specs)]))  # the last one counts
+    found: Mapping[str, Found],
+    remembered: Mapping[int, int],
+    placed: Callable[..., Placement],
+    standbys: Standbys,
+) -> tuple[list[RunningMesh], set[str], dict[int, int]]:
+    """Of the workers `found` by name: the meshes that go on, at most one of each replica; the names of those that belong to
+    them, or stand by, which `standbys` gets; and the last epoch of each replica, which may be one that is `remembered`.
+    `placed` makes a Placement, of its group's name and Placement's other arguments."""
+    epochs = dict(remembered)
+    groups: dict[tuple[str, int], dict[str, tuple[Any, Assignment]]] = collections.defaultdict(dict)
     meshes: dict[int, RunningMesh] = {}
-    kept: set[WorkerName] = set()
-    for group in sorted({name.group for name in found}):
-        mesh, its = _mesh({name: one for name, one in found.items() if name.group == group}, placed)
+    kept: set[str] = set()
+    for name, (host, assignment) in found.items():
+        if assignment is None:
+            continue
+        if spec := assignment.spec:
+            epochs[spec.replica] = max(epochs.get(spec.replica, 0), spec.epoch)
+            groups[spec.group, spec.epoch][name] = host, assignment
+        elif name.startswith(STANDBY_PREFIX):
+            standbys.put(assignment.endpoint.node, host)
+            kept.add(name)
+    for _, workers in sorted(groups.items()):
+        mesh = _mesh(list(workers.values()), placed, standbys)
         if mesh is not None and mesh.spec.epoch == epochs[mesh.spec.replica] and mesh.spec.replica not in meshes:
             meshes[mesh.spec.replica] = mesh
-            kept |= its
+            kept |= workers.keys()
     return list(meshes.values()), kept, epochs
 
 
 def _mesh(
-    workers: dict[WorkerName, Found], placed: Callable[..., Placement]
-) -> tuple[RunningMesh | None, set[WorkerName]]:
-    """The mesh of a placement group's workers, if they are one that serves; and which of them belong to it: those that stand by
-    do too, if there is one beside each."""
-    generations: dict[int, dict[int, WorkerName]] = collections.defaultdict(dict)
-    for name, (_, assignment) in workers.items():
-        if assignment is not None:
-            generations[name.generation][name.rank] = name
-    for generation, ranks in generations.items():
-        names = [ranks[rank] for rank in sorted(ranks)]
-        assignments = tuple(assignment for name in names if (assignment := workers[name][1]) is not None)
-        specs = [assignment.spec for assignment in assignments]
-        if specs[0] is None or any(spec is None or spec.epoch != specs[0].epoch for spec in specs):
-            continue
-        if len(names) != specs[0].mesh.hosts or any(assignment.phase != READY for assignment in assignments):
-            continue
-        beside = generations.get(generation + 1, {})
-        standbys = [beside[rank] for rank in sorted(beside)] if len(beside) == len(names) else []
-        placement = placed(
-            names[0].group,
-            specs[0].mesh,
-            [assignment.endpoint.node for assignment in assignments],
-            [workers[name][0] for name in names],
-            generation,
-            [workers[name][0] for name in standbys],
-            [assignment.endpoint for assignment in assignments],
-        )
-        return RunningMesh(placement, assignments), {*names, *standbys}
-    return None, set()
+    workers: list[tuple[Any, Assignment]], placed: Callable[..., Placement], standbys: Standbys
+) -> RunningMesh | None:
+    """The mesh of the workers of a placement group in an epoch, if it is a whole one that serves."""
+    by_rank = {assignment.spec.rank: (host, assignment) for host, assignment in workers if assignment.spec is not None}
+    hosts, assignments = zip(*(by_rank[rank] for rank in sorted(by_rank)), strict=True)
+    spec: RankSpec = assignments[0].spec
+    if len(hosts) != spec.mesh.hosts or any(assignment.phase != READY for assignment in assignments):
+        return None
+    endpoints = [assignment.endpoint for assignment in assignments]
+    nodes = [endpoint.node for endpoint in endpoints]
+    return RunningMesh(placed(spec.group, spec.mesh, nodes, list(hosts), standbys, endpoints), assignments)
 
 
-def _placed(name: str, *others: Any) -> Placement:
-    return Placement(ray.util.get_placement_group(name), name, *others)
-
-
-async def _ask(name: WorkerName) -> Found:
+async def _ask(name: str) -> Found:
     try:
-        host = await asyncio.to_thread(ray.get_actor, str(name))
+        host = await asyncio.to_thread(ray.get_actor, name)
     except ValueError:  # it has just ended
         return None, None
     try:
-        return host, await answer(host.assignment.remote(), ANSWER_SECONDS, str(name))
+        return host, await answer(host.assignment.remote(), ANSWER_SECONDS, name)
     except (OSError, ray.exceptions.RayError) as error:
         _LOG.warning("%s: %s", name, error)
         return host, None

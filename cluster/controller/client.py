@@ -10,7 +10,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from cluster.controller.placement import answer
+from cluster.controller.ray_calls import answer
 from cluster.controller.view import GatewayReport, ServiceView
 from cluster.deployment import Deployment
 

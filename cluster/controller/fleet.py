@@ -84,6 +84,7 @@ class Fleet:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._placements.close()
 
     def view(self) -> ServiceView:
         """The service as it is now."""

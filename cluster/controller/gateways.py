@@ -12,7 +12,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.controller.placement import answer
+from cluster.controller.ray_calls import answer
 from cluster.controller.view import GatewayReport
 from cluster.deployment import Deployment
 from cluster.gateway.actor import GatewayActor

@@ -7,8 +7,8 @@ import collections
 import dataclasses
 import logging
 import shutil
-from collections.abc import Awaitable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import ray
 import ray.exceptions
@@ -16,18 +16,18 @@ from ray.util.placement_group import (
     PlacementGroup,
     remove_placement_group,
 )
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.config.schema import Config
+from cluster.controller.ray_calls import answer
+from cluster.controller.standbys import Standbys
 from cluster.network import REAL, Network
-from workers.host.actor import Host
-from workers.messages.specs import Assignment, Endpoint, EngineSpec, MeshSpec, ModelSpec, Progress, RankSpec
+from workers.messages.specs import Assignment, Endpoint, MeshSpec, Progress, RankSpec
 
 _LOG = logging.getLogger(__name__)
 
-#: Calls that a worker answers at once: the one that computes, and progress beside it.
-_CONCURRENCY = 4
-#: Seconds that a new worker may take to start, and one that stands by to take a place.
-START_SECONDS, STANDBY_SECONDS = 60.0, 10.0
+#: Seconds that a new worker may take to start.
+START_SECONDS = 60.0
 #: A worker that does not answer for so long may be lost.
 SILENT_SECONDS = 1.5
 #: In which a host accepts a connection, even if the first packet is lost.
@@ -36,8 +36,6 @@ REACH_SECONDS = 1.3
 BRIEF_SECONDS = 0.5
 #: Seconds that hosts have to remove their weights caches.
 FORGET_SECONDS = 30.0
-
-Answer = TypeVar("Answer")
 
 
 class HostError(RuntimeError):
@@ -48,31 +46,6 @@ class HostError(RuntimeError):
         self.rank = rank
         self.error = error
         self.raised = raised
-
-
-#: Of the names of replicas' placement groups: the replica's number follows, and what makes each name another one.
-GROUP_PREFIX = "replica-"
-
-
-@dataclasses.dataclass(frozen=True)
-class WorkerName:
-    """By which a worker is found: its placement group, how many workers that had before in its place, and its rank."""
-
-    group: str
-    generation: int
-    rank: int
-
-    def __str__(self) -> str:
-        return f"{self.group}-worker-{self.generation}-{self.rank}"
-
-    @classmethod
-    def parse(cls, name: str) -> WorkerName | None:
-        """None if it is not the name of a worker."""
-        group, found, place = name.partition("-worker-")
-        if not found or not group.startswith(GROUP_PREFIX):
-            return None
-        generation, _, rank = place.partition("-")
-        return cls(group, int(generation), int(rank))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +68,7 @@ class Placements(Protocol):
 
     async def running(self) -> tuple[list[RunningMesh], dict[int, int]]:
         """The meshes that another controller has left, at most one for each replica, and the last epoch of each replica. All
-        else that it has left is removed."""
+        else that it has left is removed, but for the workers that stand by."""
 
     async def begins(self, replica: int, epoch: int) -> None:
         """Remembers that an epoch begins, for the controllers that come after this one."""
@@ -103,9 +76,9 @@ class Placements(Protocol):
     async def create(
         self, replica: int, mesh: MeshSpec, avoided: tuple[str, ...], before: Sequence[str], seconds: float | None
     ) -> Placement | None:
-        """Waits until there are hosts enough, then starts a worker on each; None if there are not within `seconds`. On the
-        nodes `avoided` only if there are too few others, then rather on the last of them. Nodes on which the replica lay
-        `before` have the ranks that they had, for which they have the weights, if it has as many hosts as then."""
+        """Waits until there are hosts enough, then starts a worker on each where none stands by; None if there are not within
+        `seconds`. On the nodes `avoided` only if there are too few others, then rather on the last of them. Nodes on which the
+        replica lay `before` have the ranks that they had, for which they have the weights, if it has as many hosts as then."""
 
     async def spares_beside(self, mesh: MeshSpec, avoided: frozenset[str]) -> bool:
         """Whether a mesh could lie on other nodes than those, were they free."""
@@ -113,9 +86,15 @@ class Placements(Protocol):
     async def room(self, replica: int, mesh: MeshSpec, nodes: Sequence[str]) -> None:
         """Waits until there are so many more hosts that a mesh that lies on `nodes` could be one like `mesh`."""
 
+    async def stand_by(self, placement: Placement, config: Config) -> None:
+        """Has a worker stand by on each node of a placement, and on free ones for when one of those is lost."""
+
+    def close(self) -> None:
+        """Ends the workers that stand by."""
+
 
 class Placement:
-    """The workers of one replica in one epoch, in rank order, and those that stand by to take their places in the next one.
+    """The workers of one replica in one epoch, in rank order.
 
     `nodes` are the ids of their Ray nodes, as they were when the hosts were reserved: of a node that is lost Ray soon says
     nothing, or names the one that its bundle went to.
@@ -128,19 +107,17 @@ class Placement:
         mesh: MeshSpec,
         nodes: list[str],
         hosts: list[Any],
-        generation: int = 0,
-        standbys: Sequence[Any] = (),
+        standbys: Standbys,
         endpoints: Sequence[Endpoint] = (),
         network: Network = REAL,
     ) -> None:
-        """`generation` counts the workers that the group has had, `name` is its name."""
+        """`name` is the group's."""
         self.group = group
+        self.name = name
         self.nodes = nodes
         self.hosts = hosts
-        self._name = name
         self._mesh = mesh
-        self._generation = generation
-        self._standbys = list(standbys)
+        self._standbys = standbys
         self._endpoints = list(endpoints)
         self._network = network
         self._reached: asyncio.Future[list[bool]] | None = None
@@ -212,46 +189,31 @@ class Placement:
 
         return list(await asyncio.gather(*(one(rank, host) for rank, host in enumerate(self.hosts))))
 
-    async def stand_by(self, model: ModelSpec, engine: EngineSpec) -> None:
-        """Starts a worker beside each one, which has everything imported and traced, and does nothing. It takes no resources of
-        its own, so the call passes the accelerators of its host."""
-        if self._standbys:  # as another controller has left them
-            return
-        environments = await asyncio.gather(*(host.environment.remote() for host in self.hosts))
-        names = [WorkerName(self._name, self._generation + 1, rank) for rank in range(self._mesh.hosts)]
-        self._standbys = [self._start(name) for name in names]
-        await asyncio.gather(
-            *(
-                host.prepare.remote(model, self._mesh, engine, env)
-                for host, env in zip(self._standbys, environments, strict=True)
-            )
-        )
-
     async def renew(self) -> Placement | None:
-        """Ends the workers; those that stood by come instead, on the same hosts. None if they are not all there: then nothing
-        is left."""
-        standbys, endpoints, self._standbys = self._standbys, self._endpoints, []
+        """Ends the workers; those that stand by come instead, on the same hosts. None if they are not all there: then the hosts
+        are free, and what can stand by there still does."""
         self._kill(self.hosts)
-        renewed = self._with(standbys)
+        hosts: dict[str, Any] = {}
+
+        async def take(endpoint: Endpoint) -> None:
+            host = await self._standbys.take(endpoint.node, endpoint)
+            if host is not None:
+                hosts[endpoint.node] = host
+
         try:
-            if len(standbys) < len(self.hosts):
-                raise TimeoutError("there is no standby")
-            if not all(await self._probe()):
-                raise TimeoutError("a host is out of reach")
-            # The standby kills its predecessor: on the same host it can wait until that has released the accelerators.
-            await asyncio.gather(
-                *(
-                    answer(standby.replace.remote(endpoint.pid), STANDBY_SECONDS, "")
-                    for standby, endpoint in zip(standbys, endpoints, strict=True)
-                )
-            )
-        except (OSError, ray.exceptions.RayError):
-            renewed.remove()
-            return None
+            reached = await self._probe()
+            there = [endpoint for endpoint, is_there in zip(self._endpoints, reached, strict=True) if is_there]
+            await asyncio.gather(*map(take, there))
         except BaseException:
-            renewed.remove()
+            self._kill(list(hosts.values()))
+            self._free()
             raise
-        return renewed
+        if len(hosts) < len(self.nodes):
+            for node, host in hosts.items():
+                self._standbys.put(node, host)
+            self._free()
+            return None
+        return self._with([hosts[node] for node in self.nodes])
 
     async def silent(self) -> list[int]:
         """The ranks of the workers that don't answer, and don't live. What `renew` must know is begun to be found out."""
@@ -277,7 +239,7 @@ class Placement:
         """Kills all workers and frees their hosts."""
         if self._reached is not None:
             self._reached.cancel()
-        self._kill([*self.hosts, *self._standbys])
+        self._kill(self.hosts)
         self._free()
 
     def _probe(self) -> asyncio.Future[list[bool]]:
@@ -305,11 +267,7 @@ class Placement:
 
     def _with(self, hosts: list[Any]) -> Placement:
         """The same hosts with the next workers."""
-        return Placement(self.group, self._name, self._mesh, self.nodes, hosts, self._generation + 1)
-
-    def _start(self, name: WorkerName) -> Any:
-        """A worker that takes nothing of its host's resources."""
-        return start_host(self.group, name, num_cpus=0)
+        return Placement(self.group, self.name, self._mesh, self.nodes, hosts, self._standbys)
 
     def _kill(self, hosts: list[Any]) -> None:
         for host in hosts:
@@ -317,28 +275,6 @@ class Placement:
 
     def _free(self) -> None:
         remove_placement_group(self.group)
-
-
-async def answer(result: Awaitable[Answer], seconds: float, peer: str) -> Answer:
-    """Awaits a Ray call. Raises TimeoutError, which names the peer, after `seconds`, and whatever the call raises."""
-    call = asyncio.ensure_future(result)
-    try:
-        await asyncio.wait([call], timeout=seconds)
-        if not call.done():
-            await asyncio.sleep(0)  # if this loop itself stood still, the answer is there by now
-        if not call.done():
-            raise TimeoutError(f"{peer} has not answered for {seconds:g} s")
-        return call.result()
-    finally:
-        call.cancel()
-
-
-def start_host(group: PlacementGroup, name: WorkerName, **resources: Any) -> Any:
-    """A new worker in a bundle. It outlives the controller that starts it."""
-    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=name.rank)
-    life = {"name": str(name), "lifetime": "detached", "max_restarts": 0}
-    options = {"max_concurrency": _CONCURRENCY, "scheduling_strategy": strategy, **life, **resources}
-    return Host.options(**options).remote()  # type: ignore[attr-defined]
 
 
 def forget_weights(directory: str) -> None:

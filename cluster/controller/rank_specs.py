@@ -10,10 +10,15 @@ from workers.messages.specs import Endpoint, RankSpec, WeightsAddress
 
 
 def rank_specs(
-    config: Config, replica: int, epoch: int, endpoints: Sequence[Endpoint], weights: Sequence[Sequence[WeightsAddress]]
+    config: Config,
+    group: str,
+    replica: int,
+    epoch: int,
+    endpoints: Sequence[Endpoint],
+    weights: Sequence[Sequence[WeightsAddress]],
 ) -> list[RankSpec]:
-    """The specs of a replica's hosts in an epoch, in rank order. `weights` has for each replica that serves the weights caches
-    of its hosts: of as many, those of the same rank hold the same."""
+    """The specs of a replica's hosts, which a placement group has reserved, in an epoch, in rank order. `weights` has for each
+    replica that serves the weights caches of its hosts: of as many, those of the same rank hold the same."""
     first, secret = endpoints[0], secrets.token_bytes(32)
     return [
         RankSpec(
@@ -31,6 +36,7 @@ def rank_specs(
             silence_seconds=config.cluster.silence_seconds,
             stall_seconds=config.telemetry.stall_seconds,
             plan_log=config.telemetry.plan_log,
+            group=group,
             twins=tuple(hosts[rank] for hosts in weights if len(hosts) == len(endpoints)),
         )
         for rank, endpoint in enumerate(endpoints)

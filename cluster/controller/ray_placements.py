@@ -11,11 +11,14 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from cluster.config.schema import ClusterSection
-from cluster.controller.adoption import adopt
+from cluster.config.schema import ClusterSection, Config
+from cluster.controller.adoption import GROUP_PREFIX, STANDBY_PREFIX, adopt
 from cluster.controller.epochs import remember
-from cluster.controller.placement import GROUP_PREFIX, Placement, RunningMesh, WorkerName, start_host
+from cluster.controller.placement import Placement, RunningMesh
+from cluster.controller.standbys import Standbys
+from workers.host.actor import Host
 from workers.messages.specs import MeshSpec
 
 _LOG = logging.getLogger(__name__)
@@ -24,6 +27,8 @@ _LOG = logging.getLogger(__name__)
 AVOID_SECONDS = 5.0
 #: Seconds of waiting for hosts after which the log says what no node has.
 PUZZLED_SECONDS = 20.0
+#: Calls that a worker answers at once: the one that computes, and progress beside it.
+_CONCURRENCY = 4
 
 
 class RayPlacements:
@@ -31,10 +36,11 @@ class RayPlacements:
 
     def __init__(self, cluster: ClusterSection) -> None:
         self._cluster = cluster
+        self._standbys = Standbys(_start_standby, ray.kill)
 
     async def running(self) -> tuple[list[RunningMesh], dict[int, int]]:
         """See Placements."""
-        return await adopt()
+        return await adopt(self._standbys)
 
     async def begins(self, replica: int, epoch: int) -> None:
         """See Placements."""
@@ -56,23 +62,18 @@ class RayPlacements:
         group = group or await _reserve(name, group_options(mesh, cluster), seconds)
         if group is None:
             return None
-        resources = bundle(mesh, cluster.cpus_per_host)
         try:
             table: dict[int, str] = (await asyncio.to_thread(placement_group_table, group))["bundles_to_node_id"]
+            placed = [table.get(rank, "") for rank in range(mesh.hosts)]
+            hosts = await self._standbys.place(
+                placed,
+                whole_nodes(nodes, mesh),
+                lambda rank: _start_worker(group, f"{name}-worker-{rank}", rank, mesh, cluster),
+            )
         except BaseException:
             remove_placement_group(group)
             raise
-        hosts = [
-            start_host(
-                group,
-                WorkerName(name, 0, rank),
-                num_cpus=cluster.cpus_per_host,
-                resources={name: count for name, count in resources.items() if name not in ("CPU", "GPU")},
-                num_gpus=resources.get("GPU", 0),
-            )
-            for rank in range(mesh.hosts)
-        ]
-        return Placement(group, name, mesh, [table.get(rank, "") for rank in range(mesh.hosts)], hosts)
+        return Placement(group, name, mesh, placed, hosts, self._standbys)
 
     async def spares_beside(self, mesh: MeshSpec, avoided: frozenset[str]) -> bool:
         """See Placements."""
@@ -85,6 +86,47 @@ class RayPlacements:
         group = await _reserve(_group_name(replica), options, None)
         assert group is not None
         remove_placement_group(group)
+
+    async def stand_by(self, placement: Placement, config: Config) -> None:
+        """See Placements. On free nodes only where a worker takes all accelerators: which it would get of some is not known.
+        As many of them as a mesh has hosts."""
+        nodes, groups = await asyncio.to_thread(lambda: (ray.nodes(), placement_group_table()))
+        used = {
+            node for row in groups.values() if row["state"] != "REMOVED" for node in row["bundles_to_node_id"].values()
+        }
+        alive = {node["NodeID"] for node in nodes if node["Alive"]}
+        self._standbys.keep(alive)
+        spares = sorted(whole_nodes(nodes, config.mesh) & _fitting(nodes, config.mesh, self._cluster) - used)
+        wanted = {*placement.nodes, *spares[: config.mesh.hosts]}
+        await self._standbys.prepare(wanted, config.model, config.mesh, config.engine)
+
+    def close(self) -> None:
+        """See Placements."""
+        self._standbys.keep(set())
+
+
+def _start_worker(group: PlacementGroup, name: str, rank: int, mesh: MeshSpec, cluster: ClusterSection) -> Any:
+    """A new worker in a bundle. It outlives the controller that starts it."""
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+    resources = bundle(mesh, cluster.cpus_per_host)
+    return _start(
+        name,
+        scheduling_strategy=strategy,
+        num_cpus=resources.pop("CPU"),
+        num_gpus=resources.pop("GPU", 0),
+        resources=resources,
+    )
+
+
+def _start_standby(node: str) -> Any:
+    """A new worker on a node that takes none of its resources."""
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    return _start(f"{STANDBY_PREFIX}{node}-{secrets.token_hex(4)}", scheduling_strategy=strategy, num_cpus=0)
+
+
+def _start(name: str, **options: Any) -> Any:
+    life = {"name": name, "lifetime": "detached", "max_restarts": 0, "max_concurrency": _CONCURRENCY}
+    return Host.options(**life, **options).remote()  # type: ignore[attr-defined]
 
 
 def _group_name(replica: int) -> str:
@@ -164,12 +206,24 @@ def spares_beside(
     nodes: Sequence[Mapping[str, Any]], mesh: MeshSpec, cluster: ClusterSection, avoided: frozenset[str]
 ) -> bool:
     """Whether a replica could lie on other of Ray's nodes than those, were they free."""
+    return len(_fitting(nodes, mesh, cluster) - avoided) >= mesh.hosts
+
+
+def _fitting(nodes: Sequence[Mapping[str, Any]], mesh: MeshSpec, cluster: ClusterSection) -> set[str]:
+    """Those of Ray's nodes that have what a worker takes."""
     wanted = bundle(mesh, cluster.cpus_per_host)
-    fit = [
-        node
+    return {
+        node["NodeID"]
         for node in nodes
-        if node["Alive"]
-        and node["NodeID"] not in avoided
-        and all(node["Resources"].get(name, 0) >= count for name, count in wanted.items())
-    ]
-    return len(fit) >= mesh.hosts
+        if node["Alive"] and all(node["Resources"].get(name, 0) >= count for name, count in wanted.items())
+    }
+
+
+def whole_nodes(nodes: Sequence[Mapping[str, Any]], mesh: MeshSpec) -> set[str]:
+    """Those of Ray's nodes of which a worker takes all accelerators."""
+    name = mesh.platform.upper()
+    return {
+        node["NodeID"]
+        for node in nodes
+        if mesh.platform == "cpu" or node["Resources"].get(name, 0) == mesh.devices_per_host
+    }

@@ -52,6 +52,8 @@ REASON_SECONDS = 0.5
 EMPTY_SECONDS = 0.5
 #: Seconds that a replica which has lost a host waits for another one before it goes on with fewer.
 HOSTS_SECONDS = 10.0
+#: How often it looks where workers should stand by: hosts come and go.
+STAND_BY_SECONDS = 5.0
 
 
 class NotReadyError(RuntimeError):
@@ -347,7 +349,8 @@ class Replica:
         self._enter(cluster_pb2.REPLICA_STATE_STARTING)
         if len(endpoints) > 1:
             await placement.check_reachable(endpoints)
-        specs = rank_specs(self._config_of(len(endpoints)), self.index, self.epoch, endpoints, self._weights())
+        config = self._config_of(len(endpoints))
+        specs = rank_specs(config, placement.name, self.index, self.epoch, endpoints, self._weights())
         await _first(self._watch_progress(placement), self._form(placement, specs))
         await _first(self._watch_hosts(placement), placement.ask("serve"))
         await self._serve(placement, specs[0])
@@ -419,12 +422,12 @@ class Replica:
     async def _stand_by(self, placement: Placement) -> None:
         """Has workers stand by for the next epoch, once this one serves."""
         await self._serving.wait()
-        try:
-            config = self._config_of(len(placement.nodes))
-            await placement.stand_by(config.model, config.engine)
-        except ray.exceptions.RayError as error:
-            _LOG.warning("there is no standby: %s", summary(error), extra=self.log_fields)
-        await asyncio.Event().wait()
+        while True:
+            try:
+                await self._placements.stand_by(placement, self._config)
+            except (OSError, ray.exceptions.RayError) as error:
+                _LOG.warning("no workers stand by: %s", summary(error), extra=self.log_fields)
+            await asyncio.sleep(STAND_BY_SECONDS)
 
     def _lies_on(self, mesh: MeshSpec) -> None:
         self._mesh = mesh

@@ -9,8 +9,11 @@ from typing import Any
 
 import ray.exceptions
 
-from cluster.controller.adoption import ANSWER_SECONDS, whole_meshes
-from cluster.controller.placement import GROUP_PREFIX, Placement, RunningMesh, WorkerName, answer
+from cluster.config.schema import Config
+from cluster.controller.adoption import ANSWER_SECONDS, GROUP_PREFIX, STANDBY_PREFIX, whole_meshes
+from cluster.controller.placement import Placement, RunningMesh
+from cluster.controller.ray_calls import answer
+from cluster.controller.standbys import Standbys
 from tests.simulation.workers import Conditions, SimHost, SimWorker
 from tests.simulation.world import SimNetwork, SimNode, SimProcess, World
 from workers.messages.specs import MeshSpec
@@ -22,7 +25,7 @@ class Cluster:
 
     world: World
     conditions: Conditions
-    workers: dict[WorkerName, SimWorker] = dataclasses.field(default_factory=dict)
+    workers: dict[str, SimWorker] = dataclasses.field(default_factory=dict)
     groups: dict[str, list[SimNode]] = dataclasses.field(default_factory=dict)
     epochs: dict[int, int] = dataclasses.field(default_factory=dict)
 
@@ -36,15 +39,16 @@ class SimPlacements:
 
     def __init__(self, cluster: Cluster, controller: SimProcess) -> None:
         self._cluster, self._controller = cluster, controller
+        self._standbys = Standbys(self._start_standby, self._kill)
 
     async def running(self) -> tuple[list[RunningMesh], dict[int, int]]:
         names = [name for name, worker in self._cluster.workers.items() if not worker.process.dead.is_set()]
         found = dict(zip(names, await asyncio.gather(*map(self._ask, names)), strict=True))
-        meshes, kept, epochs = whole_meshes(found, self._cluster.epochs, self._placed)
+        meshes, kept, epochs = whole_meshes(found, self._cluster.epochs, self._placed, self._standbys)
         for name in names:
             if name not in kept and self._controller.runs:
                 self._cluster.workers[name].process.die()
-        for group in set(self._cluster.groups) - {name.group for name in kept}:
+        for group in set(self._cluster.groups) - {mesh.placement.name for mesh in meshes}:
             self._cluster.free(group)
         return meshes, epochs
 
@@ -78,8 +82,16 @@ class SimPlacements:
         self._cluster.groups[group] = nodes
         for node in nodes:
             node.free = False
-        hosts = [self._host(WorkerName(group, 0, rank)) for rank in range(mesh.hosts)]
-        return self._placed(group, mesh, [node.id for node in nodes], hosts)
+        names = [node.id for node in nodes]
+        try:
+            hosts = await self._standbys.place(
+                names, names, lambda rank: self._start(f"{group}-worker-{rank}", nodes[rank])
+            )
+        except BaseException:
+            if self._controller.runs:
+                self._cluster.free(group)
+            raise
+        return self._placed(group, mesh, names, hosts, self._standbys)
 
     async def spares_beside(self, mesh: MeshSpec, avoided: frozenset[str]) -> bool:
         return sum(node.id not in avoided for node in self._there()) >= mesh.hosts
@@ -89,6 +101,15 @@ class SimPlacements:
         while sum(node.free and node.id not in nodes for node in self._there()) < mesh.hosts - len(nodes):
             await asyncio.sleep(0.5)
 
+    async def stand_by(self, placement: Placement, config: Config) -> None:
+        there = self._there()
+        self._standbys.keep({node.id for node in there})
+        spares = [node.id for node in there if node.free][: config.mesh.hosts]
+        await self._standbys.prepare({*placement.nodes, *spares}, config.model, config.mesh, config.engine)
+
+    def close(self) -> None:
+        self._standbys.keep(set())
+
     def _there(self) -> list[SimNode]:
         world = self._cluster.world
         return [node for node in world.hosts if world.reaches(self._controller.node, node)]
@@ -96,24 +117,27 @@ class SimPlacements:
     def _placed(self, *arguments: Any) -> Placement:
         return SimPlacement(self._cluster, self._controller, *arguments)
 
-    def _host(self, name: WorkerName) -> SimHost:
-        return start(self._cluster, self._controller, name)
+    def _start(self, name: str, node: SimNode) -> SimHost:
+        """A new worker. On a host without power it is dead from the beginning."""
+        worker = self._cluster.workers[name] = SimWorker(node, self._cluster.conditions)
+        if not node.on or not self._controller.runs:
+            worker.process.die(silently=not node.on)
+        return SimHost(self._controller, worker)
 
-    async def _ask(self, name: WorkerName) -> tuple[Any, Any]:
+    def _start_standby(self, name: str) -> SimHost:
+        node = next(node for node in self._cluster.world.hosts if node.id == name)
+        return self._start(f"{STANDBY_PREFIX}{next(self._cluster.world.numbers)}", node)
+
+    def _kill(self, host: SimHost) -> None:
+        if self._controller.runs:
+            host.worker.process.die()
+
+    async def _ask(self, name: str) -> tuple[Any, Any]:
         host: Any = SimHost(self._controller, self._cluster.workers[name])
         try:
-            return host, await answer(host.assignment.remote(), ANSWER_SECONDS, str(name))
+            return host, await answer(host.assignment.remote(), ANSWER_SECONDS, name)
         except (OSError, ray.exceptions.RayError):
             return host, None
-
-
-def start(cluster: Cluster, controller: SimProcess, name: WorkerName) -> SimHost:
-    """A new worker. On a host without power it is dead from the beginning."""
-    node = cluster.groups[name.group][name.rank]
-    worker = cluster.workers[name] = SimWorker(node, cluster.conditions)
-    if not node.on or not controller.runs:
-        worker.process.die(silently=not node.on)
-    return SimHost(controller, worker)
 
 
 class SimPlacement(Placement):
@@ -126,11 +150,8 @@ class SimPlacement(Placement):
         self._cluster, self._controller = cluster, controller
 
     def _with(self, hosts: list[Any]) -> Placement:
-        arguments = self._name, self._mesh, self.nodes, hosts, self._generation + 1
+        arguments = self.name, self._mesh, self.nodes, hosts, self._standbys
         return SimPlacement(self._cluster, self._controller, *arguments)
-
-    def _start(self, name: WorkerName) -> Any:
-        return start(self._cluster, self._controller, name)
 
     def _kill(self, hosts: list[Any]) -> None:
         if self._controller.runs:
@@ -139,4 +160,4 @@ class SimPlacement(Placement):
 
     def _free(self) -> None:
         if self._controller.runs:
-            self._cluster.free(self._name)
+            self._cluster.free(self.name)

@@ -14,7 +14,7 @@ from cluster.config.schema import Config
 from cluster.controller.client import GRACE_SECONDS
 from cluster.controller.controller import Controller
 from cluster.controller.integrity import Digests
-from cluster.controller.placement import answer
+from cluster.controller.ray_calls import answer
 from cluster.controller.view import GatewayReport, ServiceView
 from cluster.gateway.admission.admission import Admission
 from cluster.gateway.admission.latency import RecentLatency

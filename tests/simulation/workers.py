@@ -29,7 +29,7 @@ CONTEXT, VOCAB_SIZE = 160, 4096
 
 
 _CALLS = (
-    "endpoint", "environment", "unreachable", "prepare", "replace", "form", "warm_up", "serve", "progress", "assignment",
+    "endpoint", "unreachable", "prepare", "replace", "form", "warm_up", "serve", "progress", "assignment",
 )  # fmt: skip
 
 
@@ -116,19 +116,18 @@ class SimWorker:
         node, pid = self.process.node, self.process.pid
         return Endpoint(node.address, pid, node.id, self._port, self._port, 1, "same", f"{node.address}:{pid}")
 
-    async def environment(self) -> dict[str, str]:
-        return {}
-
     async def unreachable(self, places: list[tuple[str, int]]) -> list[int]:
         here = self.process.node
         return [i for i, (address, _) in enumerate(places) if not self.world.reaches(here, self.world.node(address))]
 
     async def prepare(self, *_: Any) -> None:
-        await asyncio.sleep(self.world.rng.uniform(1, 3))
-        self._prepared = True
+        if not self._prepared:
+            await asyncio.sleep(self.world.rng.uniform(1, 3))
+            self._prepared = True
 
-    async def replace(self, pid: int) -> None:
-        self.world.processes[pid].die()
+    async def replace(self, before: Endpoint | None) -> None:
+        if before is not None:
+            self.world.processes[before.pid].die()
         await asyncio.sleep(0.02)
 
     async def progress(self) -> Progress:

@@ -49,6 +49,7 @@ class Host:
     def __init__(self) -> None:
         self._worker: Worker | None = None
         self._standby: StandbyEngine | None = None
+        self._prepared: object = None
         self._spec: RankSpec | None = None
         self._digests: dict[str, int] = {}
         self._failure: Exception | None = None
@@ -82,6 +83,7 @@ class Host:
             code=code_digest(),
             liveness=self._liveness,
             weights=self._weights.address_for_twins if self._weights else None,
+            accelerators={name: os.environ[name] for name in _ACCELERATORS if name in os.environ},
         )
 
     def unreachable(self, places: list[tuple[str, int]]) -> list[int]:
@@ -89,39 +91,33 @@ class Host:
         with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:
             return [i for i, reached in enumerate(pool.map(_reaches, places)) if not reached]
 
-    def environment(self) -> dict[str, str]:
-        """The environment variables that assign accelerators to this worker."""
-        return {name: os.environ[name] for name in _ACCELERATORS if name in os.environ}
-
-    def prepare(self, model: ModelSpec, mesh: MeshSpec, engine: EngineSpec, environment: dict[str, str]) -> None:
-        """Stands by: does all that can be done before a place is free. `environment` is that of the worker that has it."""
+    def prepare(self, model: ModelSpec, mesh: MeshSpec, engine: EngineSpec) -> None:
+        """Stands by for this, unless it does already: does all that can be done before a place is free."""
         with self._preparing:
+            if self._prepared == (model, mesh, engine):
+                return
             settle(os.environ)
-            for name in _ACCELERATORS:
-                os.environ.pop(name, None)
-            os.environ.update(environment)
             from workers.host.standby import StandbyEngine
 
             self._standby = StandbyEngine(model, mesh, engine)
             self._standby.trace()
+            self._prepared = model, mesh, engine
 
-    def replace(self, pid: int) -> None:
-        """Ends the process `pid` of this host, which is the worker whose place this one takes, and waits until it is gone."""
-        while True:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                return
-            with contextlib.suppress(OSError):  # dead, but its parent has not looked yet
-                if _state(pid) == "Z":
-                    return
-            time.sleep(0.01)
+    def replace(self, before: Endpoint | None) -> None:
+        """Takes a place: of the worker that was here `before`, which it ends, and whose accelerators it then has; else one with
+        all accelerators of this host."""
+        for name in _ACCELERATORS:
+            os.environ.pop(name, None)  # Ray has given it none
+        if before is not None:
+            _end(before.pid)
+            os.environ.update(before.accelerators)
 
     def form(self, spec: RankSpec) -> dict[str, int]:
         logs.configure(replica=spec.replica, epoch=spec.epoch, rank=spec.rank)
         with self._preparing:  # its time may come before it is done
             settle(os.environ)
-            self._worker = Worker(spec, self._standby)
+            as_prepared = self._prepared == (spec.model, spec.mesh, spec.engine)
+            self._worker = Worker(spec, self._standby if as_prepared else None)
         self._spec, self._digests = spec, self._worker.form()
         return self._digests
 
@@ -187,6 +183,19 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_ORPHAN_SECONDS)
     os._exit(1)
+
+
+def _end(pid: int) -> None:
+    """Kills a process, and waits until it is gone."""
+    while True:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        with contextlib.suppress(OSError):  # dead, but its parent has not looked yet
+            if _state(pid) == "Z":
+                return
+        time.sleep(0.01)
 
 
 def _state(pid: int) -> str:

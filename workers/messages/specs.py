@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated
 
 from workers.messages.constraints import AbsolutePath, AtLeast, OneOf
@@ -127,6 +128,7 @@ class RankSpec:
       liveness: `host:port` of the process beside this host's worker that reports whether it lives; empty if there is none.
       silence_seconds: see `cluster.config.schema.ClusterSection`.
       stall_seconds, plan_log: see `cluster.config.schema.TelemetrySection`.
+      group: name of the placement group that has reserved its host; empty without Ray.
       twins: weights caches of hosts of other replicas that are to hold the same part of the weights.
     """
 
@@ -144,6 +146,7 @@ class RankSpec:
     silence_seconds: float = 1.5
     stall_seconds: float | None = None
     plan_log: str | None = None
+    group: str = ""
     twins: tuple[WeightsAddress, ...] = ()
 
 
@@ -160,6 +163,7 @@ class Endpoint:
       code: digest of the code that it runs.
       liveness: see RankSpec.
       weights: of its weights cache; None if it has none.
+      accelerators: the environment variables by which Ray assigns accelerators to it.
     """
 
     address: str
@@ -171,6 +175,7 @@ class Endpoint:
     code: str
     liveness: str = ""
     weights: WeightsAddress | None = None
+    accelerators: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

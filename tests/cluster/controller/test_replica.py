@@ -72,7 +72,7 @@ class _Placement(Placement):
     """Workers on `nodes`, beside which others stand by."""
 
     def __init__(self, nodes: list[str], log: list[str]) -> None:
-        self.nodes = nodes
+        self.nodes, self.name = nodes, "group"
         self.hosts = [_Host(node) for node in nodes]
         self._endpoints, self._reached = [], None
         self._network = REAL
@@ -109,6 +109,12 @@ class _Placements:
     async def spares_beside(self, mesh: MeshSpec, avoided: frozenset[str]) -> bool:
         del mesh, avoided
         return True
+
+    async def stand_by(self, placement: Placement, config: Config) -> None:
+        raise AssertionError(f"a mesh on {placement.nodes} serves {config}")
+
+    def close(self) -> None:
+        pass
 
     async def room(self, replica: int, mesh: MeshSpec, nodes: Sequence[str]) -> None:
         raise AssertionError(f"replica {replica} has all hosts of {mesh}: {nodes}")
@@ -185,7 +191,7 @@ async def _no_more(*_: object, **__: object) -> Any:
 def test_a_mesh_that_goes_on_has_its_leader_before_the_new_controller_has_asked_it() -> None:
     config = Config(ModelSpec("demo", str(DEMO)))
     endpoint = Endpoint("127.0.0.1", 1, "good", 1, 2, 3, "same")
-    (spec,) = rank_specs(config, 0, 7, [endpoint], ())
+    (spec,) = rank_specs(config, "group", 0, 7, [endpoint], ())
     running = RunningMesh(_Placement(["good"], []), (Assignment(endpoint, spec, {}, READY),))
     replica = Replica(
         0, [config], _Placements(_no_more), Quarantine(), Digests({}), Canary(), lambda _: None, 7, running
