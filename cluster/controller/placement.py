@@ -6,8 +6,9 @@ import asyncio
 import collections
 import dataclasses
 import logging
+import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
 import ray
@@ -34,6 +35,8 @@ SILENT_SECONDS = 1.5
 REACH_SECONDS = 1.3
 #: In which a worker has to answer, or its process to show that it lives, so that its host is not blamed for a loss.
 BRIEF_SECONDS = 0.5
+#: Bytes of a trace that are fetched at a time: what Ray unpacks holds the controller's loop up.
+TRACE_PART = 256 * 1024
 #: Seconds that hosts have to remove their weights caches.
 FORGET_SECONDS = 30.0
 
@@ -188,6 +191,19 @@ class Placement:
                 raise HostError(rank, error, raised=isinstance(error, ray.exceptions.RayTaskError)) from error
 
         return list(await asyncio.gather(*(one(rank, host) for rank, host in enumerate(self.hosts))))
+
+    async def profile(self, steps: int, seconds: float) -> AsyncGenerator[tuple[int, str, bytes], None]:
+        """Traces the next `steps` steps; rank, path and content of each file, in parts. Raises RayError."""
+        name = secrets.token_hex(8)
+        try:
+            traces = await asyncio.gather(*(host.profile.remote(name, steps, seconds) for host in self.hosts))
+            for rank, (host, files) in enumerate(zip(self.hosts, traces, strict=True)):
+                for path, size in sorted(files.items()):
+                    for start in range(0, max(size, 1), TRACE_PART):
+                        yield rank, path, await host.trace_part.remote(name, path, start, TRACE_PART)
+        finally:
+            for host in self.hosts:
+                host.forget_trace.remote(name)
 
     async def renew(self) -> Placement | None:
         """Ends the workers; those that stand by come instead, on the same hosts. None if they are not all there: then the hosts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
@@ -65,11 +66,8 @@ class RayPlacements:
         try:
             table: dict[int, str] = (await asyncio.to_thread(placement_group_table, group))["bundles_to_node_id"]
             placed = [table.get(rank, "") for rank in range(mesh.hosts)]
-            hosts = await self._standbys.place(
-                placed,
-                whole_nodes(nodes, mesh),
-                lambda rank: _start_worker(group, f"{name}-worker-{rank}", rank, mesh, cluster),
-            )
+            start = functools.partial(_start_worker, group, name, mesh, cluster)
+            hosts = await self._standbys.place(placed, whole_nodes(nodes, mesh), start)
         except BaseException:
             remove_placement_group(group)
             raise
@@ -105,12 +103,12 @@ class RayPlacements:
         self._standbys.keep(set())
 
 
-def _start_worker(group: PlacementGroup, name: str, rank: int, mesh: MeshSpec, cluster: ClusterSection) -> Any:
-    """A new worker in a bundle. It outlives the controller that starts it."""
+def _start_worker(group: PlacementGroup, name: str, mesh: MeshSpec, cluster: ClusterSection, rank: int) -> Any:
+    """A new worker in a bundle of the group of this name. It outlives the controller that starts it."""
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
     resources = bundle(mesh, cluster.cpus_per_host)
     return _start(
-        name,
+        f"{name}-worker-{rank}",
         scheduling_strategy=strategy,
         num_cpus=resources.pop("CPU"),
         num_gpus=resources.pop("GPU", 0),

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import ray.exceptions
@@ -42,8 +41,6 @@ BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 GIVE_UP_FAILURES, GIVEN_UP_SECONDS = 10, 300.0
 #: For each so many seconds that an epoch serves, one of a row of failures is forgotten.
 HEALTHY_SECONDS = 5.0
-#: Bytes of a trace that are fetched at a time: what Ray unpacks holds the gateway's loop up.
-TRACE_PART = 256 * 1024
 #: Seconds that a mesh has to compute its first token, which its leader asks for at once.
 PROVE_SECONDS = 60.0
 #: Seconds that a leader has to say why its stream has ended.
@@ -160,16 +157,9 @@ class Replica:
         placement = self._placement
         if placement is None or self.state != cluster_pb2.REPLICA_STATE_READY:
             raise NotReadyError(f"replica {self.index} does not serve")
-        name = secrets.token_hex(8)
-        try:
-            traces = await asyncio.gather(*(host.profile.remote(name, steps, seconds) for host in placement.hosts))
-            for rank, (host, files) in enumerate(zip(placement.hosts, traces, strict=True)):
-                for path, size in sorted(files.items()):
-                    for start in range(0, max(size, 1), TRACE_PART):
-                        yield rank, path, await host.trace_part.remote(name, path, start, TRACE_PART)
-        finally:
-            for host in placement.hosts:
-                host.forget_trace.remote(name)
+        async with contextlib.aclosing(placement.profile(steps, seconds)) as parts:
+            async for part in parts:
+                yield part
 
     async def restart(self) -> int:
         """Ends the epoch, once its sessions have ended or their time to drain is over; the next one's number, when it serves.
