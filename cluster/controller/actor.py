@@ -17,6 +17,7 @@ from cluster.controller.controller import Controller
 from cluster.controller.epochs import forget
 from cluster.controller.gateways import Gateways
 from cluster.controller.integrity import Digests
+from cluster.controller.ray_calls import killed
 from cluster.controller.ray_placements import RayPlacements
 from cluster.controller.view import GatewayReport, ServiceView
 from cluster.deployment import Deployment
@@ -31,6 +32,8 @@ _LOG = logging.getLogger(__name__)
 
 #: Seconds that finding out what another controller has left may take.
 SETTLE_SECONDS = 20.0
+#: Seconds that Ray has in the end to kill workers.
+KILL_SECONDS = 5.0
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
@@ -87,6 +90,7 @@ class ControllerActor:
             self._life.remove_done_callback(_end_with)
             self._life.cancel()
             await asyncio.gather(self._life, return_exceptions=True)
+            await killed(KILL_SECONDS)
             await forget()
         return self._controller.budgets()
 

@@ -14,7 +14,7 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 
 from cluster.controller.epochs import remembered
 from cluster.controller.placement import Placement, RunningMesh
-from cluster.controller.ray_calls import answer
+from cluster.controller.ray_calls import answer, kill
 from cluster.controller.standbys import Standbys
 from workers.messages.specs import READY, Assignment, RankSpec
 
@@ -41,7 +41,7 @@ async def adopt(standbys: Standbys) -> tuple[list[RunningMesh], dict[int, int]]:
     for name in found.keys() - kept:
         _LOG.info("removing %s, which is part of no mesh that serves", name)
         if (host := found[name][0]) is not None:
-            ray.kill(host)
+            kill(host)
     await asyncio.to_thread(_remove_groups, {mesh.placement.name for mesh in meshes})
     for mesh in meshes:
         _LOG.info("replica %d goes on in epoch %d", mesh.spec.replica, mesh.spec.epoch)

@@ -12,7 +12,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.controller.ray_calls import answer
+from cluster.controller.ray_calls import answer, kill
 from cluster.controller.view import GatewayReport
 from cluster.deployment import Deployment
 from cluster.gateway.actor import GatewayActor
@@ -110,7 +110,7 @@ class Gateways:
     async def _kill(self, name: str) -> None:
         self._running.pop(name, None)
         with contextlib.suppress(ValueError):  # it has ended
-            ray.kill(await asyncio.to_thread(ray.get_actor, name))
+            kill(await asyncio.to_thread(ray.get_actor, name))
 
 
 async def _names() -> set[str]:

@@ -20,7 +20,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config.schema import Config
-from cluster.controller.ray_calls import answer
+from cluster.controller.ray_calls import answer, kill
 from cluster.controller.standbys import Standbys
 from cluster.network import REAL, Network
 from workers.messages.specs import Assignment, Endpoint, MeshSpec, Progress, RankSpec
@@ -287,7 +287,7 @@ class Placement:
 
     def _kill(self, hosts: list[Any]) -> None:
         for host in hosts:
-            ray.kill(host)
+            kill(host)
 
     def _free(self) -> None:
         remove_placement_group(self.group)

@@ -18,6 +18,7 @@ from cluster.config.schema import ClusterSection, Config
 from cluster.controller.adoption import GROUP_PREFIX, STANDBY_PREFIX, adopt
 from cluster.controller.epochs import remember
 from cluster.controller.placement import Placement, RunningMesh
+from cluster.controller.ray_calls import kill
 from cluster.controller.standbys import Standbys
 from workers.host.actor import Host
 from workers.messages.specs import MeshSpec
@@ -28,6 +29,8 @@ _LOG = logging.getLogger(__name__)
 AVOID_SECONDS = 5.0
 #: Seconds of waiting for hosts after which the log says what no node has.
 PUZZLED_SECONDS = 20.0
+#: Seconds until Ray knows everywhere what was freed. What is reserved earlier fails at first, and then waits for seconds.
+FREED_SECONDS = 0.3
 #: Calls that a worker answers at once: the one that computes, and progress beside it.
 _CONCURRENCY = 4
 
@@ -37,7 +40,7 @@ class RayPlacements:
 
     def __init__(self, cluster: ClusterSection) -> None:
         self._cluster = cluster
-        self._standbys = Standbys(_start_standby, ray.kill)
+        self._standbys = Standbys(_start_standby, kill)
 
     async def running(self) -> tuple[list[RunningMesh], dict[int, int]]:
         """See Placements."""
@@ -52,6 +55,7 @@ class RayPlacements:
     ) -> Placement | None:
         """See Placements. What is wanted, but need not be, has AVOID_SECONDS to be there."""
         cluster, group, name = self._cluster, None, _group_name(replica)
+        await asyncio.sleep(FREED_SECONDS)
         nodes = await asyncio.to_thread(ray.nodes)
         there = {node["NodeID"] for node in nodes if node["Alive"]}
         for count in range(len(avoided), -1, -1):
