@@ -259,12 +259,18 @@ class Placement:
         self._free()
 
     def _probe(self) -> asyncio.Future[list[bool]]:
-        """Which hosts can be reached, from when that was asked first."""
+        """On which hosts another worker can take the place of the one that is there, from when that was asked first."""
         if self._reached is None:
-            self._reached = asyncio.gather(*(self._reachable(endpoint.liveness) for endpoint in self._endpoints))
+            self._reached = asyncio.gather(*map(self._replaceable, self._endpoints))
             # Whether one asks or not: a cancelled one has an exception, too.
             self._reached.add_done_callback(lambda reached: reached.cancelled() or reached.exception())
         return self._reached
+
+    async def _replaceable(self, endpoint: Endpoint) -> bool:
+        reachable, stands_by = await asyncio.gather(
+            self._reachable(endpoint.liveness), self._standbys.answers(endpoint.node, REACH_SECONDS)
+        )
+        return reachable and stands_by
 
     async def _reachable(self, address: str) -> bool:
         """Whether the host at `host:port` answers within REACH_SECONDS, be it that nothing listens there."""

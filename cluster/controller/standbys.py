@@ -53,6 +53,14 @@ class Standbys:
 
         await asyncio.gather(*map(one, sorted(nodes)))
 
+    async def answers(self, node: str, seconds: float) -> bool:
+        """Whether one on a node is there, and says so within `seconds`."""
+        host = self._there.get(node)
+        try:
+            return host is not None and bool(await answer(host.progress.remote(), seconds, node))
+        except (OSError, ray.exceptions.RayError):
+            return False
+
     async def take(self, node: str, before: Endpoint | None) -> Any:
         """The one on a node. If it is to replace the worker that was there `before`, it has ended that one, and has its
         accelerators; else it has all of its host's. None if there is none, or it does not answer."""

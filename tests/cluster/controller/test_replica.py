@@ -18,6 +18,7 @@ from cluster.controller.placement import HostError, Placement, RunningMesh
 from cluster.controller.quarantine import TOO_MANY, Quarantine
 from cluster.controller.rank_specs import rank_specs
 from cluster.controller.replica import GIVE_UP_FAILURES, HOSTS_SECONDS, Replica
+from cluster.controller.standbys import Standbys
 from cluster.leader_stream import LeaderAddress
 from cluster.network import REAL
 from grok.serving.v1 import cluster_pb2
@@ -75,6 +76,7 @@ class _Placement(Placement):
         self.nodes, self.name = nodes, "group"
         self.hosts = [_Host(node) for node in nodes]
         self._endpoints, self._reached = [], None
+        self._standbys = Standbys(_Host, lambda _: None)
         self._network = REAL
         self._log = log
 

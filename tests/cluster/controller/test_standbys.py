@@ -21,13 +21,14 @@ class _Host:
 
     def __init__(self, node: str) -> None:
         self.node = node
-        self.prepare = self.replace = types.SimpleNamespace(remote=self._call)
+        self.prepare = self.replace = self.progress = types.SimpleNamespace(remote=self._call)
 
-    async def _call(self, *_: object) -> None:
+    async def _call(self, *_: object) -> bool:
         if self.node.startswith("dead"):
             raise ray.exceptions.RayActorError(error_msg="the worker is gone")
         if self.node.startswith("silent"):
             await asyncio.Event().wait()
+        return True
 
 
 class _Pool(Standbys):
@@ -47,6 +48,8 @@ def test_one_is_started_a_node_and_taken_once() -> None:
         await pool.prepare(["a", "b"], *WHAT)
         await pool.prepare(["a", "b"], *WHAT)
         assert pool.started == ["a", "b"]
+        assert await pool.answers("a", 0.05)
+        assert not await pool.answers("c", 0.05)
         assert (await pool.take("a", None)).node == "a"
         assert await pool.take("a", None) is None
         await pool.prepare(["a", "b"], *WHAT)
@@ -64,6 +67,7 @@ def test_one_that_does_not_answer_is_not_taken(monkeypatch: pytest.MonkeyPatch, 
     async def play() -> None:
         pool = _Pool()
         pool.put(node, _Host(node))
+        assert not await pool.answers(node, 0.05)
         assert await pool.take(node, None) is None
         assert (pool.nodes, pool.killed) == (set(), [node])
 
