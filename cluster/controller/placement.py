@@ -232,24 +232,26 @@ class Placement:
         return self._with([hosts[node] for node in self.nodes])
 
     async def silent(self) -> list[int]:
-        """The ranks of the workers that don't answer, and don't live. What `renew` must know is begun to be found out."""
+        """The ranks of the workers that don't answer, and don't live. Of one that has died Ray says so at once; beside one of
+        which nothing is heard, it has died because of that, and is not meant. What `renew` must know is begun to be found."""
         self._probe()
 
-        async def lost(host: Any, liveness: str) -> bool:
+        async def lost(host: Any, liveness: str) -> str:
             reason = asyncio.ensure_future(self._network.why_lost(liveness, BRIEF_SECONDS, BRIEF_SECONDS))
             try:
                 await answer(host.progress.remote(), BRIEF_SECONDS, "")
             except TimeoutError:
-                return await reason is not None
+                return "" if await reason is None else "silent"
             except (OSError, ray.exceptions.RayError):
-                return True
+                return "dead"
             finally:
                 reason.cancel()
-            return False
+            return ""
 
         liveness = [endpoint.liveness for endpoint in self._endpoints] or [""] * len(self.hosts)
         found = await asyncio.gather(*map(lost, self.hosts, liveness))
-        return [rank for rank, is_lost in enumerate(found) if is_lost]
+        meant = "silent" if "silent" in found else "dead"
+        return [rank for rank, how in enumerate(found) if how == meant]
 
     def remove(self) -> None:
         """Kills all workers and frees their hosts."""

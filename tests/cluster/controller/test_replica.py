@@ -274,6 +274,30 @@ def test_whatever_the_search_for_who_is_to_blame_raises_the_replica_is_built_aga
     asyncio.run(asyncio.wait_for(play(), 10))
 
 
+@pytest.mark.parametrize(
+    ("nodes", "blamed"),
+    [(["good", "dead"], [1]), (["dead", "dead"], [0, 1]), (["dead", "silent"], [1]), (["good", "good"], [])],
+)
+def test_who_died_of_a_lost_host_is_not_blamed(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[str], blamed: list[int]
+) -> None:
+    monkeypatch.setattr("cluster.controller.placement.BRIEF_SECONDS", 0.05)
+
+    async def why_lost(*_: object) -> str:
+        return "no process of its host answers"
+
+    async def play() -> list[int]:
+        placement = _Placement(nodes, [])
+        network: Any = types.SimpleNamespace(why_lost=why_lost)
+        placement._network = network
+        for host, node in zip(placement.hosts, nodes, strict=True):
+            if node == "silent":
+                host.progress = types.SimpleNamespace(remote=_never)
+        return await placement.silent()
+
+    assert asyncio.run(play()) == blamed
+
+
 def _reached(missed: list[list[int]]) -> HostError | None:
     """What a placement says of hosts that miss each other."""
 
