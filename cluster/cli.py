@@ -12,7 +12,9 @@ from typing import Any
 import grpc
 
 from cluster import daemon
+from cluster.batch import BatchError
 from cluster.commands import (
+    batch,
     bench_engine,
     bench_serve,
     convert,
@@ -40,7 +42,22 @@ from workers.checkpoint.errors import CheckpointError
 from workers.model.config import ConfigError as ModelConfigError
 from workers.text.tokenizer import TokenizerError
 
-_COMMANDS = (serve, generate, selftest, verify, plan, inspect, convert, status, profile, key, health, restart, stop)
+_COMMANDS = (
+    serve,
+    generate,
+    batch,
+    selftest,
+    verify,
+    plan,
+    inspect,
+    convert,
+    status,
+    profile,
+    key,
+    health,
+    restart,
+    stop,
+)
 _BENCHMARKS = {"serve": bench_serve, "engine": bench_engine}
 
 
@@ -73,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         LocalClusterError,
         TlsError,
         ClientError,
+        BatchError,
     ) as error:
         print(f"grokmesh: {error}", file=sys.stderr)
         return 2

@@ -43,9 +43,9 @@ def main() -> int:
 def _configuration(source: pathlib.Path, folder: pathlib.Path) -> tuple[pathlib.Path, str]:
     """The project's configuration on free ports, so that the demo disturbs no running service."""
     values = yaml.safe_load(source.read_text())
-    address, metrics = (f"127.0.0.1:{free_port('127.0.0.1')}" for _ in range(2))
+    address, http, metrics = (f"127.0.0.1:{free_port('127.0.0.1')}" for _ in range(3))
     values["model"]["checkpoint"] = str((source.parent / values["model"]["checkpoint"]).resolve())
-    values["gateway"]["address"] = address
+    values["gateway"] |= {"address": address, "http_address": http}
     values["telemetry"]["address"] = metrics
     path = folder / source.name
     path.write_text(yaml.safe_dump(values))

@@ -67,10 +67,12 @@ class AutoscalingSection:
 
 @dataclasses.dataclass(frozen=True)
 class GatewaySection:
-    """The gRPC server.
+    """The gRPC server, and the HTTP one beside it.
 
     Attributes:
       address: where it listens.
+      http_address: where the OpenAI-compatible HTTP interface listens; there is none if absent. Keys, limits and certificates
+        are those of gRPC.
       processes: gateways on each of their hosts, which share the address.
       hosts: head: they run where the service was started; all: on every host of the Ray cluster.
       max_requests: requests that may be in one gateway at once; more are turned away.
@@ -88,6 +90,7 @@ class GatewaySection:
     """
 
     address: Annotated[str, HostPort()] = "127.0.0.1:50051"
+    http_address: Annotated[str | None, HostPort()] = None
     processes: Annotated[int, AtLeast(1)] = 1
     hosts: Annotated[str, OneOf(("head", "all"))] = "head"
     max_requests: Annotated[int, AtLeast(1)] = 512

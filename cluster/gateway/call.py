@@ -24,6 +24,7 @@ class Call:
       span: of its trace.
       replica, epoch: that compute it, once known.
       details: more for its line in the log.
+      failure: what its client was told instead of an answer, or within one.
     """
 
     method: str
@@ -34,6 +35,7 @@ class Call:
     epoch: int | None = None
     began: float = dataclasses.field(default_factory=time.monotonic)
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
+    failure: Exception | None = None
 
     def log_fields(self) -> dict[str, Any]:
         """For a log line's `extra`."""

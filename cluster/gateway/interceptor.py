@@ -1,6 +1,5 @@
 """Around every call: the caller is known before a message is read; messages are read a few at a time, in limits of bytes and
-time; malformed ones become INVALID_ARGUMENT, GatewayErrors a status with details, anything else INTERNAL without its text; each
-call is counted, traced and logged in one line."""
+time; malformed ones become INVALID_ARGUMENT, GatewayErrors a status with details, anything else INTERNAL without its text."""
 
 from __future__ import annotations
 
@@ -8,8 +7,6 @@ import asyncio
 import collections
 import contextlib
 import inspect
-import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -19,19 +16,12 @@ from google.protobuf.message import DecodeError
 from opentelemetry import trace
 
 from cluster.gateway.auth.api_keys import Keys
-from cluster.gateway.call import CURRENT, Call
-from cluster.gateway.errors import KEY_LIMIT, GatewayError, code_name, exhausted
+from cluster.gateway.call import CURRENT
+from cluster.gateway.errors import GatewayError, exhausted
+from cluster.gateway.outcome import Outcome
 from cluster.gateway.texts import INLINE_BYTES
-from cluster.telemetry import metrics
-from cluster.telemetry.traces import parent_of
 
-_LOG = logging.getLogger(__name__)
 _OURS = "/grok.serving.v1."
-#: Calls that are logged at INFO; the others, which look on, at DEBUG, as are floods that are turned away, which metrics count.
-_WORK = ("Generate", "GenerateOnce", "Profile", "Restart")
-_TURNED_AWAY = ("RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED")
-#: Calls for keys with the scope `admin`.
-_ADMIN = ("Profile", "Restart")
 #: Calls whose messages are handed on as bytes if they are large: another process reads them.
 _TEXTS = ("Tokenize", "Detokenize", "CountTokens")
 #: Most bytes of a message of all calls but those, and completions.
@@ -93,8 +83,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 raise _malformed(f"the request has {len(data)} bytes; no valid one has more than {most}")
             return handler.request_deserializer(data)
 
-        def begin(context: Any) -> _Outcome:
-            return _Outcome(name, method, context, self._keys, self._tracer)
+        def begin(context: Any) -> _Answered:
+            metadata = context.invocation_metadata() or ()
+            return _Answered(Outcome(name, method[1:], "grpc", metadata, self._keys, self._tracer), context)
 
         async def single(_: _Messages, context: Any) -> Any:
             async with begin(context):
@@ -190,67 +181,19 @@ def _malformed(problem: str) -> GatewayError:
     return GatewayError(grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE", problem)
 
 
-class _Outcome:
-    """Finds the caller, turns an exception of the call into a status, and logs and counts it."""
+class _Answered:
+    """Ends a call with the status that its outcome is."""
 
-    def __init__(self, name: str, method: str, context: Any, keys: Keys, tracer: trace.Tracer) -> None:
-        self._context = context
-        self._keys = keys
-        self._call = Call(name)
-        self._metadata: Any = context.invocation_metadata() or ()
-        # Not the current span of a context: a stream that a client leaves is closed in another one than it began in.
-        self._call.span = tracer.start_span(method[1:], context=parent_of(self._metadata), kind=trace.SpanKind.SERVER)
+    def __init__(self, outcome: Outcome, context: Any) -> None:
+        self._outcome, self._context = outcome, context
 
     async def __aenter__(self) -> None:
-        CURRENT.set(self._call)
         try:
-            self._check()
+            self._outcome.begin()
         except GatewayError as error:
             await self.__aexit__(type(error), error, None)
 
-    def _check(self) -> None:
-        """Refuses callers without a key, or with one that does not allow the call."""
-        try:
-            self._call.caller = self._keys.caller(self._metadata)
-        except GatewayError:
-            metrics.REJECTIONS.labels("unauthenticated").inc()
-            raise
-        if self._call.method in _ADMIN and "admin" not in self._call.caller.scopes:
-            metrics.REJECTIONS.labels("scope").inc()
-            raise GatewayError(
-                grpc.StatusCode.PERMISSION_DENIED, "SCOPE", f"{self._call.method} wants a key with the scope admin"
-            )
-
     async def __aexit__(self, kind: Any, error: BaseException | None, trace_back: Any) -> None:
-        call = self._call
-        code = code_name(error, self._context.time_remaining())
-        status = self._status(code, error)
-        seconds = time.monotonic() - call.began
-        metrics.REQUESTS.labels(call.method, code).inc()
-        own_limit = isinstance(error, GatewayError) and error.reason == KEY_LIMIT
-        if code in metrics.FAILURE_CODES and call.method.startswith("Generate") and not own_limit:
-            metrics.FAILURES.labels(code).inc()
-        if code == "RESOURCE_EXHAUSTED":
-            metrics.REJECTION_SECONDS.observe(seconds)
-        level = logging.INFO if call.method in _WORK and code not in _TURNED_AWAY else logging.DEBUG
-        fields = {**call.log_fields(), "method": call.method, "code": code, "seconds": round(seconds, 4)}
-        _LOG.log(level, "%s %s in %.3f s", call.method, code, seconds, extra=fields)
-        span = call.span
-        span.set_attributes(
-            {"rpc.system": "grpc", "rpc.method": call.method, "rpc.response.status_code": code}
-            | {f"grokmesh.{key}": value for key, value in call.log_fields().items() if value is not None}
-        )
-        if code not in ("OK", "CANCELLED"):
-            span.set_status(trace.StatusCode.ERROR, str(error) if isinstance(error, GatewayError) else code)
-        span.end()
-        if status is not None:
-            await self._context.abort_with_status(status)
-
-    def _status(self, code: str, error: BaseException | None) -> grpc.Status | None:
-        """The status that the client gets, if it still listens."""
-        if isinstance(error, GatewayError):
-            return error.status()
-        if code != "INTERNAL":
-            return None
-        _LOG.error("%s failed", self._call.method, exc_info=error, extra=self._call.log_fields())
-        return GatewayError(grpc.StatusCode.INTERNAL, "INTERNAL", "an error within the gateway; see its log").status()
+        wrong = self._outcome.end(error, self._context.time_remaining())
+        if wrong is not None:
+            await self._context.abort_with_status(wrong.status())

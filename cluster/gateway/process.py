@@ -15,6 +15,7 @@ from cluster.gateway.admission.latency import RecentLatency
 from cluster.gateway.auth.api_keys import Keys
 from cluster.gateway.cluster_service import ClusterService
 from cluster.gateway.controller_watch import KEYS_SECONDS, SYNC_SECONDS, ControllerWatch
+from cluster.gateway.openai.chat_template import read_template
 from cluster.gateway.routing.router import Router
 from cluster.gateway.server import Gateway
 from cluster.gateway.validation import Limits
@@ -86,6 +87,7 @@ class GatewayProcess:
             keys,
             limits,
             tokenizer,
+            read_template(locate(config.model.checkpoint), tokenizer.piece(model.eos_token)),
             sandbox,
             self._router,
             self._latency,

@@ -1,8 +1,9 @@
-"""Puts the gateway's services on a port."""
+"""Puts the gateway's services on its ports."""
 
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import logging
 
 import grpc.aio
@@ -16,6 +17,10 @@ from cluster.gateway.admission.latency import RecentLatency
 from cluster.gateway.auth.api_keys import Keys
 from cluster.gateway.auth.tls import server_credentials
 from cluster.gateway.interceptor import CallInterceptor
+from cluster.gateway.openai.app import Served, make_app
+from cluster.gateway.openai.chat_template import ChatTemplate
+from cluster.gateway.openai.door import Door
+from cluster.gateway.openai.server import HttpServer
 from cluster.gateway.routing.router import Router
 from cluster.gateway.service import GenerationService
 from cluster.gateway.texts import Texts
@@ -41,6 +46,8 @@ _POLL_SECONDS = 0.05
 BEAT_SECONDS = 0.05
 #: Calls at a time beside completions: status, health, what is turned away.
 EXTRA_CALLS = 1024
+#: How many times as many bytes as a message of gRPC its JSON may have: characters are written as \uXXXX, prompts are several.
+JSON_BYTES = 6
 #: Of gRPC: how much a connection may hold, and when one that is dead or of no use ends.
 OPTIONS = (
     ("grpc.max_concurrent_streams", 1024),
@@ -67,6 +74,7 @@ class Gateway:
         keys: Keys,
         limits: Limits,
         tokenizer: Tokenizer,
+        template: ChatTemplate | None,
         sandbox: Sandbox,
         router: Router,
         latency: RecentLatency,
@@ -90,13 +98,14 @@ class Gateway:
                 ("grpc.so_reuseport", 1),
             ],
         )
+        model = describe(config.model.name, limits)
         service = GenerationService(
             limits,
             self._texts,
             router,
             self.admission,
             latency,
-            describe(config.model.name, limits),
+            model,
             tracer,
             config.telemetry.log_prompts,
         )
@@ -106,6 +115,12 @@ class Gateway:
         reflection.enable_server_reflection(
             (GENERATION, CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
+        self._http: HttpServer | None = None
+        if config.gateway.http_address is not None:
+            version = importlib.metadata.version("grokmesh")
+            app = make_app(Served(service, tokenizer, template, model, version, lambda: router.ready > 0))
+            most_bytes = min(config.gateway.max_message_bytes, JSON_BYTES * limits.message_bytes)
+            self._http = HttpServer(config.gateway, Door(app, keys, tracer, most_bytes))
 
     async def start(self) -> None:
         """Listens. Not serving until `set_ready`. Raises OSError if the address can't be had, TlsError."""
@@ -118,6 +133,8 @@ class Gateway:
             raise OSError(f"gateway.address={self._config.address} can't be listened on") from error
         await self.set_ready(False)
         await self._server.start()
+        if self._http is not None:
+            await self._http.start()
         self._lag = asyncio.ensure_future(_measure_lag(self._stall_seconds))
 
     async def set_ready(self, ready: bool) -> None:
@@ -135,6 +152,8 @@ class Gateway:
         await self._health.enter_graceful_shutdown()
         drain = self._config.drain_seconds
         stopping = asyncio.ensure_future(self._server.stop(drain + END_SECONDS + IDLE_GRACE_SECONDS))
+        if self._http is not None:
+            self._http.close()
         await asyncio.sleep(ACCEPTED_SECONDS)
         self.admission.draining = True
         await self._emptied(drain)
@@ -143,6 +162,8 @@ class Gateway:
         await asyncio.wait([stopping], timeout=IDLE_GRACE_SECONDS)
         await self._server.stop(0)
         await stopping
+        if self._http is not None:
+            await self._http.stop()
         self._texts.close()
         if self._lag is not None:
             self._lag.cancel()

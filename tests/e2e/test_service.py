@@ -26,6 +26,7 @@ from cluster.cli import main
 from grok.serving.v1 import cluster_pb2, generation_pb2, generation_pb2_grpc
 from grokmesh import AsyncClient, Client, Completion, Options, completion_request
 from tests.conftest import DEMO
+from tests.support.http_calls import call
 from tests.support.ports import free_port
 from tests.support.service import Service, has_ended, read_metrics, running
 from tests.support.waiting import wait_until
@@ -43,11 +44,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def service(folder: pathlib.Path) -> Iterator[Service]:
+def http_address() -> str:
+    """Where the service has its HTTP interface."""
+    return f"127.0.0.1:{free_port('127.0.0.1')}"
+
+
+@pytest.fixture(scope="module")
+def service(folder: pathlib.Path, http_address: str) -> Iterator[Service]:
     """The demo: two hosts of two devices. The leaders log their plans."""
     mesh = {"hosts": 2, "devices_per_host": 2, "data": 2, "model": 2}
     telemetry = {"address": f"127.0.0.1:{free_port('127.0.0.1')}", "plan_log": str(folder / "plans")}
-    with running(folder, mesh=mesh, telemetry=telemetry) as service:
+    with running(folder, mesh=mesh, telemetry=telemetry, gateway={"http_address": http_address}) as service:
         yield service
 
 
@@ -121,6 +128,33 @@ def test_a_stream_tells_what_the_unary_call_tells(client: Client) -> None:
         assert len(token.top) == 3
         assert token.top[0][1] >= token.logprob
         assert token.logprob < 0
+
+
+def test_http_tells_what_grpc_tells(http_address: str, client: Client) -> None:
+    alone = client.complete(PROMPT, max_tokens=24, temperature=1.0, seed=11, top_logprobs=2, ignore_eos=True)
+    asked = {
+        "model": client.model().name,
+        "prompt": PROMPT,
+        "max_tokens": 24,
+        "seed": 11,
+        "logprobs": 2,
+        "ignore_eos": True,
+    }
+    (choice,) = call(http_address, "/v1/completions", asked)[2]["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (alone.text, "length")
+    assert choice["logprobs"]["token_logprobs"] == [pytest.approx(token.logprob) for token in alone.tokens]
+    assert all(len(top) == 2 for top in choice["logprobs"]["top_logprobs"])
+    chunks = call(http_address, "/v1/completions", {**asked, "stream": True})[2]
+    assert "".join(one["text"] for chunk in chunks for one in chunk["choices"]) == alone.text
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    formed = call(
+        http_address, "/v1/completions", {**asked, "ignore_eos": False, "structured_outputs": {"json": schema}}
+    )
+    assert json.loads(formed[2]["choices"][0]["text"])["a"] in (1, 2)
+    status, _, body = call(
+        http_address, "/v1/chat/completions", {"model": asked["model"], "messages": [{"role": "user", "content": "x"}]}
+    )
+    assert (status, body["error"]["code"]) == (400, "no_chat_template")
 
 
 def test_text_and_tokens_are_the_same_prompt(client: Client) -> None:

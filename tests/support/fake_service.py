@@ -17,6 +17,7 @@ from cluster.config.schema import Config, GatewaySection
 from cluster.controller.view import ReplicaView, ServiceView
 from cluster.gateway.admission.latency import RecentLatency
 from cluster.gateway.auth.api_keys import Caller, Keys
+from cluster.gateway.openai.chat_template import ChatTemplate
 from cluster.gateway.routing.router import Router
 from cluster.gateway.server import Gateway
 from cluster.gateway.text_job import TextJobs
@@ -40,6 +41,9 @@ MODEL = GrokConfig.load(DEMO / "config.json")
 TOKENIZER = Tokenizer(DEMO / "tokenizer.model")
 ARGUMENTS = [str(DEMO), str(MODEL.vocab_size), str(MODEL.eos_token)]
 
+CHAT_TEMPLATE = """{%- for tool in tools or [] %}TOOL {{ tool.function.name }}
+{% endfor %}{% for message in messages %}{{ message.role | upper }}: {{ message.content }}
+{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"""
 Result = TypeVar("Result")
 
 
@@ -75,15 +79,18 @@ def now(work: Coroutine[Any, Any, Result]) -> Result:
     raise AssertionError("it waits")
 
 
-async def _serve(address: str, seconds: float, keys: pathlib.Path | None, context: int) -> None:
+async def _serve(
+    address: str, http_address: str | None, seconds: float, keys: pathlib.Path | None, context: int
+) -> None:
     limits = Limits(MODEL, context, TOKENIZER.longest_piece)
-    config = Config(ModelSpec("demo", str(DEMO)), gateway=GatewaySection(address))
+    config = Config(ModelSpec("demo", str(DEMO)), gateway=GatewaySection(address, http_address))
+    template = ChatTemplate(CHAT_TEMPLATE, "test", "[EOS]")
     ready = asyncio.Event()
     router = Router(max_wait=0, on_change=lambda count: ready.set() if count else None)
     status: Any = unittest.mock.Mock()  # nobody asks for it
     sandbox = Sandbox("cluster.gateway.text_job", ARGUMENTS)
     gateway = Gateway(
-        config, Keys(keys), limits, TOKENIZER, sandbox, router, RecentLatency(), status, trace.NoOpTracer()
+        config, Keys(keys), limits, TOKENIZER, template, sandbox, router, RecentLatency(), status, trace.NoOpTracer()
     )
     await gateway.start()
     pages = SHAPE.slots * -(-context // SHAPE.page_size) + 1
@@ -96,18 +103,21 @@ async def _serve(address: str, seconds: float, keys: pathlib.Path | None, contex
         await asyncio.Event().wait()
 
 
-def _run(address: str, seconds: float, keys: pathlib.Path | None, context: int) -> None:
-    asyncio.run(_serve(address, seconds, keys, context))
+def _run(*arguments: Any) -> None:
+    asyncio.run(_serve(*arguments))
 
 
 @contextlib.contextmanager
 def serving(
-    seconds: float = 0.0, keys: pathlib.Path | None = None, context: int = SHAPE.context
+    seconds: float = 0.0,
+    keys: pathlib.Path | None = None,
+    context: int = SHAPE.context,
+    http_address: str | None = None,
 ) -> Iterator[tuple[str, int]]:
     """Address and process of gateway and leader on a mesh that computes nothing in steps of `seconds`, for the block."""
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
     process = multiprocessing.get_context("spawn").Process(
-        target=_run, args=(address, seconds, keys, context), daemon=True
+        target=_run, args=(address, http_address, seconds, keys, context), daemon=True
     )
     process.start()
     assert process.pid is not None

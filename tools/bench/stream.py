@@ -60,7 +60,8 @@ async def _read_bare(port: int) -> None:
         assert await asyncio.gather(*(one() for _ in range(STREAMS))) == [TOKENS] * STREAMS
 
 
-async def _read_gateway(address: str, seeds: range) -> int:
+async def read_gateway(address: str, seeds: range) -> int:
+    """Messages of the streams of one client."""
     async with AsyncClient(address) as client:
 
         async def one(seed: int) -> int:
@@ -72,7 +73,7 @@ async def _read_gateway(address: str, seeds: range) -> int:
 
 def _read(address: str, client: int, streams: int) -> int:
     """Messages of one client's streams, of so many streams in all."""
-    return asyncio.run(_read_gateway(address, range(client, streams, CLIENTS)))
+    return asyncio.run(read_gateway(address, range(client, streams, CLIENTS)))
 
 
 def _gateways(processes: int) -> float:

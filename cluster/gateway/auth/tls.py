@@ -33,6 +33,32 @@ def server_credentials(config: GatewaySection) -> grpc.ServerCredentials:
     return grpc.dynamic_ssl_server_credentials(known, changed, require_client_authentication=client_ca is not None)
 
 
+def http_context(config: GatewaySection) -> ssl.SSLContext:
+    """The same for HTTP: each handshake has what the files say then. Raises TlsError, which names them."""
+    certificate, key, client_ca = config.tls_certificate, config.tls_key, config.tls_client_ca
+    assert certificate is not None
+    assert key is not None
+
+    def read() -> ssl.SSLContext:
+        _read(certificate, key, client_ca)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate, key)
+        if client_ca is not None:
+            context.load_verify_locations(client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+    files = (certificate, key, *([client_ca] if client_ca is not None else []))
+    reloading = Reloading(files, read, TlsError)
+
+    def renew(connection: ssl.SSLObject | ssl.SSLSocket, *_: object) -> None:
+        connection.context = reloading.get()
+
+    context = reloading.get()
+    context.sni_callback = renew
+    return context
+
+
 def _read(
     certificate: pathlib.Path, key: pathlib.Path, client_ca: pathlib.Path | None
 ) -> grpc.ServerCertificateConfiguration:

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP interface: a translation onto the same sessions as gRPC's."""

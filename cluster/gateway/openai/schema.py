@@ -1,0 +1,209 @@
+"""What clients send: OpenAI's fields, and those that servers of open models have besides. A field that is not here is refused
+by its name; what is in range, the gateway's validation decides."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+#: Prompts of one request.
+MAX_PROMPTS = 64
+
+#: Numbers that the service's own messages can hold.
+Int32 = Annotated[int, pydantic.Field(ge=-(2**31), lt=2**31)]
+TokenId = Annotated[int, pydantic.Field(ge=0, lt=2**32)]
+Seed = Annotated[int, pydantic.Field(ge=0, lt=2**64)]
+Tokens = list[TokenId]
+
+
+class _Model(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Model):
+    """What a stream carries besides: usage in a last chunk."""
+
+    include_usage: bool | None = None
+
+
+class StructuredOutputs(_Model):
+    """What the text must be; one of these."""
+
+    json_schema: dict[str, Any] | str | None = pydantic.Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one(self) -> StructuredOutputs:
+        if sum(value is not None for value in (self.json_schema, self.regex, self.choice)) != 1:
+            raise ValueError("must have one of json, regex and choice")
+        return self
+
+
+class _Request(_Model):
+    """Fields that completions of text and of chats share."""
+
+    model: str
+    max_tokens: Int32 | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: Int32 | None = None
+    seed: Seed | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    #: Names the client's own user; nothing comes of it.
+    user: str | None = None
+    # Beyond OpenAI's.
+    top_k: Int32 | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Int32 | None = None
+    stop_token_ids: Tokens | None = None
+    allowed_token_ids: Tokens | None = None
+    priority: Int32 | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    @pydantic.field_validator("logit_bias")
+    @classmethod
+    def _tokens(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for token in value or ():
+            if not token.isdecimal() or not token.isascii() or int(token) >= 2**32:
+                raise ValueError(f"has {token!r} where a token's id must be")
+        return value
+
+
+class CompletionRequest(_Request):
+    """Of `/v1/completions`."""
+
+    prompt: str | list[str] | Tokens | list[Tokens]
+    echo: bool | None = None
+    logprobs: Int32 | None = None
+    best_of: Int32 | None = None
+
+
+class TextPart(_Model):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Function(_Model):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Model):
+    """Something that the model may use."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionCall(_Model):
+    """A call that the model has asked for; `arguments` is JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(_Model):
+    """A use of a tool that the model has asked for."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class Message(_Model):
+    """One of a chat's messages."""
+
+    role: str
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+
+
+class NamedFunction(_Model):
+    """A function's name."""
+
+    name: str
+
+
+class NamedTool(_Model):
+    """The one tool that is to be used."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(_Model):
+    """A named JSON schema."""
+
+    name: str
+    description: str | None = None
+    json_schema: dict[str, Any] = pydantic.Field(alias="schema")
+    strict: bool | None = None
+
+
+class TextFormat(_Model):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(_Model):
+    """Some JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(_Model):
+    """JSON that fits a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class ChatRequest(_Request):
+    """Of `/v1/chat/completions`."""
+
+    messages: Annotated[list[Message], pydantic.Field(min_length=1)]
+    max_completion_tokens: Int32 | None = None
+    logprobs: bool | None = None
+    top_logprobs: Int32 | None = None
+    response_format: (
+        Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, pydantic.Field(discriminator="type")] | None
+    ) = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    # What OpenAI keeps and reports; nothing comes of them.
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+
+
+class TokenizeRequest(_Model):
+    """Of `/tokenize`."""
+
+    model: str | None = None
+    prompt: str
+
+
+class DetokenizeRequest(_Model):
+    """Of `/detokenize`."""
+
+    model: str | None = None
+    tokens: Tokens
