@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo serve stop check format lint types proto test test-fast coverage test-rayup determinism operations chaos simulate simulate-mutants front losses alarms restarts fuzz audit aot bench-loader bench overload hostile bench-peers load golden docs dashboards pictures clean
+.PHONY: help install demo serve stop check format lint types proto test test-fast coverage test-rayup test-clients determinism operations chaos simulate simulate-mutants front losses alarms restarts fuzz audit aot bench-loader bench overload hostile bench-peers load golden docs dashboards pictures clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -59,6 +59,14 @@ build/coverage/.installed:
 
 test-rayup: install ## `ray up` onto three hosts in namespaces of this machine; part of make test (needs root)
 	$(BIN)/python -m pytest tests/rayup
+
+test-clients: install build/clients/.installed ## OpenAI's client, LangChain and LiteLLM against the demo on two hosts
+	$(BIN)/python -m tests.clients
+
+build/clients/.installed: requirements-clients.lock
+	$(PYTHON) -m venv build/clients
+	build/clients/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-clients.lock
+	@touch $@
 
 determinism: install ## two thousand random schedules, each against what its requests get alone
 	GROKMESH_SCHEDULES=2000 $(BIN)/python -m pytest -q tests/workers/runtime/test_schedules.py

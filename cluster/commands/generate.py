@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
 
 from cluster.commands import access
-from grokmesh import Options, completion_request
+from grokmesh import Client, Options, completion_request
 
 HELP = "stream a completion of a prompt"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt")
+    parser.add_argument("prompt", nargs="?", default="")
+    parser.add_argument(
+        "-i", "--interactive", action="store_true", help="ask for prompts; an empty one goes on with the last text"
+    )
     access.add_arguments(parser)
     parser.add_argument("--max-tokens", type=int, help="most tokens to draw (default: what fits the context)")
     parser.add_argument("--temperature", type=float, help="0 takes the most likely token (default: 1)")
@@ -37,24 +45,59 @@ def run(arguments: argparse.Namespace) -> int:
             options["json_schema"] = arguments.json_schema.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise access.UsageError(f"{arguments.json_schema}: {error}; JSON is UTF-8") from error
+    if not arguments.prompt and not arguments.interactive:
+        raise access.UsageError("generate wants a prompt, or -i")
     try:
         completion_request(arguments.prompt, **options)
     except ValueError as error:  # a number that its field can't hold
         raise access.UsageError(str(error)) from error
     with access.client(arguments) as client:
-        began = time.monotonic()
-        first, tokens, seed = 0.0, 0, 0
-        for part in client.generate(arguments.prompt, timeout=arguments.timeout, **options):
-            first = first or time.monotonic() - began
-            tokens += len(part.tokens)
-            seed = part.seed
-            print(part.text, end="", flush=True)
-            if part.finish_reason:
-                print()
-                rate = (tokens - 1) / max(time.monotonic() - began - first, 1e-9)
-                print(
-                    f"[{part.finish_reason}] {part.prompt_tokens} prompt tokens, {tokens} tokens at {rate:.1f} tokens/s, "
-                    f"first after {first * 1000:.0f} ms, seed {seed}",
-                    file=sys.stderr,
-                )
+        if arguments.interactive:
+            _converse(client, arguments.prompt, arguments.timeout, options)
+        else:
+            for _ in _shown(client, arguments.prompt, arguments.timeout, options):
+                pass
     return 0
+
+
+def _shown(client: Client, prompt: str, timeout: float | None, options: Options) -> Iterator[str]:
+    """The texts of a completion as they come, printed, and at the end how fast they came."""
+    began = time.monotonic()
+    first, tokens = 0.0, 0
+    for part in client.generate(prompt, timeout=timeout, **options):
+        first = first or time.monotonic() - began
+        tokens += len(part.tokens)
+        print(part.text, end="", flush=True)
+        yield part.text
+        if part.finish_reason:
+            print()
+            rate = (tokens - 1) / max(time.monotonic() - began - first, 1e-9)
+            print(
+                f"[{part.finish_reason}] {part.prompt_tokens} prompt tokens, {tokens} tokens at {rate:.1f} tokens/s, "
+                f"first after {first * 1000:.0f} ms, seed {part.seed}",
+                file=sys.stderr,
+            )
+
+
+def _converse(client: Client, prompt: str, timeout: float | None, options: Options) -> None:
+    """Completes what is typed, line by line, until there is no more. An empty line goes on with the last text. Ctrl-C ends a
+    completion, or at the prompt everything."""
+    with contextlib.suppress(ImportError):  # then lines can't be edited
+        import readline  # noqa: F401  # changes what input() does
+    text = ""
+    while True:
+        if prompt or text:
+            text = prompt or text
+            try:
+                for part in _shown(client, text, timeout, options):
+                    text += part
+            except KeyboardInterrupt:
+                print("\n[cancelled]", file=sys.stderr)
+            except grpc.RpcError as error:
+                call: Any = error  # what stubs raise is a call too
+                print(f"{call.code().name}: {call.details()}", file=sys.stderr)
+        try:
+            prompt = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return

@@ -46,8 +46,8 @@ _POLL_SECONDS = 0.05
 BEAT_SECONDS = 0.05
 #: Calls at a time beside completions: status, health, what is turned away.
 EXTRA_CALLS = 1024
-#: How many times as many bytes as a message of gRPC its JSON may have: characters are written as \uXXXX, prompts are several.
-JSON_BYTES = 6
+#: How many times as many bytes as a message of gRPC may have, one of HTTP may: characters may be written as \uXXXX.
+JSON_BYTES = 2
 #: Of gRPC: how much a connection may hold, and when one that is dead or of no use ends.
 OPTIONS = (
     ("grpc.max_concurrent_streams", 1024),

@@ -33,19 +33,17 @@ class TextCompletions:
         self.completions = [to_completion(request, prompt, max_tokens, self._drawn) for prompt in self._prompts]
         for completion in self.completions:
             completion.top_logprobs = request.logprobs or 0
-        self._echoed = [
-            (prompt if isinstance(prompt, str) else tokenizer.decode(prompt)) if request.echo else ""
-            for prompt in self._prompts
-        ]
+        self._tokenizer = tokenizer
 
     async def whole(self, sessions: Sessions) -> dict[str, Any]:
         answers = await sessions.whole(self.completions)
+        echoed = self._echoed()
         choices: list[dict[str, Any]] = []
         for i, drawn in enumerate(answers):
             best = sorted(drawn, key=_mean_logprob, reverse=True)[: self._n] if self._drawn > self._n else drawn
             for answer in best:
-                choice = self._choice(len(choices), self._echoed[i] + answer.text, answer.finish_reason)
-                choices.append(choice | self._logprobs(answer.tokens, len(self._echoed[i])))
+                choice = self._choice(len(choices), echoed[i] + answer.text, answer.finish_reason)
+                choices.append(choice | self._logprobs(answer.tokens, len(echoed[i])))
         usages = [answer.usage for drawn in answers for answer in drawn]
         return {**self._head, "choices": choices, "usage": usage_of(usages, len(self._prompts))}
 
@@ -54,13 +52,14 @@ class TextCompletions:
         options = self._request.stream_options
         usages: dict[int, generation_pb2.Usage] = {}
         head = self._head if options is None or not options.include_usage else {**self._head, "usage": None}
-        echoed = [text for text in self._echoed for _ in range(self._n)]
-        offsets, begun = [len(text) for text in echoed], False
+        offsets: list[int] = []
         async for prompt, part in sessions.parts(self.completions):
-            for index, text in enumerate([] if begun else echoed):
-                if text:
-                    yield {**head, "choices": [self._choice(index, text, 0)]}
-            begun = True
+            if not offsets:
+                echoed = [text for text in self._echoed() for _ in range(self._n)]
+                offsets = [len(text) for text in echoed]
+                for index, text in enumerate(echoed):
+                    if text:
+                        yield {**head, "choices": [self._choice(index, text, 0)]}
             index = prompt * self._n + part.index
             choice = self._choice(index, part.text, part.finish_reason) | self._logprobs(part.tokens, offsets[index])
             offsets[index] += len(part.text)
@@ -70,6 +69,12 @@ class TextCompletions:
                 yield {**head, "choices": [choice]}
         if options is not None and options.include_usage:
             yield {**head, "choices": [], "usage": usage_of(usages.values(), len(self._prompts))}
+
+    def _echoed(self) -> list[str]:
+        """What comes before the completion of each prompt. For prompts that are known to be right: they may cost much else."""
+        if not self._request.echo:
+            return [""] * len(self._prompts)
+        return [prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt) for prompt in self._prompts]
 
     def _choice(self, index: int, text: str, reason: generation_pb2.FinishReason.ValueType | int) -> dict[str, Any]:
         finish = finish_of(generation_pb2.FinishReason.ValueType(reason))

@@ -23,6 +23,7 @@ _STATUS: Mapping[grpc.StatusCode, tuple[int, str]] = {
     _CODES.RESOURCE_EXHAUSTED: (429, "rate_limit_error"),
     _CODES.UNAVAILABLE: (503, "server_error"),
     _CODES.DEADLINE_EXCEEDED: (504, "server_error"),
+    _CODES.CANCELLED: (499, "invalid_request_error"),
     _CODES.INTERNAL: (500, "server_error"),
 }
 #: What fields of a Completion are called here, where they have other names.
@@ -65,6 +66,11 @@ def no_model(asked: str, served: str) -> GatewayError:
 def too_late() -> GatewayError:
     """DEADLINE_EXCEEDED: the time that the client gave is over."""
     return GatewayError(_CODES.DEADLINE_EXCEEDED, "DEADLINE", "the time that x-request-timeout gave is over")
+
+
+def unread() -> GatewayError:
+    """CANCELLED: the client has left a part of its stream unread for too long."""
+    return GatewayError(_CODES.CANCELLED, "UNREAD", "the stream was not read, and so its completion was ended")
 
 
 def field_name(location: Sequence[int | str]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from cluster.gateway.call import CURRENT
-from cluster.gateway.openai.errors import too_late
+from cluster.gateway.openai.errors import too_late, unread
 from cluster.gateway.service import GenerationService
 from grok.serving.v1 import generation_pb2
 
@@ -58,9 +58,14 @@ class Sessions:
             _begin(index)
             request = generation_pb2.GenerateRequest(completion=completion)
             stream: Any = self._service.Generate(request, self._context)
-            async with contextlib.aclosing(stream) as parts:
-                async for part in parts:
-                    await arrived.put((index, part))
+            try:
+                async with contextlib.aclosing(stream) as parts:
+                    async for part in parts:
+                        await arrived.put((index, part))
+            except asyncio.CancelledError:
+                if wanted:
+                    raise unread() from None
+                raise
 
         async def work() -> None:
             try:
@@ -69,6 +74,7 @@ class Sessions:
                 await arrived.put(error)
             await arrived.put(None)
 
+        wanted = True
         working = asyncio.ensure_future(work())
         try:
             while (part := await arrived.get()) is not None:
@@ -76,6 +82,7 @@ class Sessions:
                     raise part
                 yield part
         finally:
+            wanted = False
             working.cancel()
             await asyncio.gather(working, return_exceptions=True)
 
