@@ -28,6 +28,7 @@ class Completion:
       tokens: in order; in a part, those that are new.
       finish_reason: `eos`, `stop` or `length`; None in all parts but the last.
       prompt_tokens: 0 in all parts but the last.
+      cached_prompt_tokens: those of them that were not computed; 0 in all parts but the last.
       seed: with which the same request gives the same tokens.
       index: of the completion, where several were asked for.
       others: of a whole completion, the others that were asked for.
@@ -41,6 +42,7 @@ class Completion:
     seed: int
     index: int = 0
     others: tuple[Completion, ...] = ()
+    cached_prompt_tokens: int = 0
 
 
 class Options(TypedDict, total=False):
@@ -54,6 +56,7 @@ class Options(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     allowed_tokens: Sequence[int]
     stop: Sequence[str]
+    include_stop_text: bool
     stop_token_ids: Sequence[int]
     min_tokens: int
     ignore_eos: bool
@@ -101,4 +104,5 @@ def completion_of(response: generation_pb2.GenerateResponse | generation_pb2.Gen
         seed=response.seed,
         index=getattr(response, "index", 0),
         others=tuple(completion_of(other) for other in getattr(response, "others", ())),
+        cached_prompt_tokens=response.usage.cached_prompt_tokens,
     )

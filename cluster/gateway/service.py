@@ -145,7 +145,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             self._admission.check_wait(wait, left)
             request = await to_request(completion, self._limits, self._texts, caller, call.request_id, whole=whole)
             self._admission.check_wait(wait, left, self._router.forecast.own(request))
-            stops = StopTexts.of(completion.stop)
+            stops = StopTexts.of(completion.stop, shown=completion.include_stop_text)
             with contextlib.ExitStack() as stack:
                 sessions = []
                 for i in range(number):
@@ -291,5 +291,10 @@ def _token(token: Token) -> generation_pb2.GeneratedToken:
 
 
 def _usage(session: Session) -> generation_pb2.Usage:
-    count = len(session.request.resumed) + len(session.tokens)
-    return generation_pb2.Usage(prompt_tokens=len(session.request.prompt), completion_tokens=count)
+    prompt, resumed = len(session.request.prompt), len(session.request.resumed)
+    cached = prompt + resumed - session.timing.computed if session.timing is not None else 0
+    return generation_pb2.Usage(
+        prompt_tokens=prompt,
+        completion_tokens=resumed + len(session.tokens),
+        cached_prompt_tokens=max(0, min(cached, prompt)),
+    )

@@ -13,11 +13,12 @@ class StopTexts:
 
     texts: tuple[str, ...]
     borders: tuple[tuple[int, ...], ...]
+    shown: bool
 
     @classmethod
-    def of(cls, texts: Sequence[str]) -> StopTexts:
-        """Prepares texts, none of them empty."""
-        return cls(tuple(texts), tuple(_borders(text) for text in texts))
+    def of(cls, texts: Sequence[str], *, shown: bool = False) -> StopTexts:
+        """Prepares texts, none of them empty; `shown`: whether the one that ends a completion is a part of it."""
+        return cls(tuple(texts), tuple(_borders(text) for text in texts), shown)
 
 
 def _borders(text: str) -> tuple[int, ...]:
@@ -41,13 +42,13 @@ class StopMatcher:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Takes new text; returns what may be shown, and whether a stop text ended it. None of a stop text is shown."""
+        """Takes new text; returns what may be shown, and whether a stop text ended it."""
         whole = self._held + text
         for at, character in enumerate(text, len(self._held) + 1):
             found = self._step(character)
             if found:
                 self._held = ""
-                return whole[: at - found], True
+                return whole[: at if self._stops.shown else at - found], True
         keep = max(self._matched, default=0)
         shown, self._held = whole[: len(whole) - keep], whole[len(whole) - keep :]
         return shown, False

@@ -239,8 +239,10 @@ def test_a_prompt_that_came_before_is_found_in_the_cache(service: Service, clien
     url = service.status().replicas[0].hosts[0].metrics_url
     name = 'grokmesh_engine_prefix_tokens_total{result="hit"}'
     before = read_metrics(url)[name]
-    assert client.complete(prompt, max_tokens=8, seed=3).tokens == first.tokens
-    assert read_metrics(url)[name] - before == 96  # full pages of 16
+    again = client.complete(prompt, max_tokens=8, seed=3)
+    assert again.tokens == first.tokens
+    assert read_metrics(url)[name] - before == again.cached_prompt_tokens == 96  # full pages of 16
+    assert first.cached_prompt_tokens == 0
 
 
 def test_penalties_keep_a_completion_from_repeating_itself(client: Client) -> None:

@@ -68,7 +68,7 @@ class ChatCompletions:
                 {"index": index, "message": {"role": "assistant", **message}, "finish_reason": finish}
                 | {"logprobs": self._logprobs(answer.tokens)}
             )
-        usage = usage_of([answer.usage for answer in answers], 1)
+        usage = usage_of([answer.usage for answer in answers], len(answers))
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
 
     async def chunks(self, sessions: Sessions) -> AsyncIterator[dict[str, Any]]:
@@ -98,7 +98,7 @@ class ChatCompletions:
             if delta or finish or logprobs:
                 yield {**head, "choices": [_delta(part.index, delta, finish, logprobs)]}
         if options is not None and options.include_usage:
-            yield {**head, "choices": [], "usage": usage_of(usages.values(), 1)}
+            yield {**head, "choices": [], "usage": usage_of([usages[index] for index in sorted(usages)], len(usages))}
 
     def _message(self, text: str, reason: generation_pb2.FinishReason.ValueType) -> tuple[dict[str, Any], str | None]:
         """An assistant's message, and why it has ended: as a tool's call if it is one."""

@@ -45,7 +45,7 @@ class TextCompletions:
                 choice = self._choice(len(choices), echoed[i] + answer.text, answer.finish_reason)
                 choices.append(choice | self._logprobs(answer.tokens, len(echoed[i])))
         usages = [answer.usage for drawn in answers for answer in drawn]
-        return {**self._head, "choices": choices, "usage": usage_of(usages, len(self._prompts))}
+        return {**self._head, "choices": choices, "usage": usage_of(usages, self._drawn)}
 
     async def chunks(self, sessions: Sessions) -> AsyncIterator[dict[str, Any]]:
         """The objects of a stream."""
@@ -68,7 +68,7 @@ class TextCompletions:
             if part.text or part.finish_reason or "logprobs" in choice:
                 yield {**head, "choices": [choice]}
         if options is not None and options.include_usage:
-            yield {**head, "choices": [], "usage": usage_of(usages.values(), len(self._prompts))}
+            yield {**head, "choices": [], "usage": usage_of([usages[index] for index in sorted(usages)], self._n)}
 
     def _echoed(self) -> list[str]:
         """What comes before the completion of each prompt. For prompts that are known to be right: they may cost much else."""

@@ -63,6 +63,7 @@ class _Request(_Model):
     min_p: float | None = None
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
     min_tokens: Int32 | None = None
     stop_token_ids: Tokens | None = None
     allowed_token_ids: Tokens | None = None

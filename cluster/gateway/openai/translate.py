@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from cluster.gateway.openai.schema import CompletionRequest, StructuredOutputs, Tokens, _Request
@@ -39,6 +39,7 @@ def to_completion(request: _Request, prompt: str | Tokens, max_tokens: int | Non
         sampling.logit_bias[int(token)] = bias
     sampling.allowed_tokens.extend(request.allowed_token_ids or ())
     completion.stop.extend([request.stop] if isinstance(request.stop, str) else request.stop or ())
+    completion.include_stop_text = bool(request.include_stop_str_in_output)
     completion.stop_token_ids.extend(request.stop_token_ids or ())
     completion.ignore_eos = bool(request.ignore_eos)
     completion.min_tokens = request.min_tokens or 0
@@ -73,12 +74,16 @@ def finish_of(reason: generation_pb2.FinishReason.ValueType) -> str | None:
     return _FINISHES.get(reason)
 
 
-def usage_of(usages: Iterable[generation_pb2.Usage], prompts: int) -> dict[str, int]:
-    """What all completions of so many prompts have used: a prompt counts once, however many completions it has."""
-    known = list(usages)
-    prompt = sum(usage.prompt_tokens for usage in known) * prompts // max(len(known), 1)
-    completion = sum(usage.completion_tokens for usage in known)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+def usage_of(usages: Sequence[generation_pb2.Usage], n: int) -> dict[str, Any]:
+    """What the completions of some prompts have used, `n` of each in a row: a prompt counts once."""
+    prompt = sum(usage.prompt_tokens for usage in usages[::n])
+    completion = sum(usage.completion_tokens for usage in usages)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_prompt_tokens for usage in usages[::n])},
+    }
 
 
 class Spelling:

@@ -191,9 +191,13 @@ def test_a_completion_ends_with_tokens_that_its_caller_names_and_not_too_early()
     assert (endless.min_tokens, endless.sampling.masked) == (0, False)
 
 
-@given(st.lists(st.text("ab", min_size=1, max_size=3), max_size=3), st.lists(st.text("ab", max_size=3), max_size=12))
-def test_text_is_shown_up_to_the_first_stop_text(stops: list[str], pieces: list[str]) -> None:
-    matcher = StopMatcher(StopTexts.of(stops))
+@given(
+    st.lists(st.text("ab", min_size=1, max_size=3), max_size=3),
+    st.lists(st.text("ab", max_size=3), max_size=12),
+    st.booleans(),
+)
+def test_text_is_shown_up_to_the_first_stop_text(stops: list[str], pieces: list[str], included: bool) -> None:
+    matcher = StopMatcher(StopTexts.of(stops, shown=included))
     shown, stopped = "", False
     for piece in pieces:
         text, stopped = matcher.push(piece)
@@ -208,6 +212,8 @@ def test_text_is_shown_up_to_the_first_stop_text(stops: list[str], pieces: list[
     assert stopped == bool(ends)
     if not ends:
         assert shown == whole
+    elif included:
+        assert shown == whole[: ends[0]]
     else:
         assert whole.startswith(shown)
         assert not any(stop in shown for stop in stops)

@@ -237,6 +237,7 @@ class Completion(_message.Message):
     RESUME_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     MIN_TOKENS_FIELD_NUMBER: _builtins.int
+    INCLUDE_STOP_TEXT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """As text."""
     max_tokens: _builtins.int
@@ -261,6 +262,8 @@ class Completion(_message.Message):
     """Tokens that there must be before the model's end token, or one of `stop_token_ids`, may be sampled. At most `max_tokens`. A
     format that is at its end goes before.
     """
+    include_stop_text: _builtins.bool
+    """Return the text of `stop` that has ended the completion, too."""
     @_builtins.property
     def tokens(self) -> Global___TokenIds:
         """As tokens."""
@@ -271,7 +274,9 @@ class Completion(_message.Message):
 
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Up to 16 texts, of which the one that is complete first ends the completion. None of it is returned."""
+        """Up to 16 texts, of which the one that is complete first ends the completion. None of it is returned, unless
+        `include_stop_text` says so.
+        """
 
     @_builtins.property
     def choice(self) -> Global___Choice:
@@ -307,10 +312,11 @@ class Completion(_message.Message):
         resume: Global___TokenIds | None = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         min_tokens: _builtins.int = ...,
+        include_stop_text: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "choice", b"choice", "format", b"format", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "prompt", b"prompt", "regex", b"regex", "resume", b"resume", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "choice", b"choice", "format", b"format", "ignore_eos", b"ignore_eos", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "n", b"n", "priority", b"priority", "prompt", b"prompt", "regex", b"regex", "resume", b"resume", "sampling", b"sampling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "choice", b"choice", "format", b"format", "ignore_eos", b"ignore_eos", "include_stop_text", b"include_stop_text", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "n", b"n", "priority", b"priority", "prompt", b"prompt", "regex", b"regex", "resume", b"resume", "sampling", b"sampling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
@@ -393,19 +399,23 @@ class Usage(_message.Message):
 
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Tokens of the prompt."""
     completion_tokens: _builtins.int
     """Tokens generated."""
+    cached_prompt_tokens: _builtins.int
+    """Tokens of the prompt that were not computed, as another request's pages had them."""
     def __init__(
         self,
         *,
         prompt_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
+        cached_prompt_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -76,7 +76,8 @@ def test_a_completion_is_grpcs(service: _Service) -> None:
     assert body["object"] == "text_completion"
     assert body["choices"] == [{"index": 0, "text": alone.text, "logprobs": None, "finish_reason": "length"}]
     usage = {"prompt_tokens": service.count("And it came"), "completion_tokens": 20}
-    assert body["usage"] == usage | {"total_tokens": sum(usage.values())}
+    total = {"total_tokens": sum(usage.values()), "prompt_tokens_details": {"cached_tokens": 0}}
+    assert body["usage"] == usage | total
 
 
 def test_streams_come_to_what_whole_answers_are(service: _Service) -> None:
