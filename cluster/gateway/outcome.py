@@ -18,12 +18,10 @@ from cluster.telemetry.traces import parent_of
 
 _LOG = logging.getLogger(__name__)
 
-#: Calls that complete prompts.
-COMPLETING = ("Generate", "GenerateOnce", "Completions", "ChatCompletions")
 #: Calls for keys with the scope `admin`.
 _ADMIN = ("Profile", "Restart")
 #: Calls that are logged at INFO; the others, which look on, at DEBUG, as are floods that are turned away, which metrics count.
-_WORK = (*COMPLETING, *_ADMIN)
+_WORK = (*metrics.COMPLETING, *_ADMIN)
 _TURNED_AWAY = ("RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED")
 
 Metadata = Sequence[tuple[str, str | bytes]]
@@ -65,7 +63,7 @@ class Outcome:
         seconds = time.monotonic() - call.began
         metrics.REQUESTS.labels(call.method, code).inc()
         own_limit = isinstance(error, GatewayError) and error.reason == KEY_LIMIT
-        if code in metrics.FAILURE_CODES and call.method in COMPLETING and not own_limit:
+        if code in metrics.FAILURE_CODES and call.method in metrics.COMPLETING and not own_limit:
             metrics.FAILURES.labels(code).inc()
         if code == "RESOURCE_EXHAUSTED":
             metrics.REJECTION_SECONDS.observe(seconds)

@@ -11,6 +11,8 @@ ProcessCollector(registry=REGISTRY)
 ProcessCollector(registry=CONTROLLER)
 disable_created_metrics()
 
+#: Calls that complete prompts.
+COMPLETING = ("Generate", "GenerateOnce", "Completions", "ChatCompletions")
 #: Codes that a completion can end with, besides the client's own faults.
 SERVER_CODES = ("OK", "UNAVAILABLE", "INTERNAL", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "CANCELLED")
 #: Of these, those that are failures of the service.
@@ -121,7 +123,7 @@ BUILD = Gauge("grokmesh_build_info", "Always 1; the label says what runs.", ["ve
 def begin(version: str) -> None:
     """Makes the series that alerts divide by and subtract, so that they are there, at zero, before their first event."""
     BUILD.labels(version).set(1)
-    for method in ("Generate", "GenerateOnce"):
+    for method in COMPLETING:
         for code in SERVER_CODES:
             REQUESTS.labels(method, code)
     for code in FAILURE_CODES:

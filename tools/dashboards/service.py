@@ -1,10 +1,11 @@
 """The service as its users see it, against its objectives."""
 
+from cluster.telemetry.metrics import COMPLETING
 from tools.dashboards.panels import Dashboard, Panel, Query, Row, quantiles, rate, total
 
 _TTFT = "gen_ai_server_time_to_first_token_seconds"
 _TPOT = "gen_ai_server_time_per_output_token_seconds"
-_COMPLETIONS = ', method=~"Generate|GenerateOnce"'
+_COMPLETIONS = f', method=~"{"|".join(COMPLETING)}"'
 
 SERVICE = Dashboard(
     uid="grokmesh-service",
