@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import datetime
 import ipaddress
 import pathlib
-from collections.abc import Awaitable, Callable
+import ssl
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 import grpc.aio
@@ -16,11 +19,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from cluster.config.reader import load_config
 from cluster.config.schema import ConfigError, GatewaySection
 from cluster.gateway.auth import reloading
 from cluster.gateway.auth.tls import TlsError, server_credentials
+from cluster.gateway.openai.server import HttpServer
 from grokmesh import Client, Tls
 from tests.support.ports import free_port
 
@@ -64,31 +70,78 @@ class _Authority:
         return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
-def _serving(config: GatewaySection, check: Callable[[], Awaitable[None]]) -> None:
-    """Runs `check` while a server with the gateway's certificates listens."""
+@dataclasses.dataclass(frozen=True)
+class _Grpc:
+    """gRPC's door."""
 
-    async def run() -> None:
+    config: GatewaySection
+
+    @contextlib.asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
         server = grpc.aio.server()
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-        server.add_secure_port(config.address, server_credentials(config))
+        server.add_secure_port(self.config.address, server_credentials(self.config))
         await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         try:
-            await check()
+            yield
         finally:
             await server.stop(0)
+
+    def ask(self, tls: Tls | None) -> bool:
+        with Client(self.config.address, tls=tls) as client, contextlib.suppress(grpc.RpcError):
+            return client.serving(timeout=2)
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Http:
+    """HTTP's door."""
+
+    config: GatewaySection
+
+    @contextlib.asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await Response()(scope, receive, send)
+
+        server = HttpServer(dataclasses.replace(self.config, http_address=self.config.address), app)
+        await server.start()
+        try:
+            yield
+        finally:
+            await server.stop()
+
+    def ask(self, tls: Tls | None) -> bool:
+        context = None
+        if tls is not None:
+            context = ssl.create_default_context(cafile=tls.ca)
+            if tls.certificate is not None:
+                context.load_cert_chain(tls.certificate, tls.key)
+        url = f"{'http' if tls is None else 'https'}://{self.config.address}/"
+        try:
+            with urllib.request.urlopen(url, timeout=2, context=context) as answer:
+                return int(answer.status) == 200
+        except OSError:
+            return False
+
+
+DOORS = pytest.mark.parametrize("kind", [_Grpc, _Http])
+
+
+def _serving(door: _Grpc | _Http, check: Callable[[], Awaitable[None]]) -> None:
+    """Runs `check` while a server with the gateway's certificates listens."""
+
+    async def run() -> None:
+        async with door.open():
+            await check()
 
     asyncio.run(run())
 
 
-async def _gets_in(address: str, tls: Tls | None) -> bool:
-    def ask() -> bool:
-        with Client(address, tls=tls) as client, contextlib.suppress(grpc.RpcError):
-            return client.serving(timeout=2)
-        return False
-
-    return await asyncio.to_thread(ask)
+async def _gets_in(door: _Grpc | _Http, tls: Tls | None) -> bool:
+    return await asyncio.to_thread(door.ask, tls)
 
 
 def _section(certificate: pathlib.Path, key: pathlib.Path, client_ca: pathlib.Path | None = None) -> GatewaySection:
@@ -96,47 +149,50 @@ def _section(certificate: pathlib.Path, key: pathlib.Path, client_ca: pathlib.Pa
     return GatewaySection(address, tls_certificate=certificate, tls_key=key, tls_client_ca=client_ca)
 
 
-def test_only_who_trusts_the_signer_gets_in(tmp_path: pathlib.Path) -> None:
+@DOORS
+def test_only_who_trusts_the_signer_gets_in(kind: type[_Grpc | _Http], tmp_path: pathlib.Path) -> None:
     ours, theirs = _Authority(tmp_path, "ours"), _Authority(tmp_path, "theirs")
-    config = _section(*ours.issue("gateway"))
+    door = kind(_section(*ours.issue("gateway")))
 
     async def check() -> None:
-        assert await _gets_in(config.address, Tls(ours.file))
-        assert not await _gets_in(config.address, Tls(theirs.file))
-        assert not await _gets_in(config.address, None)
+        assert await _gets_in(door, Tls(ours.file))
+        assert not await _gets_in(door, Tls(theirs.file))
+        assert not await _gets_in(door, None)
 
-    _serving(config, check)
+    _serving(door, check)
 
 
-def test_clients_without_a_certificate_of_ours_are_refused(tmp_path: pathlib.Path) -> None:
+@DOORS
+def test_clients_without_a_certificate_of_ours_are_refused(kind: type[_Grpc | _Http], tmp_path: pathlib.Path) -> None:
     ours, theirs = _Authority(tmp_path, "ours"), _Authority(tmp_path, "theirs")
-    config = _section(*ours.issue("gateway"), ours.file)
+    door = kind(_section(*ours.issue("gateway"), ours.file))
 
     async def check() -> None:
-        assert await _gets_in(config.address, Tls(ours.file, *ours.issue("alice")))
-        assert not await _gets_in(config.address, Tls(ours.file))
-        assert not await _gets_in(config.address, Tls(ours.file, *theirs.issue("mallory")))
+        assert await _gets_in(door, Tls(ours.file, *ours.issue("alice")))
+        assert not await _gets_in(door, Tls(ours.file))
+        assert not await _gets_in(door, Tls(ours.file, *theirs.issue("mallory")))
 
-    _serving(config, check)
+    _serving(door, check)
 
 
+@DOORS
 def test_new_certificates_count_without_a_restart_and_broken_ones_do_not(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    kind: type[_Grpc | _Http], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reloading, "LOOK_SECONDS", 0.0)
     before, after = _Authority(tmp_path, "before"), _Authority(tmp_path, "after")
     certificate, key = before.issue("gateway")
-    config = _section(certificate, key)
+    door = kind(_section(certificate, key))
 
     async def check() -> None:
-        assert await _gets_in(config.address, Tls(before.file))
+        assert await _gets_in(door, Tls(before.file))
         after.issue("gateway")
-        assert await _gets_in(config.address, Tls(after.file))
-        assert not await _gets_in(config.address, Tls(before.file))
+        assert await _gets_in(door, Tls(after.file))
+        assert not await _gets_in(door, Tls(before.file))
         certificate.write_text("nonsense")
-        assert await _gets_in(config.address, Tls(after.file))
+        assert await _gets_in(door, Tls(after.file))
 
-    _serving(config, check)
+    _serving(door, check)
 
 
 def test_what_can_not_be_used_is_said_before_anything_starts(tmp_path: pathlib.Path) -> None:
