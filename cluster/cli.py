@@ -35,6 +35,7 @@ from cluster.commands.access import UsageError
 from cluster.config.schema import ConfigError
 from cluster.gateway.auth.api_keys import KeysError
 from cluster.gateway.auth.tls import TlsError
+from cluster.gateway.openai.chat_template import TemplateError
 from cluster.local_ray import LocalClusterError
 from grokmesh import ClientError
 from workers.capacity.hardware import HardwareError
@@ -89,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         HardwareError,
         LocalClusterError,
         TlsError,
+        TemplateError,
         ClientError,
         BatchError,
     ) as error:

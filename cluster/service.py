@@ -58,23 +58,25 @@ def serve(config: Config, path: pathlib.Path, *, replace: bool = False) -> None:
         is asked to drain once this one's replicas are ready.
 
     Raises:
-      ConfigError, KeysError, TlsError, CheckpointError, TokenizerError: before anything is started, if the model can't be
+      ConfigError, KeysError, TlsError, CheckpointError, TokenizerError, TemplateError: before anything is started, if the model can't be
         served so.
       DaemonError: a service runs at the address already, or there is none to replace.
       OSError: an address can't be listened on, or no Ray cluster answers.
     """
-    _, limits = read_model(config)
+    _, limits, _ = read_model(config)
     check_model(config, limits.model, path)
     smaller = smaller_configs(config, limits.model, path)
     config = with_failover(with_pages(config, limits.model, path), limits.model)
     Keys(config.gateway.api_keys)
     if config.gateway.tls_certificate is not None:
         server_credentials(config.gateway)
-    if config.gateway.api_keys is None and not _loopback(config.gateway.address):
-        _LOG.warning(
-            "every client that reaches gateway.address=%s can use this service: set gateway.api_keys, or listen on 127.0.0.1",
-            config.gateway.address,
-        )
+    for setting, listens in (("address", config.gateway.address), ("http_address", config.gateway.http_address)):
+        if config.gateway.api_keys is None and listens is not None and not _loopback(listens):
+            _LOG.warning(
+                "every client that reaches gateway.%s=%s can use this service: set gateway.api_keys, or listen on 127.0.0.1",
+                setting,
+                listens,
+            )
     address = config.gateway.address
     ray_address = config.cluster.address
     entry = daemon.Entry(
@@ -148,8 +150,11 @@ class _Launch:
         except OSError:
             found = False
         if not found and self._predecessor is None:
-            for setting, address in (("gateway", self._address), ("telemetry", self._config.telemetry.address)):
-                await asyncio.to_thread(check_free, f"{setting}.address", address)
+            gateway, telemetry = self._config.gateway, self._config.telemetry
+            await asyncio.to_thread(check_free, "gateway.address", gateway.address)
+            if gateway.http_address is not None:
+                await asyncio.to_thread(check_free, "gateway.http_address", gateway.http_address)
+            await asyncio.to_thread(check_free, "telemetry.address", telemetry.address)
         budgets, seconds = daemon.left_budgets(self._address)
         deployment = Deployment(
             self._config,

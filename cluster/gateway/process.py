@@ -15,7 +15,7 @@ from cluster.gateway.admission.latency import RecentLatency
 from cluster.gateway.auth.api_keys import Keys
 from cluster.gateway.cluster_service import ClusterService
 from cluster.gateway.controller_watch import KEYS_SECONDS, SYNC_SECONDS, ControllerWatch
-from cluster.gateway.openai.chat_template import read_template
+from cluster.gateway.openai.chat_template import ChatTemplate, read_template
 from cluster.gateway.routing.router import Router
 from cluster.gateway.server import Gateway
 from cluster.gateway.validation import Limits
@@ -34,8 +34,8 @@ from workers.text.tokenizer import Tokenizer
 _LOG = logging.getLogger(__name__)
 
 
-def read_model(config: Config) -> tuple[Tokenizer, Limits]:
-    """What a gateway must know of a model. Raises CheckpointError, TokenizerError, ConfigError."""
+def read_model(config: Config) -> tuple[Tokenizer, Limits, ChatTemplate | None]:
+    """What a gateway must know of a model. Raises CheckpointError, TokenizerError, TemplateError, ConfigError."""
     location = locate(config.model.checkpoint)
     model = open_checkpoint(location).config
     tokenizer = Tokenizer(location / "tokenizer.model")
@@ -44,7 +44,8 @@ def read_model(config: Config) -> tuple[Tokenizer, Limits]:
             f"{config.model.checkpoint}: the tokenizer has {tokenizer.vocab_size} pieces, "
             f"the model embeds {model.vocab_size}"
         )
-    return tokenizer, Limits(model, config.engine.context or model.sequence_len, tokenizer.longest_piece)
+    limits = Limits(model, config.engine.context or model.sequence_len, tokenizer.longest_piece)
+    return tokenizer, limits, read_template(location, tokenizer.piece(model.eos_token))
 
 
 class GatewayProcess:
@@ -55,7 +56,7 @@ class GatewayProcess:
     ) -> None:
         """`index` is its number on its host, at `address`: the first one has the host's telemetry address."""
         config = deployment.config
-        tokenizer, limits = read_model(config)
+        tokenizer, limits, template = read_model(config)
         version = importlib.metadata.version("grokmesh")
         model = limits.model
         sandbox = Sandbox(
@@ -87,7 +88,7 @@ class GatewayProcess:
             keys,
             limits,
             tokenizer,
-            read_template(locate(config.model.checkpoint), tokenizer.piece(model.eos_token)),
+            template,
             sandbox,
             self._router,
             self._latency,
