@@ -58,8 +58,8 @@ def serve(config: Config, path: pathlib.Path, *, replace: bool = False) -> None:
         is asked to drain once this one's replicas are ready.
 
     Raises:
-      ConfigError, KeysError, TlsError, CheckpointError, TokenizerError, TemplateError: before anything is started, if the model can't be
-        served so.
+      ConfigError, KeysError, TlsError, CheckpointError, TokenizerError, TemplateError: before anything is started, if the
+        model can't be served so.
       DaemonError: a service runs at the address already, or there is none to replace.
       OSError: an address can't be listened on, or no Ray cluster answers.
     """
