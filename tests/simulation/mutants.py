@@ -62,14 +62,14 @@ MUTANTS = (
     Mutant(
         "a mesh that is to grow stays where it is",
         "cluster/controller/replica.py",
-        "self.outdated or self._growing or elsewhere",
-        "self.outdated or elsewhere",
+        "self.outdated or self._growing or await",
+        "self.outdated or await",
     ),
     Mutant(
         "a token is asked for twice",
         "cluster/gateway/session.py",
-        "resumed=tuple(self._received))",
-        "resumed=tuple(self._received[:-1]))",
+        "resumed=tuple(self._received), trial",
+        "resumed=tuple(self._received[:-1]), trial",
     ),
     Mutant(
         "a session of a lost replica is forgotten",
@@ -92,8 +92,8 @@ MUTANTS = (
     Mutant(
         "sessions wait for a replica and are not sent when it is back",
         "cluster/gateway/routing/router.py",
-        "            for session, _ in list(self._waiting.values()):\n                self._send(session)\n\n        try:",
-        "        try:",
+        "            self._changed()\n            self._send_waiting()\n\n        try:",
+        "            self._changed()\n\n        try:",
     ),
     Mutant(
         "a stream that has broken is not opened again",
@@ -202,6 +202,12 @@ MUTANTS = (
         "workers/host/leader.py",
         "excused=server.late)",
         "excused=lambda: False)",
+    ),
+    Mutant(
+        "workers that stand by outlive their service",
+        "cluster/controller/standbys.py",
+        "for node in self.nodes - nodes:\n            self._kill(self._there.pop(node))",
+        "for node in self.nodes - nodes:\n            self._there.pop(node)",
     ),
     Mutant(
         "a replica that fails is not built again",

@@ -10,6 +10,7 @@ import os
 
 import pytest
 
+from tests.simulation.mutants import MUTANTS, ROOT
 from tests.simulation.play import FAULTS, HARMLESS, play, shrink
 
 SEEDS = int(os.environ.get("GROKMESH_SEEDS", "120"))
@@ -54,3 +55,7 @@ def test_a_problem_is_shown_with_as_little_as_leaves_it(monkeypatch: pytest.Monk
     smaller = shrink(3, ("kill leader", "cut off"))
     assert smaller.problem
     assert len(smaller.parts) == 1
+
+
+def test_every_mutant_has_its_place_in_the_code() -> None:
+    assert [mutant.name for mutant in MUTANTS if (ROOT / mutant.file).read_text().count(mutant.code) != 1] == []
