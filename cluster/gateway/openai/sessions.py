@@ -63,7 +63,8 @@ class Sessions:
                     async for part in parts:
                         await arrived.put((index, part))
             except asyncio.CancelledError:
-                if wanted:
+                in_time = self._at is None or asyncio.get_running_loop().time() < self._at
+                if wanted and in_time:
                     raise unread() from None
                 raise
 

@@ -49,4 +49,6 @@ def test_an_empty_line_goes_on_and_an_interrupt_ends_only_the_completion() -> No
         finally:
             timer.cancel()
             process.kill()
+            process.stdin.close()
+            process.stdout.close()
             process.wait()
