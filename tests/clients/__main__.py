@@ -33,7 +33,18 @@ def main() -> int:
         (model / "chat_template.jinja").write_text(TEMPLATE)
         served = {"name": "demo", "checkpoint": str(model)}
         with running(folder, mesh=mesh, model=served, gateway={"http_address": address}):
-            command = [str(PYTHON), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, *sys.argv[1:]]
+            command = [
+                str(PYTHON),
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "--noconftest",
+                "-c",
+                os.devnull,
+                *sys.argv[1:],
+            ]
             tests = map(str, sorted(pathlib.Path(__file__).parent.glob("*_client.py")))
             environment = {**os.environ, "GROKMESH_HTTP": f"http://{address}", "OPENAI_API_KEY": "none"}
             return subprocess.run([*command, *tests], env=environment, check=False).returncode
