@@ -91,15 +91,17 @@ class RayPlacements:
 
     async def stand_by(self, placement: Placement, config: Config) -> None:
         """See Placements. On free nodes only where a worker takes all accelerators: which it would get of some is not known.
-        As many of them as a mesh has hosts."""
+        As many of them as a mesh has hosts; none where replicas come and go, as Ray's autoscaler removes no node that has a
+        worker."""
         nodes, groups = await asyncio.to_thread(lambda: (ray.nodes(), placement_group_table()))
         used = {
             node for row in groups.values() if row["state"] != "REMOVED" for node in row["bundles_to_node_id"].values()
         }
         alive = {node["NodeID"] for node in nodes if node["Alive"]}
-        self._standbys.keep(alive)
-        spares = sorted(whole_nodes(nodes, config.mesh) & _fitting(nodes, config.mesh, self._cluster) - used)
-        wanted = {*placement.nodes, *spares[: config.mesh.hosts]}
+        scales = config.autoscaling.max_replicas is not None
+        self._standbys.keep(alive & used if scales else alive)
+        free = whole_nodes(nodes, config.mesh) & _fitting(nodes, config.mesh, self._cluster) - used
+        wanted = {*placement.nodes, *sorted(free)[: 0 if scales else config.mesh.hosts]}
         await self._standbys.prepare(wanted, config.model, config.mesh, config.engine)
 
     def close(self) -> None:

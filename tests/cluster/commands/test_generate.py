@@ -15,7 +15,13 @@ def test_an_empty_line_goes_on_and_an_interrupt_ends_only_the_completion() -> No
     with serving(0.05) as (address, _):
         command = [sys.executable, "-m", "cluster.cli", "generate", "-i", "--address", address, "--max-tokens", "40"]
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            # Whoever runs the tests in the background may have it ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert process.stdin is not None
         assert process.stdout is not None
