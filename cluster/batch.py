@@ -15,6 +15,9 @@ from typing import Any, BinaryIO
 
 import aiohttp
 
+from cluster.commands.access import UsageError
+from cluster.together import together
+
 #: What a line may ask for.
 URLS = ("/v1/completions", "/v1/chat/completions")
 #: Answers after which a request is sent again: the service is full, or away. Not 500: the request may be what breaks it.
@@ -23,7 +26,7 @@ _AGAIN = (429, 502, 503, 504)
 FIRST_PAUSE, MOST_PAUSE = 0.5, 15.0
 
 
-class BatchError(ValueError):
+class BatchError(UsageError):
     """Files that can't be used, or a service that can't be reached."""
 
 
@@ -140,13 +143,7 @@ class Batch:
                     results.add(answer)
                     answered(answer["error"] is None)
 
-            tasks = [asyncio.ensure_future(work()) for _ in range(at_once)]
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+            await together(work() for _ in range(at_once))
 
     async def _ask(self, session: aiohttp.ClientSession, line: Line) -> dict[str, Any]:
         """The answer to a request, as it stands in the file."""

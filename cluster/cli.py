@@ -12,7 +12,6 @@ from typing import Any
 import grpc
 
 from cluster import daemon
-from cluster.batch import BatchError
 from cluster.commands import (
     batch,
     bench_engine,
@@ -35,7 +34,6 @@ from cluster.commands.access import UsageError
 from cluster.config.schema import ConfigError
 from cluster.gateway.auth.api_keys import KeysError
 from cluster.gateway.auth.tls import TlsError
-from cluster.gateway.openai.chat_template import TemplateError
 from cluster.local_ray import LocalClusterError
 from grokmesh import ClientError
 from workers.capacity.hardware import HardwareError
@@ -90,9 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         HardwareError,
         LocalClusterError,
         TlsError,
-        TemplateError,
         ClientError,
-        BatchError,
     ) as error:
         print(f"grokmesh: {error}", file=sys.stderr)
         return 2

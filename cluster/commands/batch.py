@@ -9,9 +9,6 @@ import pathlib
 import ssl
 import sys
 
-import tqdm
-
-from cluster.batch import Batch, open_results, read_requests
 from cluster.commands.access import API_KEY_VARIABLE
 
 HELP = "answer a file of requests in OpenAI's batch format; run again, it goes on where it was"
@@ -36,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    import tqdm  # these take longer than other commands do in all
+
+    from cluster.batch import Batch, open_results, read_requests
+
     lines = read_requests(arguments.requests)
     tls = ssl.create_default_context(cafile=arguments.tls_ca) if arguments.tls_ca else None
     batch = Batch(arguments.url, os.environ.get(API_KEY_VARIABLE), tls, arguments.priority, arguments.patience)

@@ -94,6 +94,11 @@ def invalid(violations: list[Violation]) -> GatewayError:
     return GatewayError(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", message, violations=tuple(violations))
 
 
+def malformed(problem: str) -> GatewayError:
+    """INVALID_ARGUMENT: the call has no message that can be read."""
+    return GatewayError(grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE", problem)
+
+
 def unavailable(message: str, retry_seconds: float = 1.0) -> GatewayError:
     """UNAVAILABLE: the same call may succeed later."""
     return GatewayError(grpc.StatusCode.UNAVAILABLE, "REPLICA_UNAVAILABLE", message, retry_seconds=retry_seconds)

@@ -17,7 +17,7 @@ from opentelemetry import trace
 
 from cluster.gateway.auth.api_keys import Keys
 from cluster.gateway.call import CURRENT
-from cluster.gateway.errors import GatewayError, exhausted
+from cluster.gateway.errors import GatewayError, exhausted, malformed
 from cluster.gateway.outcome import Outcome
 from cluster.gateway.texts import INLINE_BYTES
 
@@ -80,7 +80,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 return data if len(data) > INLINE_BYTES else handler.request_deserializer(data)
             most = self._completion_bytes if name.startswith("Generate") else _SMALL_BYTES
             if len(data) > most:
-                raise _malformed(f"the request has {len(data)} bytes; no valid one has more than {most}")
+                raise malformed(f"the request has {len(data)} bytes; no valid one has more than {most}")
             return handler.request_deserializer(data)
 
         def begin(context: Any) -> _Answered:
@@ -108,7 +108,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         def parse(data: bytes) -> Any:
             if len(data) > _SMALL_BYTES:
-                raise _malformed(f"the request has {len(data)} bytes")
+                raise malformed(f"the request has {len(data)} bytes")
             return handler.request_deserializer(data)
 
         async def parsed(messages: _Messages) -> AsyncIterator[Any]:
@@ -156,7 +156,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except TimeoutError:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"a call may last {OPEN_SECONDS:g} s; call again")
         except (GatewayError, DecodeError) as error:
-            wrong = error if isinstance(error, GatewayError) else _malformed("the request is no protobuf of its type")
+            wrong = error if isinstance(error, GatewayError) else malformed("the request is no protobuf of its type")
             await context.abort_with_status(wrong.status())
 
 
@@ -169,16 +169,12 @@ async def _receive(context: Any, parse: Callable[[bytes], Any], *places: asyncio
                 await stack.enter_async_context(place)
             data = await context.read()
         if data is grpc.aio.EOF:
-            raise _malformed("the call has no message")
+            raise malformed("the call has no message")
         return parse(data)
     except TimeoutError:
-        raise _malformed(f"the request has not arrived within {RECEIVE_SECONDS:g} s") from None
+        raise malformed(f"the request has not arrived within {RECEIVE_SECONDS:g} s") from None
     except DecodeError:
-        raise _malformed("the request is no protobuf of its type") from None
-
-
-def _malformed(problem: str) -> GatewayError:
-    return GatewayError(grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE", problem)
+        raise malformed("the request is no protobuf of its type") from None
 
 
 class _Answered:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import logging
+from typing import TYPE_CHECKING
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -17,10 +18,6 @@ from cluster.gateway.admission.latency import RecentLatency
 from cluster.gateway.auth.api_keys import Keys
 from cluster.gateway.auth.tls import server_credentials
 from cluster.gateway.interceptor import CallInterceptor
-from cluster.gateway.openai.app import Served, make_app
-from cluster.gateway.openai.chat_template import ChatTemplate
-from cluster.gateway.openai.door import Door
-from cluster.gateway.openai.server import HttpServer
 from cluster.gateway.routing.router import Router
 from cluster.gateway.service import GenerationService
 from cluster.gateway.texts import Texts
@@ -31,6 +28,10 @@ from workers.model.parameters import parameter_table
 from workers.telemetry.stalls import StallWatch
 from workers.text.sandbox import Sandbox
 from workers.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from cluster.gateway.openai.chat_template import ChatTemplate
+    from cluster.gateway.openai.server import HttpServer
 
 _LOG = logging.getLogger(__name__)
 
@@ -117,6 +118,11 @@ class Gateway:
         )
         self._http: HttpServer | None = None
         if config.gateway.http_address is not None:
+            # FastAPI takes as long to import as all else.
+            from cluster.gateway.openai.app import Served, make_app
+            from cluster.gateway.openai.door import Door
+            from cluster.gateway.openai.server import HttpServer
+
             version = importlib.metadata.version("grokmesh")
             app = make_app(Served(service, tokenizer, template, model, version, lambda: router.ready > 0))
             most_bytes = min(config.gateway.max_message_bytes, JSON_BYTES * limits.message_bytes)

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import grpc.aio
 from opentelemetry import trace
@@ -24,10 +24,9 @@ from cluster.gateway.text_job import count, detokenize, tokenize
 from cluster.gateway.texts import Texts
 from cluster.gateway.validation import Limits, to_request
 from cluster.telemetry import metrics, traces
+from cluster.together import together
 from grok.serving.v1 import generation_pb2, generation_pb2_grpc
 from workers.messages.plan import Token
-
-Result = TypeVar("Result")
 
 #: Seconds that a client may leave a part of its stream unread.
 UNREAD_SECONDS = 60.0
@@ -87,7 +86,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> generation_pb2.GenerateOnceResponse:
         completion = request.completion
         async with self._sessions(completion, context, whole=True) as sessions:
-            responses = await _all(_whole(session) for session in sessions)
+            responses = await together(_whole(session) for session in sessions)
             responses[0].others.extend(responses[1:])
             return responses[0]
 
@@ -256,16 +255,6 @@ async def _whole(session: Session) -> generation_pb2.GenerateOnceResponse:
     response.finish_reason = session.finish
     response.usage.CopyFrom(_usage(session))
     return response
-
-
-async def _all(parts: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """What all of them return. If one raises, so does this, and the others are cancelled."""
-    tasks = [asyncio.ensure_future(part) for part in parts]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def _reason(session: Session) -> str:

@@ -10,7 +10,7 @@ import multiprocessing
 import pathlib
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import aiohttp
 import uvicorn
@@ -18,11 +18,10 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
 from tests.support.service import running
-from tools.bench.processes import cpu_seconds
+from tools.bench.processes import cpu_of_each
 from tools.bench.stream import STREAMS, TOKENS, read_gateway
 from workers.host.streams import free_port
 
-ROUNDS = 3
 _EVENT = (
     b'data: {"id":"cmpl-r-0123456789abcdef","created":1700000000,"model":"demo","object":"text_completion",'
     b'"choices":[{"index":0,"text":" word","logprobs":null,"finish_reason":null}]}\n\n'
@@ -64,17 +63,6 @@ async def _read_http(address: str) -> int:
         return sum(await asyncio.gather(*map(one, range(STREAMS))))
 
 
-def _cost(pid: int, read: Callable[[], int]) -> float:
-    """Seconds of a processor a message; the best of some rounds after a first one."""
-    read()
-    rounds = []
-    for _ in range(ROUNDS):
-        before = cpu_seconds(pid)
-        count = read()
-        rounds.append((cpu_seconds(pid) - before) / count)
-    return min(rounds)
-
-
 def main() -> None:
     """Prints microseconds a message, and ratios."""
     port, http_address = free_port("127.0.0.1"), f"127.0.0.1:{free_port('127.0.0.1')}"
@@ -82,15 +70,15 @@ def main() -> None:
     process.start()
     assert process.pid is not None
     time.sleep(3)
-    bare = _cost(process.pid, lambda: asyncio.run(_read_http(f"127.0.0.1:{port}")))
+    bare = cpu_of_each([process.pid], lambda: asyncio.run(_read_http(f"127.0.0.1:{port}")))
     process.kill()
     with (
         tempfile.TemporaryDirectory() as folder,
         running(pathlib.Path(folder), gateway={"http_address": http_address}, engine={"slots": STREAMS}) as service,
     ):
         pid = service.status().gateways[0].pid
-        grpc = _cost(pid, lambda: asyncio.run(read_gateway(service.address, range(STREAMS))))
-        http = _cost(pid, lambda: asyncio.run(_read_http(http_address)))
+        grpc = cpu_of_each([pid], lambda: asyncio.run(read_gateway(service.address, range(STREAMS))))
+        http = cpu_of_each([pid], lambda: asyncio.run(_read_http(http_address)))
     print(f"bare FastAPI {bare * 1e6:.0f} us an event; gateway over gRPC {grpc * 1e6:.0f} us a message")
     print(f"gateway over HTTP {http * 1e6:.0f} us an event: {http / grpc:.2f} x gRPC, {http / bare:.2f} x bare")
 

@@ -19,7 +19,7 @@ import grpc.aio
 from grok.serving.v1 import generation_pb2
 from grokmesh import AsyncClient
 from tests.support.service import running
-from tools.bench.processes import cpu_seconds
+from tools.bench.processes import cpu_of_each
 from workers.host.streams import free_port
 
 STREAMS, TOKENS, CLIENTS = 16, 200, 16
@@ -49,7 +49,7 @@ def _serve_bare(port: int) -> None:
     asyncio.run(serve())
 
 
-async def _read_bare(port: int) -> None:
+async def _read_bare(port: int) -> int:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         await channel.channel_ready()
 
@@ -58,6 +58,7 @@ async def _read_bare(port: int) -> None:
             return len([part async for part in method(b"")])
 
         assert await asyncio.gather(*(one() for _ in range(STREAMS))) == [TOKENS] * STREAMS
+        return STREAMS * TOKENS
 
 
 async def read_gateway(address: str, seeds: range) -> int:
@@ -92,13 +93,7 @@ def _gateways(processes: int) -> float:
             read = functools.partial(
                 clients.map, _read, [service.address] * CLIENTS, range(CLIENTS), [streams] * CLIENTS
             )
-            sum(read())
-            rounds = []
-            for _ in range(3):
-                before = sum(map(cpu_seconds, pids))
-                count = sum(read())
-                rounds.append((sum(map(cpu_seconds, pids)) - before) / count)
-    return min(rounds)
+            return cpu_of_each(pids, lambda: sum(read()))
 
 
 def main() -> None:
@@ -107,17 +102,12 @@ def main() -> None:
     process = multiprocessing.get_context("spawn").Process(target=_serve_bare, args=(port,), daemon=True)
     process.start()
     assert process.pid is not None
-    asyncio.run(_read_bare(port))
-    bare = []
-    for _ in range(3):
-        before = cpu_seconds(process.pid)
-        asyncio.run(_read_bare(port))
-        bare.append((cpu_seconds(process.pid) - before) / (STREAMS * TOKENS))
+    bare = cpu_of_each([process.pid], lambda: asyncio.run(_read_bare(port)))
     process.kill()
-    print(f"bare grpc.aio: {min(bare) * 1e6:.0f} us a message")
+    print(f"bare grpc.aio: {bare * 1e6:.0f} us a message")
     for processes in (1, 2, 4):
         seconds = _gateways(processes)
-        print(f"{processes} gateways: {seconds * 1e6:.0f} us a message, {seconds / min(bare):.2f} x", flush=True)
+        print(f"{processes} gateways: {seconds * 1e6:.0f} us a message, {seconds / bare:.2f} x", flush=True)
 
 
 if __name__ == "__main__":

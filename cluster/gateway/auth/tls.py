@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pathlib
 import ssl
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import grpc
 
 from cluster.config.schema import GatewaySection
 from cluster.gateway.auth.reloading import Reloading
+
+Content = TypeVar("Content")
 
 
 class TlsError(ValueError):
@@ -18,11 +21,7 @@ class TlsError(ValueError):
 
 def server_credentials(config: GatewaySection) -> grpc.ServerCredentials:
     """Credentials that look with each new connection whether the files have changed. Raises TlsError, which names them."""
-    certificate, key, client_ca = config.tls_certificate, config.tls_key, config.tls_client_ca
-    assert certificate is not None
-    assert key is not None
-    files = (certificate, key, *([client_ca] if client_ca is not None else []))
-    reloading = Reloading(files, lambda: _read(certificate, key, client_ca), TlsError)
+    reloading = _reloading(config, _read)
     known = reloading.get()
 
     def changed() -> Any:  # None for no change, which gRPC's types omit
@@ -30,32 +29,40 @@ def server_credentials(config: GatewaySection) -> grpc.ServerCredentials:
         before, known = known, reloading.get()
         return None if known is before else known
 
-    return grpc.dynamic_ssl_server_credentials(known, changed, require_client_authentication=client_ca is not None)
+    wanted = config.tls_client_ca is not None
+    return grpc.dynamic_ssl_server_credentials(known, changed, require_client_authentication=wanted)
 
 
 def http_context(config: GatewaySection) -> ssl.SSLContext:
     """The same for HTTP: each handshake has what the files say then. Raises TlsError, which names them."""
-    certificate, key, client_ca = config.tls_certificate, config.tls_key, config.tls_client_ca
-    assert certificate is not None
-    assert key is not None
-
-    def read() -> ssl.SSLContext:
-        _read(certificate, key, client_ca)
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(certificate, key)
-        if client_ca is not None:
-            context.load_verify_locations(client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
-        return context
-
-    files = (certificate, key, *([client_ca] if client_ca is not None else []))
-    reloading = Reloading(files, read, TlsError)
+    reloading = _reloading(config, _read_context)
 
     def renew(connection: ssl.SSLObject | ssl.SSLSocket, *_: object) -> None:
         connection.context = reloading.get()
 
     context = reloading.get()
     context.sni_callback = renew
+    return context
+
+
+def _reloading(
+    config: GatewaySection, read: Callable[[pathlib.Path, pathlib.Path, pathlib.Path | None], Content]
+) -> Reloading[Content]:
+    """What `read` makes of the files of certificate, key and clients' authority, if there is one."""
+    certificate, key, client_ca = config.tls_certificate, config.tls_key, config.tls_client_ca
+    assert certificate is not None
+    assert key is not None
+    files = (certificate, key, *([client_ca] if client_ca is not None else []))
+    return Reloading(files, lambda: read(certificate, key, client_ca), TlsError)
+
+
+def _read_context(certificate: pathlib.Path, key: pathlib.Path, client_ca: pathlib.Path | None) -> ssl.SSLContext:
+    _read(certificate, key, client_ca)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+    if client_ca is not None:
+        context.load_verify_locations(client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
     return context
 
 

@@ -10,13 +10,14 @@ from typing import Any, NoReturn
 import jinja2
 import jinja2.sandbox
 
+from cluster.config.schema import ConfigError
 from cluster.gateway.errors import Violation, invalid
 from workers.checkpoint.storage import Location
 
 FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 
 
-class TemplateError(ValueError):
+class TemplateError(ConfigError):
     """A chat template that can't be read."""
 
 
@@ -57,8 +58,10 @@ def read_template(folder: Location, end: str) -> ChatTemplate | None:
         if config.is_file():
             source = json.loads(config.read_bytes()).get("chat_template")
             return ChatTemplate(source, str(config), end) if isinstance(source, str) else None
+    except TemplateError:
+        raise
     except (OSError, ValueError, AttributeError) as error:
-        raise TemplateError(f"{error}" if isinstance(error, TemplateError) else f"{folder}: {error}") from error
+        raise TemplateError(f"{folder}: {error}") from error
     return None
 
 

@@ -13,9 +13,9 @@ from opentelemetry import trace
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.gateway.auth.api_keys import Keys
-from cluster.gateway.errors import GatewayError
+from cluster.gateway.errors import GatewayError, malformed
 from cluster.gateway.interceptor import RECEIVE_SECONDS, RECEIVING, RECEIVING_OF_A_KEY
-from cluster.gateway.openai.errors import malformed, response_of
+from cluster.gateway.openai.errors import response_of
 from cluster.gateway.outcome import Outcome
 
 #: Paths that want no key: probes do not have one.
@@ -83,18 +83,18 @@ class Door:
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if int(length) > self._most_bytes:
             raise self._too_long(int(length))
-        parts: list[bytes] = []
+        body = bytearray()
         try:
             async with asyncio.timeout(RECEIVE_SECONDS), self._own[caller], self._places:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise asyncio.CancelledError
-                    parts.append(message.get("body", b""))
-                    if sum(map(len, parts)) > self._most_bytes:
-                        raise self._too_long(sum(map(len, parts)))
+                    body += message.get("body", b"")
+                    if len(body) > self._most_bytes:
+                        raise self._too_long(len(body))
                     if not message.get("more_body"):
-                        return b"".join(parts)
+                        return bytes(body)
         except TimeoutError:
             raise malformed(f"the request has not arrived within {RECEIVE_SECONDS:g} s") from None
 

@@ -53,11 +53,6 @@ def response_of(error: GatewayError) -> Response:
     return JSONResponse(body_of(error), _STATUS[error.code][0], headers)
 
 
-def malformed(problem: str) -> GatewayError:
-    """INVALID_ARGUMENT: the call has no message that can be read."""
-    return GatewayError(_CODES.INVALID_ARGUMENT, "MALFORMED_MESSAGE", problem)
-
-
 def no_model(asked: str, served: str) -> GatewayError:
     """NOT_FOUND: another model is asked for than there is."""
     return GatewayError(_CODES.NOT_FOUND, "NO_MODEL", f"there is no model {asked!r} here; this service has {served!r}")

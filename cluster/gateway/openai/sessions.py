@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from cluster.gateway.call import CURRENT
 from cluster.gateway.openai.errors import too_late, unread
 from cluster.gateway.service import GenerationService
+from cluster.together import together
 from grok.serving.v1 import generation_pb2
 
 Result = TypeVar("Result")
@@ -88,17 +89,12 @@ class Sessions:
             await asyncio.gather(working, return_exceptions=True)
 
     async def _all(self, works: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-        """What all of them return. If one raises, so does this, and the others end. Raises GatewayError when time is over."""
-        tasks = [asyncio.ensure_future(work) for work in works]
+        """See `together`. Raises GatewayError when time is over."""
         try:
             async with asyncio.timeout_at(self._at):
-                return list(await asyncio.gather(*tasks))
+                return await together(works)
         except TimeoutError:
             raise too_late() from None
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _begin(index: int) -> None:
