@@ -55,6 +55,7 @@ class HttpServer:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.bind((host, int(port)))
+            listener.listen(BACKLOG)  # the server's task listens too, but only once it runs
             self._server.config.load()
         except OSError as error:
             listener.close()
