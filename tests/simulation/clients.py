@@ -18,6 +18,8 @@ from tests.simulation.world import World
 
 #: Virtual seconds within which gateways know of each other's requests, while there is a controller.
 KNOWN_SECONDS = 1.0
+#: Virtual seconds after which many clients come together; others come when they like.
+TOGETHER = (3.0, 12.0)
 
 
 @dataclasses.dataclass
@@ -54,7 +56,7 @@ class Clients:
     async def one(self, name: str, seed: int) -> None:
         """A client that a seed describes."""
         world, rng = self._world, random.Random(seed)
-        await asyncio.sleep(rng.choice((3.0, 12.0, rng.uniform(0, 25))))  # some come together
+        await asyncio.sleep(rng.choice((*TOGETHER, rng.uniform(0, 25))))
         prompt = self._prompt(rng)
         most, seed = rng.randint(1, min(90, CONTEXT - len(prompt))), rng.getrandbits(31)
         wanted = list(completion(tuple(prompt), seed, most))

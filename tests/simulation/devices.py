@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from workers.messages.plan import EngineShape, Plan, StepTokens, Token
 from workers.model.config import GrokConfig
@@ -46,7 +46,9 @@ class SimDevices:
 
     host_computes = False
 
-    def __init__(self, shape: EngineShape) -> None:
+    def __init__(self, shape: EngineShape, alone: Callable[[], bool]) -> None:
+        """`alone`: a plan must be of one request."""
+        self._alone = alone
         self.shape, self.config = shape, GrokConfig(num_layers=2)
         self._pages: dict[tuple[int, int], int] = {}
         self._tables: dict[int, list[int]] = {}
@@ -55,6 +57,9 @@ class SimDevices:
         self._forced: dict[int, int] = {}
 
     def execute(self, plan: Plan) -> SimPending:
+        chunks = [chunk for call in plan.prefills for chunk in call]
+        slots = {chunk.slot for chunk in chunks} | {row.slot for row in plan.decode} | {d.slot for d in plan.drafts}
+        assert len(slots) <= 1 or not self._alone(), "others are computed beside a request that is on trial"
         for grant in plan.grants:
             assert len(self._tables[grant.slot]) == grant.first, "pages are granted out of order"
             self._tables[grant.slot].extend(grant.pages)
@@ -62,7 +67,7 @@ class SimDevices:
             self._tables[start.slot], self._seeds[start.slot] = list(start.pages), start.sampling.seed
         self._forced = {forced.slot: forced.token for forced in plan.forced}
         prefilled = []
-        for chunk in (chunk for call in plan.prefills for chunk in call):
+        for chunk in chunks:
             if BREAKING in chunk.tokens:
                 raise RuntimeError("XlaRuntimeError: INTERNAL")
             for place, token in enumerate(chunk.tokens, chunk.start):

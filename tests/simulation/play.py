@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import random
 import secrets
@@ -18,12 +19,12 @@ from unittest import mock
 from cluster.config.schema import AutoscalingSection, ClusterSection, Config, GatewaySection
 from cluster.telemetry.metrics import SESSIONS_RESUMED
 from tests.conftest import DEMO
-from tests.simulation.clients import Clients, Report
+from tests.simulation.clients import TOGETHER, Clients, Report
 from tests.simulation.devices import BREAKING, NO_NUMBERS
 from tests.simulation.loop import BEGIN, VirtualLoop
 from tests.simulation.placements import Cluster
 from tests.simulation.service import Controllers, SimGateway
-from tests.simulation.workers import CONTEXT, UNUSED, Conditions, workers_of
+from tests.simulation.workers import CONTEXT, UNUSED, Conditions, SimWorker, workers_of
 from tests.simulation.world import SimProcess, World
 from workers.host import leader as leader_module
 from workers.messages.specs import EngineSpec, MeshSpec, ModelSpec
@@ -40,12 +41,21 @@ HARMLESS = (
     "pause briefly", "pause gateway", "pause controller", "kill controller", "kill gateway", "kill all gateways",
     "streams break", "flood",
 )  # fmt: skip
+#: What may also strike a mesh that is being built.
+BUILDING = (
+    "kill leader", "kill follower", "stop leader", "stop follower", "power off", "cut off", "sick host",
+    "pause leader", "pause follower",
+)  # fmt: skip
+#: What stays broken.
+LASTING = ("cut pair", "sick host")
 #: What moves no session.
 UNNOTICED = ("kill controller", "pause controller", "flood")
 #: Virtual seconds that a request waits for a replica, and in which all must be well again.
 FAILOVER_SECONDS, RECOVERY_SECONDS = 120.0, 200.0
+#: Virtual seconds that a stream may take if one thing goes wrong once.
+ONCE_SECONDS = 45.0
 #: Virtual seconds in which a request is forgotten whose client has left: its gateway may have died with it.
-LEFT_SECONDS = 1.0
+LEFT_SECONDS = 0.5
 #: Seconds of the processor that a seed may take, and of the clock, in case that it waits for something real.
 CPU_SECONDS, WAITING_SECONDS = 20, 300
 
@@ -66,12 +76,19 @@ class Outcome:
 class _Play:
     def __init__(self, seed: int, kinds: Sequence[str], without: Collection[str]) -> None:
         rng = random.Random(seed)
-        # Some kinds again and again are worse than one of each, and some seeds must lose no mesh.
-        self._kinds = rng.sample(list(kinds), min(len(kinds), rng.randint(1, 4)))
-        if seed % 5 == 2 and "pause briefly" in kinds:
-            self._kinds = ["pause briefly", *(kind for kind in self._kinds if kind in HARMLESS)]
         hosts, self._replicas = rng.choice((1, 2, 2, 3)), rng.choice((1, 1, 2))
         self._shrinks = seed % 4 == 1 and hosts > 1
+        # Some kinds again and again are worse than one of each. Each is the first one of some seed among any few.
+        self._kinds = rng.sample(list(kinds), min(len(kinds), rng.randint(1, 4)))
+        if kinds:
+            self._kinds[0] = kinds[(seed + seed // len(kinds)) % len(kinds)]
+        if self._shrinks and seed % 8 == 1 and "power off" in kinds:
+            self._kinds[0] = "power off"
+        if self._kinds and self._kinds[0] in LASTING:
+            hosts, self._shrinks = max(hosts, 2), False
+        # Some seeds must lose no mesh.
+        if seed % 5 == 2 and "pause briefly" in kinds:
+            self._kinds = ["pause briefly", *(kind for kind in self._kinds if kind in HARMLESS)]
         spares = rng.choice((1, 2))
         self.world = World(seed, hosts * self._replicas + (0 if self._shrinks else spares))
         # A leader of the release before does not say which request it computes alone.
@@ -108,7 +125,8 @@ class _Play:
         self._gateways = [self._gateway(f"gateway-{i}") for i in range(count)]
         self.clients = Clients(self.world, self._gateways, self._left)
         clients = {f"client {i}": rng.getrandbits(32) for i in range(rng.randint(4, 24))}
-        strikes = {f"strike {i}": rng.getrandbits(32) for i in range(rng.randint(1, 4) if self._kinds else 0)}
+        count = 0 if not self._kinds else 1 if self._kinds[0] in LASTING else rng.choice((1, 1, 2, 3, 4))
+        strikes = {f"strike {i}": rng.getrandbits(32) for i in range(count)}
         self._streams = {name: part for name, part in clients.items() if name not in without}
         self._strikes = {name: part for name, part in strikes.items() if name not in without}
         self._beside: list[asyncio.Future[Any]] = []
@@ -159,13 +177,13 @@ class _Play:
         return *self._strikes, *self._streams
 
     async def _break(self) -> None:
-        for strike in self._strikes.values():
+        for name, strike in self._strikes.items():
             rng = random.Random(strike)
-            await asyncio.sleep(rng.uniform(0.2, 7))
-            self._strike(rng.choice(self._kinds), rng)
+            await asyncio.sleep(rng.choice((0, TOGETHER[0])) + rng.uniform(0.2, 4))
+            self._strike(self._kinds[0] if name == "strike 0" else rng.choice(self._kinds), rng)
 
     def _strike(self, kind: str, rng: random.Random) -> None:
-        world, mended = self.world, rng.uniform(1, 20)
+        world = self.world
         leaders = [leader for leader in self._conditions.leaders if leader.runs]
         if "request" in kind:
             world.note(kind)
@@ -186,6 +204,16 @@ class _Play:
         if not leaders:
             return
         members = rng.choice(leaders).worker.members
+        if kind in BUILDING and rng.random() < 0.5:  # it strikes the mesh that is built next
+            self._conditions.during[rng.choice(("form", "warm_up", "serve", "serve"))] = functools.partial(
+                self._hit, kind, rng
+            )
+            kind = "kill leader"
+        self._hit(kind, rng, members)
+
+    def _hit(self, kind: str, rng: random.Random, members: dict[int, SimWorker]) -> None:
+        """Strikes a mesh."""
+        world, mended = self.world, rng.uniform(1, 40 if self._shrinks else 20)
         process = members.get(1 if "follower" in kind else rng.choice(sorted(members)), members[0]).process
         node = process.node
         world.note(f"{kind}: {node.address}")
@@ -205,7 +233,7 @@ class _Play:
         elif kind == "cut off":
             node.alone = True
             world.loop.call_later(mended, setattr, node, "alone", False)
-        elif kind in ("cut pair", "sick host") and not self._spares():
+        elif kind in LASTING and not self._spares():
             world.note("not done: no host is left to take its place")
         elif kind == "cut pair" and len(members) > 1:
             world.cut.add(frozenset(member.process.node.address for _, member in sorted(members.items())[:2]))
@@ -280,6 +308,7 @@ class _Play:
         """Hosts come back; what is broken for good stays so, and there is one host too many."""
         for node in self.world.hosts:
             node.on, node.alone = True, False
+        self._conditions.during.clear()
         self._conditions.slow, self._conditions.raises, self._conditions.hangs = 0.0, False, False
 
     def _check(self) -> None:
@@ -301,6 +330,9 @@ class _Play:
             assert len(self._conditions.meshes) == self._replicas, "a mesh was lost for nothing"
         if set(self._kinds) <= set(UNNOTICED) and not self._config.autoscaling.max_replicas:
             assert _sessions_moved() == self._moved, "sessions were moved for nothing"
+        if len(self._strikes) == 1 and "breaking request" not in self._kinds:
+            longest = self.clients.report.longest
+            assert longest <= ONCE_SECONDS, f"a stream has taken {longest:.0f} s, and one thing went wrong"
         epochs = [mesh[:2] for mesh in self._conditions.meshes]
         assert len(epochs) == len(set(epochs)), f"two meshes have the same epoch: {epochs}"
 

@@ -48,11 +48,13 @@ UNUSED: Any = _Unused()
 
 class Conditions:
     """What the devices of all meshes are like: whether kernels are batch-invariant, seconds that steps take longer, whether the
-    next step raises, or never ends; and whether leaders are of an earlier release than gateways."""
+    next step raises, or never ends; whether leaders are of an earlier release than gateways; and what happens to a mesh when a
+    worker is next asked to do something."""
 
     def __init__(self, *, batch_invariant: bool, earlier: bool = False) -> None:
         self.batch_invariant, self.earlier = batch_invariant, earlier
         self.slow, self.raises, self.hangs = 0.0, False, False
+        self.during: dict[str, Callable[[dict[int, SimWorker]], None]] = {}
         #: The workers of each epoch, by replica, epoch and secret.
         self.meshes: dict[tuple[int, int, bytes], dict[int, SimWorker]] = {}
         self.leaders: list[SimLeader] = []
@@ -142,6 +144,7 @@ class SimWorker:
     async def form(self, spec: RankSpec) -> dict[str, int]:
         self.spec, self._phase = spec, LOADING
         self.members[spec.rank] = self
+        self._asked("form")
         if self.process.node.sick:
             await asyncio.sleep(0.3)
             raise RuntimeError("XlaRuntimeError: uncorrectable ECC error")
@@ -153,14 +156,20 @@ class SimWorker:
 
     async def warm_up(self) -> None:
         self._phase = WARMING_UP
+        self._asked("warm_up")
         await self._meet("warm")
         self._phase = READY
 
     async def serve(self) -> None:
+        self._asked("serve")
         await asyncio.sleep(self.world.rng.uniform(0, 2))  # as Ray may, where much is to be done
         if not self._serving:
             self._serving = True
             self.process.spawn(self._serve())
+
+    def _asked(self, method: str) -> None:
+        if (happens := self.conditions.during.pop(method, None)) is not None:
+            happens(self.members)
 
     async def _serve(self) -> None:
         assert self.spec is not None
@@ -329,7 +338,7 @@ class SimLeader:
         self.scheduler = Scheduler(shape, VOCAB_SIZE, engine.max_waiting, engine.steps_per_plan)
         stalls = StallWatch("the leader's loop", None, logging.warning)
         server: Any = self.server
-        devices: Any = SimDevices(shape)
+        devices: Any = SimDevices(shape, lambda: bool(self.scheduler.trying))
         self.leader = Leader(
             devices, self.scheduler, server, spec.epoch, lambda: 0, UNUSED, UNUSED, stalls, engine.prefill_slowdown
         )
