@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
-from workers.messages.plan import EngineShape, Plan, StepTokens, Token
+from workers.messages.plan import EngineShape, Plan, Score, StepTokens, Token
 from workers.model.config import GrokConfig
 
 EOS = 2
@@ -22,6 +22,12 @@ def next_token(seed: int, tokens: Sequence[int]) -> int:
     if mixed % 8 and len(tokens) > 6:
         return tokens[-5]
     return EOS if mixed % 97 == 0 else 3 + (mixed >> 8) % 2000
+
+
+def score(tokens: Sequence[int]) -> Score:
+    """What becomes of the last token behind the others."""
+    mixed = hash(("score", *tokens))
+    return Score(-(mixed % 1000) / 100, 1 + mixed % 50)
 
 
 @functools.lru_cache(4096)
@@ -66,12 +72,15 @@ class SimDevices:
         for start in plan.starts:
             self._tables[start.slot], self._seeds[start.slot] = list(start.pages), start.sampling.seed
         self._forced = {forced.slot: forced.token for forced in plan.forced}
-        prefilled = []
+        prefilled, scored = [], []
         for chunk in chunks:
             if BREAKING in chunk.tokens:
                 raise RuntimeError("XlaRuntimeError: INTERNAL")
             for place, token in enumerate(chunk.tokens, chunk.start):
                 self._put(chunk.slot, place, token)
+            if chunk.scored:
+                places = enumerate(chunk.scored, chunk.start + 1)
+                scored.append(tuple(self._score(chunk.slot, place, token) for place, token in places if token >= 0))
             if chunk.last:
                 prefilled.append(self._sample(chunk.slot, chunk.start + len(chunk.tokens)))
         decoded = []
@@ -91,7 +100,8 @@ class SimDevices:
                     break
             drafted.append(tuple(right))
         counts = ((1,) * 8, (2,) * 8)
-        return SimPending(plan, StepTokens(plan.number, tuple(prefilled), tuple(decoded), tuple(drafted), counts))
+        results = StepTokens(plan.number, tuple(prefilled), tuple(decoded), tuple(drafted), counts, tuple(scored))
+        return SimPending(plan, results)
 
     def probe(self) -> float:
         return 0.0
@@ -103,10 +113,17 @@ class SimDevices:
         size = self.shape.page_size
         self._pages[self._tables[slot][position // size], position % size] = token
 
+    def _before(self, slot: int, position: int) -> list[int]:
+        """What the pages before a position hold."""
+        size, table = self.shape.page_size, self._tables[slot]
+        return [self._pages[table[place // size], place % size] for place in range(position)]
+
+    def _score(self, slot: int, position: int, token: int) -> Score:
+        return score([*self._before(slot, position), token])
+
     def _sample(self, slot: int, position: int) -> Token:
         """The token at a position, from what the pages before it hold."""
-        size, table = self.shape.page_size, self._tables[slot]
-        before = [self._pages[table[place // size], place % size] for place in range(position)]
+        before = self._before(slot, position)
         token = self._forced.pop(slot, None)
         self._last[slot] = next_token(self._seeds[slot], before) if token is None else token
         return Token(self._last[slot], math.nan if NO_NUMBERS in before else -1.0, ())

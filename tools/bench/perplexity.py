@@ -74,7 +74,7 @@ def _loss(directory: pathlib.Path, weights: str, kv_cache: str, sequences: list[
         for start in range(0, len(ids), CHUNK):
             chunk = Chunk(0, start, tuple(ids[start : start + CHUNK]), last=False)
             starts = (SlotStart(0, pages, Sampling()),) if start == 0 else ()
-            logits, _ = runtime.score(Plan(0, starts, ((chunk,),), ()))
+            logits, _ = runtime.logits(Plan(0, starts, ((chunk,),), ()))
             following = np.array(ids[start + 1 : start + 1 + CHUNK])
             rows = logits[: len(following)].astype(np.float64)
             top = rows.max(axis=1)

@@ -207,7 +207,7 @@ def main() -> None:
 
     def loss(params: Params, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
         output = model.apply(params, batch[:, :-1])
-        entropy = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch[:, 1:]).mean()
+        entropy = optax.softmax_cross_entropy_with_integer_labels(output.read, batch[:, 1:]).mean()
         probabilities = output.routed.probabilities  # [L, B, T, E]
         _, chosen = jax.lax.top_k(probabilities, config.num_selected_experts)
         used = jax.nn.one_hot(chosen, config.num_experts).sum(-2).mean((1, 2))  # [L, E]

@@ -113,7 +113,7 @@ def score(runtime: Runtime, prompt: list[int]) -> tuple[Array, Array]:
     for start in range(0, len(prompt), _CHUNK):
         starts = (SlotStart(0, pages, Sampling()),) if start == 0 else ()
         chunk = Chunk(0, start, tuple(prompt[start : start + _CHUNK]), last=False)
-        results.append(runtime.score(Plan(0, starts, ((chunk,),), ())))
+        results.append(runtime.logits(Plan(0, starts, ((chunk,),), ())))
     logits, probabilities = zip(*results, strict=True)
     return np.concatenate(logits), np.concatenate(probabilities)
 

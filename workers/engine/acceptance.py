@@ -16,9 +16,11 @@ def check_request(request: Request, shape: EngineShape, vocab_size: int) -> None
     prompt, sampling = len(request.prompt), request.sampling
     if prompt == 0:
         raise Refused("the prompt is empty")
-    if request.max_tokens < 1:
+    if request.score_from is not None and not 1 <= request.score_from <= prompt - (request.max_tokens == 0):
+        raise Refused(f"score_from={request.score_from} is no token behind another one of the {prompt} of the prompt")
+    if request.max_tokens < (1 if request.score_from is None else 0):
         raise Refused(f"max_tokens={request.max_tokens} must be at least 1")
-    if len(request.resumed) >= request.max_tokens:
+    if len(request.resumed) >= max(request.max_tokens, 1):
         raise Refused(f"resumes after {len(request.resumed)} tokens of max_tokens={request.max_tokens}")
     if prompt + request.max_tokens > shape.context:
         raise Refused(

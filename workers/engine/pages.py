@@ -213,11 +213,10 @@ class PageGroups:
         """The pool that a slot's pages come from."""
         return self._pools[self._shape.group_of(slot)]
 
-    def place(self, policy: Policy, prefix: Tokens, pages: int) -> Place | None:
-        """The lowest free slot of the group with the longest cached prefix, then the most free pages, if one has `pages`."""
+    def place(self, policy: Policy, reusable: Tokens, pages: int) -> Place | None:
+        """The lowest free slot of the group that has most of `reusable` cached, then the most free pages, if it has `pages`."""
         groups = {self._shape.group_of(slot) for slot in self._free_slots}
-        # At least one position is left to compute.
-        shared = {group: policy.shared_pages(self._pools[group].match(prefix[:-1])) for group in groups}
+        shared = {group: policy.shared_pages(self._pools[group].match(reusable)) for group in groups}
         # A page for each that runs, lest the next of them to grow preempts the newcomer at once.
         taken = set(range(self._shape.slots)) - self._free_slots
         growing = collections.Counter(map(self._shape.group_of, taken))

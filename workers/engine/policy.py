@@ -49,7 +49,7 @@ class BatchInvariant:
 
     def prefix(self, request: Request) -> tuple[int, ...]:
         """Prompt and completion so far."""
-        return (*request.prompt, *request.resumed)
+        return (*request.context, *request.resumed)
 
     def forced(self, request: Request) -> tuple[int, ...]:
         """None."""
@@ -85,7 +85,7 @@ class ChunkAligned:
 
     def prefix(self, request: Request) -> tuple[int, ...]:
         """The prompt."""
-        return request.prompt
+        return request.context
 
     def forced(self, request: Request) -> tuple[int, ...]:
         """The completion so far."""

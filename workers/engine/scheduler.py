@@ -20,23 +20,37 @@ from workers.messages.plan import (
     Forced,
     PageGrant,
     Plan,
+    Score,
     SlotStart,
     StepTokens,
     Token,
 )
-from workers.messages.request import TRIAL_TOKENS, Ahead, Constraint, Failure, Load, Refused, Request, TokenEvent
+from workers.messages.request import (
+    TRIAL_TOKENS,
+    Ahead,
+    Constraint,
+    Failure,
+    Load,
+    Refused,
+    Request,
+    ScoreEvent,
+    TokenEvent,
+)
 
 #: Waiting requests that a plan passes over, as their prompts will be shared, before it looks at no more.
 MAX_PASSED_OVER = 16
 #: Rows of a step above which guesses are not computed: the weights that they read are then read anyway, and arithmetic counts.
 MAX_DRAFT_ROWS = 8
 
+NO_NUMBERS = "the model gave no numbers"
+
 
 @dataclasses.dataclass(frozen=True)
 class _InFlight:
-    """The sequences that get the tokens of a plan."""
+    """The sequences that get the tokens, or scores, of a plan."""
 
     number: int
+    scored: list[Sequence]
     prefilled: list[Sequence]
     decoded: list[Sequence]
     drafted: list[tuple[Sequence, Draft]]
@@ -88,6 +102,7 @@ class Scheduler:
         # its tokens is given no pages.
         self._few = True
         self._failures: list[Failure] = []
+        self._scores: list[ScoreEvent] = []
         self._trial: Sequence | None = None
         self.counts = Counts()
 
@@ -162,6 +177,7 @@ class Scheduler:
         others_decode = any(sequence.prompt_done for sequence in computed)
         calls = list(self._prefill(prefill_budget if others_decode and prefill_budget else self._shape.chunk))
         last = [sequence for call in calls for sequence, chunk in call if chunk.last]
+        scored = [sequence for call in calls for sequence, chunk in call if chunk.scored]
         ready = [s for s in computed if s.prompt_done and s.left > 0 and not self._awaited(s)]
         ready = [s for s in ready if not (s.forced and s in last)]  # a plan has one mask, or forced token, for a slot
         ready.sort(key=lambda sequence: sequence.slot)
@@ -186,10 +202,15 @@ class Scheduler:
             steps=steps,
             grants=grants,
         )
-        self._in_flight.append(_InFlight(plan.number, last, decoding, drafts))
+        self._in_flight.append(_InFlight(plan.number, scored, last, decoding, drafts))
         self._next_number += 1
         self.counts.prompt_tokens_computed += plan.prompt_tokens
         return plan
+
+    def scores(self) -> list[ScoreEvent]:
+        """What has become of scored tokens since this was last asked; it comes before the tokens of the same plans."""
+        scores, self._scores = self._scores, []
+        return scores
 
     def complete(self, tokens: StepTokens) -> list[TokenEvent]:
         """Takes the tokens of the oldest plan whose tokens are due; returns what its requests get.
@@ -201,6 +222,8 @@ class Scheduler:
         if due.number != tokens.number:
             raise ValueError(f"tokens of plan {tokens.number} came; those of {due.number} are due")
         events: list[TokenEvent] = []
+        for sequence, scores in zip(due.scored, tokens.scored, strict=True):
+            self._receive_scores(sequence, scores)
         for sequence, token in zip(due.prefilled, tokens.prefilled, strict=True):
             events += self._receive(sequence, (token,))
         for sequence, decoded in zip(due.decoded, tokens.decoded, strict=True):
@@ -263,7 +286,7 @@ class Scheduler:
         self._release(victim)
         # Tokens on their way are sampled again. Tokens of a replay that is not over are known all the same.
         known = victim.tokens if len(victim.tokens) > len(victim.request.resumed) else victim.request.resumed
-        request = dataclasses.replace(victim.request, resumed=tuple(known))
+        request = dataclasses.replace(victim.request, resumed=tuple(known), score_from=victim.unscored)
         self._waiting.prepend(Waiting(request, victim.constraint, victim.accepted))
 
     def _admit(self) -> tuple[SlotStart, ...]:
@@ -286,10 +309,12 @@ class Scheduler:
             request, prefix = entry.request, self._policy.prefix(entry.request)
             # For what is computed before anything is sampled, and a first token.
             pages = min(pages_of(request, self._shape), self._shape.pages_for(len(prefix) + 1))
-            place = self._pages.place(self._policy, prefix, pages)
+            # At least one position is left to compute, and all behind which a token is scored.
+            reusable = prefix[: len(prefix) - 1 if request.score_from is None else request.score_from - 1]
+            place = self._pages.place(self._policy, reusable, pages)
             if place is None:
                 break
-            if self._will_be_shared(prefix, place.cached):
+            if self._will_be_shared(reusable, place.cached):
                 passed_over += 1
                 continue
             self._waiting.remove(request.id)
@@ -305,6 +330,7 @@ class Scheduler:
         known, sampling = request.resumed, request.sampling
         forced = self._policy.forced(request)
         sequence = Sequence(request, slot, entry.constraint, entry.accepted, prefix, forced, cached, self._vocab_size)
+        sequence.unscored = request.score_from
         if not forced:
             sequence.tokens, sequence.scheduled = list(known), len(known)
         self._running[request.id] = sequence
@@ -315,11 +341,11 @@ class Scheduler:
         generated = known if sampling.penalized and not forced else ()
         return SlotStart(slot, pages, sampling, request.id, prompt, generated)
 
-    def _will_be_shared(self, prefix: tuple[int, ...], cached: int) -> bool:
-        """Whether a prompt that is being computed will lengthen the cached prefix."""
+    def _will_be_shared(self, reusable: tuple[int, ...], cached: int) -> bool:
+        """Whether a prompt that is being computed will lengthen the cached part of `reusable`."""
         wanted = self._policy.next_cut(cached)
-        return wanted < len(prefix) and any(
-            other.prefilled < wanted <= len(other.prefix) and other.prefix[:wanted] == prefix[:wanted]
+        return wanted <= len(reusable) and any(
+            other.prefilled < wanted <= len(other.prefix) and other.prefix[:wanted] == reusable[:wanted]
             for other in self._running.values()
         )
 
@@ -332,14 +358,11 @@ class Scheduler:
                 group, most = self._shape.group_of(sequence.slot), self._policy.chunk(budget, first)
                 if group in chunks or sequence.prompt_done or most < 1:
                     continue
-                start = sequence.prefilled
-                piece = sequence.prefix[start : start + most]
-                if start + len(piece) == len(sequence.prefix) and not sequence.ready:
+                if sequence.prefilled + most >= len(sequence.prefix) and not sequence.ready:
                     continue  # what the first token may be is not known yet
-                sequence.prefilled += len(piece)
-                budget -= len(piece)
-                sequence.scheduled += sequence.prompt_done
-                chunks[group] = (sequence, Chunk(sequence.slot, start, piece, sequence.prompt_done))
+                chunk = sequence.chunk(most)
+                budget -= len(chunk.tokens)
+                chunks[group] = (sequence, chunk)
                 pool = self._pages.pool(sequence.slot)
                 pool.publish(sequence.request.id, sequence.prefix, sequence.prefilled)
             if not chunks:
@@ -377,7 +400,7 @@ class Scheduler:
                     self._end(sequence)
                 yield event
         except NoNumbersError:
-            self._fail(sequence, "the model gave no numbers", sound=False)
+            self._fail(sequence, NO_NUMBERS, sound=False)
             return
         request = sequence.request
         if sequence is self._trial and len(sequence.tokens) >= len(request.resumed) + TRIAL_TOKENS:
@@ -386,6 +409,18 @@ class Scheduler:
         may_draft = self._policy.drafts and sequence.constraint is None and not request.sampling.penalized
         if may_draft and self._few and sequence.drafter is None and not sequence.done:
             sequence.drafter = NgramDrafter((*request.prompt, *sequence.tokens))
+
+    def _receive_scores(self, sequence: Sequence, scores: tuple[Score, ...]) -> None:
+        if sequence.done:
+            return
+        try:
+            event = sequence.receive_scores(scores)
+        except NoNumbersError:
+            self._fail(sequence, NO_NUMBERS, sound=False)
+            return
+        self._scores.append(event)
+        if event.done:
+            self._end(sequence)
 
     def _fail(self, sequence: Sequence, reason: str, *, sound: bool) -> None:
         self._failures.append(Failure(sequence.request.id, reason))
@@ -405,7 +440,7 @@ class Scheduler:
             self._trial = None
         request = sequence.request
         if self._policy.completions_shared and sequence.prompt_done and publish:
-            tokens = (*request.prompt, *sequence.tokens[:-1])
+            tokens = (*request.context, *sequence.tokens[:-1])
             self._pages.pool(sequence.slot).publish(request.id, tokens, len(tokens))
         del self._running[request.id]
         self._pages.give_back(request.id, sequence.slot)

@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator
 
 from workers.engine.drafter import NgramDrafter
-from workers.messages.plan import DecodeRow, Draft, Mask, Token
-from workers.messages.request import Constraint, Finish, Request, TokenEvent
+from workers.messages.plan import Chunk, DecodeRow, Draft, Mask, Score, Token
+from workers.messages.request import Constraint, Finish, Request, ScoreEvent, TokenEvent
 
 
 class NoNumbersError(ArithmeticError):
@@ -30,6 +30,7 @@ class Sequence:
       vocab_size: number of tokens.
       scheduled: tokens that plans sample for certain.
       tokens: those that came back.
+      unscored: the first prompt token whose probability is wanted and has not come back.
       drafter: guesses its tokens, where that is allowed.
       drafting: whether a draft is on its way, so that it is unknown how many tokens will come.
       ready: whether it was known what may be sampled next when the plan in the making was begun. A sequence that got no pages
@@ -48,6 +49,7 @@ class Sequence:
     vocab_size: int
     scheduled: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
+    unscored: int | None = None
     drafter: NgramDrafter | None = None
     drafting: bool = False
     ready: bool = True
@@ -78,6 +80,18 @@ class Sequence:
     def guessing(self) -> bool:
         """Whether its guesses are worth computing. What may be sampled must be the same for all of them."""
         return self.drafter is not None and self.drafter.enabled and self.scheduled > self.request.min_tokens
+
+    def chunk(self, most: int) -> Chunk:
+        """Schedules up to `most` of its prefix's positions, and a token behind the last of them, if it wants one."""
+        start, request = self.prefilled, self.request
+        tokens = self.prefix[start : start + most]
+        self.prefilled += len(tokens)
+        draws = self.prompt_done and request.max_tokens > 0
+        self.scheduled += draws
+        wanted = range(len(request.prompt) if request.score_from is None else request.score_from, len(request.prompt))
+        behind = range(start + 1, self.prefilled + 1)
+        scored = tuple(request.prompt[place] if place in wanted else -1 for place in behind)
+        return Chunk(self.slot, start, tokens, draws, scored if max(scored) >= 0 else ())
 
     def decode(self, steps: int) -> DecodeRow:
         """Schedules `steps` tokens."""
@@ -117,6 +131,17 @@ class Sequence:
         else:
             return None
         return Mask(self.slot, _without(words, self.request.stop_tokens) if early else words)
+
+    def receive_scores(self, scores: tuple[Score, ...]) -> ScoreEvent:
+        """Takes what became of the next of its tokens that are scored. Raises NoNumbersError."""
+        if any(math.isnan(score.logprob) for score in scores):
+            raise NoNumbersError
+        assert self.unscored is not None
+        self.unscored += len(scores)
+        done = self.unscored == len(self.request.prompt)
+        if done:
+            self.unscored = None
+        return ScoreEvent(self.request.id, scores, done and not self.request.max_tokens)
 
     def receive(self, tokens: tuple[Token, ...]) -> Iterator[TokenEvent]:
         """Takes the next tokens until one of them is the last; what the request gets. Raises NoNumbersError."""

@@ -10,7 +10,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from workers.engine.prefill_budget import PrefillBudget
 from workers.engine.scheduler import Counts, Scheduler
@@ -20,7 +20,7 @@ from workers.host.streams import GatewayLink, Incoming, LeaderServer, LinkError
 from workers.host.watchdog import Watchdog
 from workers.messages.frames import LayerGroup, LeaderOutput, Refusal, RefusalKind, Status
 from workers.messages.plan import ALTERNATIVES, Plan, Sampling, StepTokens
-from workers.messages.request import Ahead, Failure, Refused, Request, Timing, TokenEvent
+from workers.messages.request import Ahead, Failure, Refused, Request, ScoreEvent, Timing, TokenEvent
 from workers.model.config import GrokConfig
 from workers.runtime.profiler import Profiler
 from workers.runtime.runtime import Pending, Runtime
@@ -43,6 +43,9 @@ STATUS_SECONDS = 1.0
 FLUSH_SECONDS = 0.5
 #: Seconds that the loop waits for what tokens may come next, while the devices are busy anyway.
 SETTLE_SECONDS = 0.002
+
+
+_Event = TypeVar("_Event", TokenEvent, ScoreEvent)
 
 
 class Nothing(enum.Enum):
@@ -165,7 +168,7 @@ class Leader:
                 with self._waiting(pending.plan):
                     probe(self._runtime, pending)
             self._fail(self._scheduler.failures())
-            self._tell(events)
+            self._tell(events, self._scheduler.scores())
             clock.lap("deliver")
             prefill_budget = self._budget.after(finished, clock.step())
             metrics.PREFILL_BUDGET.set(prefill_budget)
@@ -331,16 +334,16 @@ class Leader:
         self._owners.pop(request_id, None)
         self._waits.pop(request_id, None)
 
-    def _timed(self, event: TokenEvent) -> TokenEvent:
-        """Observes what a request waited for, at its first token."""
+    def _timed(self, event: _Event) -> _Event:
+        """Observes what a request waited for, at its first token or its last score."""
         wait = self._waits.pop(event.request_id, None)
         if wait is None:
             return event
         timing = Timing(wait.admitted - wait.arrived, time.monotonic() - wait.admitted, wait.computed)
         return dataclasses.replace(event, timing=timing)
 
-    def _tell(self, events: list[TokenEvent]) -> None:
-        """One frame to each gateway: its tokens, its refusals, the load."""
+    def _tell(self, events: list[TokenEvent], scores: list[ScoreEvent]) -> None:
+        """One frame to each gateway: its scores and tokens, its refusals, the load."""
         load = self._scheduler.load
         metrics.RUNNING.set(load.running)
         metrics.WAITING.set(load.waiting)
@@ -349,6 +352,14 @@ class Leader:
         metrics.PAGES_CACHED.set(load.pages_cached)
         metrics.GENERATED_TOKENS.inc(len(events))
         load = dataclasses.replace(load, waiting=load.waiting + len(self._opening))
+        metrics.SCORED_TOKENS.inc(sum(len(event.scores) for event in scores))
+        scores_of: dict[GatewayLink, list[ScoreEvent]] = {}
+        for scored in scores:
+            owner = self._owners.get(scored.request_id)
+            if owner is not None:
+                scores_of.setdefault(owner, []).append(self._timed(scored) if scored.done else scored)
+                if scored.done:
+                    self._forget(scored.request_id)
         by_gateway: dict[GatewayLink, list[TokenEvent]] = {}
         for event in events:
             owner = self._owners.get(event.request_id)
@@ -370,6 +381,7 @@ class Leader:
                     load=load,
                     status=status and dataclasses.replace(status, others=self._others(ahead, gateway)),
                     canary=() if gateway in self._greeted else self._canary,
+                    scores=tuple(scores_of.get(gateway, ())),
                 )
             )
         self._greeted |= self._gateways.keys()

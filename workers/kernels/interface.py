@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from workers.kernels.kv_pages import Pages
-from workers.kernels.sampling import SamplingRows, SamplingState, sample
+from workers.kernels.sampling import SamplingRows, SamplingState, sample, score
 from workers.kernels.weights import Weight
 from workers.kernels.xla import portable
 
@@ -36,6 +36,7 @@ class Kernels:
         scale=, cap=, rope_base=) -> [B, T, H, C], key_pages, value_pages: see `portable.attend`.
       sample: (logits [B, V], state, rows) -> packed samples [B, PACKED_WIDTH]: see `sampling.sample`. The choice of kernels
         decides rounding, not distribution.
+      score: (logits [B, V], tokens [B]) -> packed scores [B, PACKED_WIDTH]: see `sampling.score`.
       batch_invariant: whether a row's bits are the same in programs of other shapes, so that prompts may be cut anywhere.
       accelerator: whether the devices are other processors than the host's, so that what crosses between devices costs
         otherwise.
@@ -54,6 +55,7 @@ class Kernels:
     logits: Callable[[jax.Array, jax.Array, Any], jax.Array]
     attend: Callable[..., tuple[jax.Array, Pages, Pages]]
     sample: Callable[[jax.Array, SamplingState, SamplingRows], jax.Array]
+    score: Callable[[jax.Array, jax.Array], jax.Array]
     batch_invariant: bool
     accelerator: bool = False
     scatters: bool = True
@@ -75,6 +77,7 @@ PORTABLE = Kernels(
     logits=portable.logits,
     attend=portable.attend,
     sample=sample,
+    score=score,
     batch_invariant=False,
 )
 #: For accelerators without kernels of their own.

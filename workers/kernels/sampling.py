@@ -101,7 +101,6 @@ def sample(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.A
       packed samples, [B, PACKED_WIDTH] int32.
     """
     logprobs = jax.nn.log_softmax(logits)
-    top_logprobs, top_ids = lax.top_k(logprobs, ALTERNATIVES)
     adjusted = lax.cond(jnp.any(rows.flags != 0), lambda: _adjust(logits, state, rows), lambda: logits)
     greedy = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
 
@@ -121,10 +120,35 @@ def sample(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.A
 
     drawn = lax.cond(jnp.any((rows.temperature > 0) & rows.active), draw, lambda: greedy)
     token = jnp.where(rows.temperature > 0, drawn, greedy)
-    # A sum of one: TPUs look things up in a layout that is many times larger.
-    logprob = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == token[:, None], logprobs, 0.0), axis=-1)
-    bits = [lax.bitcast_convert_type(values, jnp.int32) for values in (logprob[:, None], top_logprobs)]
-    return jnp.concatenate([token[:, None], bits[0], top_ids.astype(jnp.int32), bits[1]], axis=1)
+    return _packed(token, _taken(logprobs, token), logprobs)
+
+
+def score(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """What the model makes of one token a row.
+
+    Args:
+      logits: [B, V] float32.
+      tokens: [B] int32; rows with -1 are not used.
+
+    Returns:
+      as `sample`, [B, PACKED_WIDTH] int32, with the token's place among all in its stead: 1 for the most likely one.
+    """
+    logprobs = jax.nn.log_softmax(logits)
+    own = _taken(logprobs, tokens)
+    return _packed(1 + jnp.sum(logprobs > own[:, None], axis=-1, dtype=jnp.int32), own, logprobs)
+
+
+def _taken(values: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Of each row of `values` [B, V] the one of its token [B]. A sum of one: TPUs look things up in a layout that is many times
+    larger."""
+    return jnp.sum(jnp.where(jnp.arange(values.shape[-1]) == tokens[:, None], values, 0.0), axis=-1)
+
+
+def _packed(first: jax.Array, own: jax.Array, logprobs: jax.Array) -> jax.Array:
+    """Rows of PACKED_WIDTH: `first` [B], the logarithmic probabilities `own` [B], and the most likely of all [B, V]."""
+    top_logprobs, top_ids = lax.top_k(logprobs, ALTERNATIVES)
+    bits = [lax.bitcast_convert_type(values, jnp.int32) for values in (own[:, None], top_logprobs)]
+    return jnp.concatenate([first[:, None], bits[0], top_ids.astype(jnp.int32), bits[1]], axis=1)
 
 
 def _rows_of(table: jax.Array, slots: jax.Array) -> jax.Array:

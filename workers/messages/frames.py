@@ -6,7 +6,7 @@ import dataclasses
 import enum
 
 from workers.messages.plan import Plan
-from workers.messages.request import Ahead, Load, Request, TokenEvent
+from workers.messages.request import Ahead, Load, Request, ScoreEvent, TokenEvent
 
 #: Version of the frames. It changes when a peer that does not know a change would do something wrong. A field that is added
 #: with a default is no such change.
@@ -90,7 +90,7 @@ class LeaderOutput:
     """From the leader to a gateway, after each step: the tokens of the gateway's requests. Without a load it is only a sign of
     life, or news of a trial. `canary` comes with the first one that has a load: logarithmic probabilities of the epoch's first
     token. `trying` is the request, of whichever gateway, that the devices compute alone from now on as it is on trial; empty if
-    none is any more."""
+    none is any more. `scores` come before the tokens of their requests."""
 
     epoch: int
     tokens: tuple[TokenEvent, ...] = ()
@@ -99,3 +99,4 @@ class LeaderOutput:
     status: Status | None = None
     canary: tuple[float, ...] = ()
     trying: str | None = None
+    scores: tuple[ScoreEvent, ...] = ()

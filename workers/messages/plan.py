@@ -138,12 +138,14 @@ class Forced:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Consecutive prompt positions of one slot, from `start` on. The last one draws the first token."""
+    """Consecutive prompt positions of one slot, from `start` on. The last one draws the first token. `scored` has, for each
+    position, the token behind it whose probability is wanted, -1 for none; it is empty if there is none at all."""
 
     slot: int
     start: int
     tokens: tuple[int, ...]
     last: bool
+    scored: tuple[int, ...] = ()
 
 
 class DecodeRow(NamedTuple):
@@ -201,6 +203,16 @@ class Token:
 
 
 @dataclasses.dataclass(frozen=True)
+class Score:
+    """What the model makes of a prompt's token: its logarithmic probability behind those before, its place among all tokens,
+    from 1 on, and as many of the most likely tokens as its request asks for."""
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class StepTokens:
     """What a plan came to.
 
@@ -210,6 +222,7 @@ class StepTokens:
       decoded: `steps` tokens for each row of `decode`.
       drafted: for each draft, the right guesses and the token after them.
       expert_tokens: for each group of layers, how many tokens each expert computed, summed over the layers.
+      scored: of each chunk with `scored` tokens, in the order of the plan, what became of these.
     """
 
     number: int
@@ -217,3 +230,4 @@ class StepTokens:
     decoded: tuple[tuple[Token, ...], ...]
     drafted: tuple[tuple[Token, ...], ...] = ()
     expert_tokens: tuple[tuple[int, ...], ...] = ()
+    scored: tuple[tuple[Score, ...], ...] = ()

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 from typing import Protocol
 
-from workers.messages.plan import Sampling, Token
+from workers.messages.plan import Sampling, Score, Token
 
 #: Tokens after which a request that is on trial does not break what computes it.
 TRIAL_TOKENS = 8
@@ -19,7 +19,7 @@ class Request:
     Attributes:
       id: unique among the engine's current requests.
       prompt: token ids, at least one.
-      max_tokens: most tokens to draw, at least one; prompt and these must fit the context.
+      max_tokens: most tokens to draw; prompt and these must fit the context. None only if prompt tokens are scored.
       sampling: how to draw.
       stop_tokens: a token of these ends the completion (and is reported as its last token).
       min_tokens: tokens that there must be before one of `stop_tokens` may be sampled. If there must be any, `sampling.masked`.
@@ -28,6 +28,8 @@ class Request:
       owner: of the request. Of a priority, the requests of the owner with the fewest slots go first.
       resumed: its first tokens, which an engine that is gone has generated already; fewer than `max_tokens`.
       trial: whether it may be what breaks engines. It is computed alone until TRIAL_TOKENS more have come.
+      score_from: the first prompt token whose probability is wanted, and that of all behind it, counted from 0, which has none.
+        None if no one's is.
     """
 
     id: str
@@ -41,6 +43,12 @@ class Request:
     resumed: tuple[int, ...] = ()
     owner: str = ""
     trial: bool = False
+    score_from: int | None = None
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """The prompt tokens that are computed: of the last one only the probability is wanted if none is drawn behind it."""
+        return self.prompt if self.max_tokens else self.prompt[:-1]
 
 
 class Constraint(Protocol):
@@ -116,6 +124,17 @@ class TokenEvent:
     request_id: str
     token: Token
     finish: Finish | None
+    timing: Timing | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreEvent:
+    """What became of the next prompt tokens that a request wants scored. `done` if that is all that it wants, then with
+    what it waited for."""
+
+    request_id: str
+    scores: tuple[Score, ...]
+    done: bool = False
     timing: Timing | None = None
 
 

@@ -42,14 +42,25 @@ class Output:
     """What a pass over the layers gives.
 
     Attributes:
-      logits: [..., V] float32 of the positions that were read.
+      read: what the caller's `read` made of it.
       routed: what the routers decided.
       cache: with the keys and values of the pass.
     """
 
-    logits: jax.Array
+    read: Any
     routed: Routed
     cache: Cache
+
+
+#: From the hidden states of positions, [..., D], and whether they are no padding, [...], to logits [..., V] float32.
+Logits = Callable[[jax.Array, jax.Array], jax.Array]
+#: What is wanted of a pass: made from the hidden states of all positions, [B, T, D], [B, T], by means of the function.
+Read = Callable[[jax.Array, jax.Array, Logits], Any]
+
+
+def all_logits(hidden: jax.Array, valid: jax.Array, logits: Logits) -> jax.Array:
+    """Reads all positions: [B, T, V] float32."""
+    return logits(hidden, valid)
 
 
 class DecoderLayer(hk.Module):
@@ -174,7 +185,7 @@ class LanguageModel(hk.Module):
         positions: jax.Array,
         attend: Attend,
         cache: Cache,
-        read: Callable[[jax.Array], jax.Array],
+        read: Read,
         dtype: jnp.dtype | type,
     ) -> Output:
         """One pass.
@@ -184,7 +195,7 @@ class LanguageModel(hk.Module):
           positions: [B, T] int32, counted from 0 in each sequence; -1 marks padding, whose outputs mean nothing.
           attend: keeps keys and values in the cache, and attends to them.
           cache: of all layers.
-          read: picks the positions whose logits are wanted, [B, T, D] -> [..., D].
+          read: what is wanted.
           dtype: in which products are taken and keys and values are kept. What is added up from layer to layer is
             float32 all the same; with bfloat16 that keeps the error at that of xAI's code.
         """
@@ -192,9 +203,8 @@ class LanguageModel(hk.Module):
         x = self._partition.constrain(embedding(tokens), ("batch", None, None))
         x, cache, routed = self._transformer(x, positions, attend, cache, dtype)
         valid = positions >= 0
-        hidden = read(RMSNorm(self._config, self._partition, "rms_norm")(x, valid).astype(dtype))
-        valid = read(valid[..., None])[..., 0]
-        return Output(embedding.logits(hidden, valid), routed, cache)
+        hidden = RMSNorm(self._config, self._partition, "rms_norm")(x, valid).astype(dtype)
+        return Output(read(hidden, valid, embedding.logits), routed, cache)
 
 
 def forward(
@@ -205,7 +215,7 @@ def forward(
     attend: Attend,
     cache: Cache = None,
     *,
-    read: Callable[[jax.Array], jax.Array] = lambda hidden: hidden,
+    read: Read = all_logits,
     dtype: jnp.dtype | type = jnp.float32,
 ) -> Output:
     """`LanguageModel` applied, for use inside `hk.transform`. Its parameters are those of `parameter_table(config)`."""

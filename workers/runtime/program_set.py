@@ -66,6 +66,7 @@ class ProgramSet:
         state = (known, self.state)
         self._calls: dict[str, tuple[Any, ...]] = {
             "prefill": (programs.prefill, *state, slots.prefill(())),
+            "score": (programs.score, *state, slots.score(())),
             "decode": (programs.decode, *state, slots.decode(())),
         }
         if shape.batch_invariant:

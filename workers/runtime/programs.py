@@ -1,9 +1,10 @@
-"""The compiled programs: prefill, decode, verification of drafts, and the scoring of whole prompts."""
+"""The compiled programs: prefill, with and without scores of the prompt's tokens, decode, and verification of drafts."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +15,16 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from workers.checkpoint.loader import Params
-from workers.kernels.sampling import PENALIZED, SamplingRows, SamplingState
+from workers.kernels.sampling import PACKED_WIDTH, PENALIZED, SamplingRows, SamplingState
 from workers.messages.plan import MAX_DRAFT, EngineShape
 from workers.model.config import GrokConfig
-from workers.model.grok import Output, forward
+from workers.model.grok import Logits, Output, Read, all_logits, forward
 from workers.model.partition import Partition
 from workers.runtime.kv_cache import Cache, paged_attend
 from workers.runtime.slots import DRAWS, FORCED, LENGTH, PAGES, POSITION, SLOT, positions, sampling_rows
+
+#: Positions of a chunk that are scored at a time.
+SCORED_ROWS = 64
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +60,7 @@ class Programs:
         self.verify = jax.jit(self._verify, donate_argnums=(1,))
         self.prefill = jax.jit(self._prefill, donate_argnums=(1,))
         self.score = jax.jit(self._score, donate_argnums=(1,))
+        self.logits = jax.jit(self._logits, donate_argnums=(1,))
         self.set_row = jax.jit(self._set_row, donate_argnums=(0,))
 
     def _decode(self, params: Params, state: State, packed: jax.Array) -> Step:
@@ -71,9 +76,9 @@ class Programs:
           computed, [L, E] int32.
         """
         packed = self._replicate(packed)
-        output = self._forward(params, state.pages, state.tokens[:, None], packed, lambda hidden: hidden[:, 0])
+        output = self._forward(params, state.pages, state.tokens[:, None], packed, _read(lambda x: x[:, 0]))
         rows = sampling_rows(packed, packed[:, POSITION] + 1, packed[:, DRAWS] == 1)
-        samples = self._replicate(_force(self._sample(output.logits, state.sampling, rows), packed))
+        samples = self._replicate(_force(self._sample(output.read, state.sampling, rows), packed))
         tokens = jnp.where(rows.active, samples[:, 0], state.tokens)
         return self._next(state, output.cache, tokens, rows, samples[:, 0]), samples, self._count(output, packed, 1)
 
@@ -87,11 +92,11 @@ class Programs:
         length = 1 + MAX_DRAFT
         given = packed[:, -length:]
         given = given.at[:, 0].set(jnp.where(given[:, 0] < 0, state.tokens, given[:, 0]))
-        output = self._forward(params, state.pages, given, packed, lambda hidden: hidden)
+        output = self._forward(params, state.pages, given, packed, all_logits)
         where = positions(packed, length)
         flat = jnp.repeat(packed, length, axis=0)
         rows = sampling_rows(flat, where.reshape(-1) + 1, (where >= 0).reshape(-1) & (flat[:, DRAWS] == 1))
-        samples = self._sample(output.logits.reshape(flat.shape[0], -1), state.sampling, rows)
+        samples = self._sample(output.read.reshape(flat.shape[0], -1), state.sampling, rows)
         samples = self._replicate(samples.reshape(packed.shape[0], length, -1))
         drawn = samples[:, :, 0]
         # The guess at place i + 1 is right if place i drew it, and so were all before.
@@ -108,20 +113,54 @@ class Programs:
         As `_decode`, but packed is [groups, PAGES + N + chunk], and so are the samples [groups, ...].
         """
         packed = self._replicate(packed)
-        last = jnp.maximum(packed[:, LENGTH] - 1, 0)
+        output = self._forward(params, state.pages, self._chunk(packed), packed, _read_last(packed))
+        return self._first_tokens(state, output, output.read, packed)
 
-        def read(hidden: jax.Array) -> jax.Array:
-            return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    def _score(self, params: Params, state: State, packed: jax.Array) -> tuple[State, jax.Array, jax.Array, jax.Array]:
+        """A chunk as in `_prefill`, and what the model makes of tokens behind its positions.
+
+        As `_prefill`, but packed is [groups, PAGES + N + 2 * chunk], see `SlotTable.score`; last come packed scores
+        [groups, chunk, PACKED_WIDTH] int32.
+        """
+        packed = self._replicate(packed)
+        chunk = self._shape.chunk
+        scored = packed[:, packed.shape[1] - chunk :]
+        last = _read_last(packed)
+        # Some at a time, so that no device ever holds the logits of a long chunk.
+        rows = math.gcd(chunk, SCORED_ROWS)
+
+        def read(hidden: jax.Array, valid: jax.Array, logits: Logits) -> tuple[jax.Array, jax.Array]:
+            def score(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+                hidden, valid, tokens = part
+                packed: jax.Array = lax.cond(
+                    jnp.any(tokens >= 0),
+                    lambda: self._scores(logits(hidden, valid), tokens),
+                    lambda: self._replicate(jnp.zeros((*tokens.shape, PACKED_WIDTH), jnp.int32)),
+                )
+                return packed
+
+            def split(x: jax.Array) -> jax.Array:
+                """[groups, chunk, ...] -> [chunk / rows, groups, rows, ...]."""
+                return jnp.moveaxis(x.reshape(x.shape[0], -1, rows, *x.shape[2:]), 1, 0)
+
+            scores = lax.map(score, (split(hidden), split(valid), split(scored)))
+            joined = jnp.moveaxis(scores, 0, 1).reshape(*scored.shape, PACKED_WIDTH)
+            return last(hidden, valid, logits), self._replicate(joined)
 
         output = self._forward(params, state.pages, self._chunk(packed), packed, read)
+        logits, scores = output.read
+        return *self._first_tokens(state, output, logits, packed), scores
+
+    def _first_tokens(self, state: State, output: Output, logits: jax.Array, packed: jax.Array) -> Step:
+        """What a prefill call returns, which drew from `logits` [groups, V]."""
         rows = sampling_rows(packed, packed[:, POSITION] + packed[:, LENGTH], packed[:, DRAWS] == 1)
-        samples = self._replicate(_force(self._sample(output.logits, state.sampling, rows), packed))
+        samples = self._replicate(_force(self._sample(logits, state.sampling, rows), packed))
         target = jnp.where(rows.active, packed[:, SLOT], self._shape.slots)
         tokens = state.tokens.at[target].set(samples[:, 0], mode="drop")
         count = self._count(output, packed, self._shape.chunk)
         return self._next(state, output.cache, tokens, rows, samples[:, 0]), samples, count
 
-    def _score(self, params: Params, state: State, packed: jax.Array) -> tuple[State, jax.Array, jax.Array]:
+    def _logits(self, params: Params, state: State, packed: jax.Array) -> tuple[State, jax.Array, jax.Array]:
         """A chunk as in `_prefill`, with the logits of all its positions.
 
         Returns:
@@ -129,11 +168,11 @@ class Programs:
           [groups, chunk, L, E] float32.
         """
         packed = self._replicate(packed)
-        output = self._forward(params, state.pages, self._chunk(packed), packed, lambda hidden: hidden)
+        output = self._forward(params, state.pages, self._chunk(packed), packed, all_logits)
         probabilities = jnp.moveaxis(output.routed.probabilities, 0, 2)
         return (
             dataclasses.replace(state, pages=output.cache),
-            self._replicate(output.logits),
+            self._replicate(output.read),
             self._replicate(probabilities),
         )
 
@@ -142,11 +181,10 @@ class Programs:
         return array.at[slot].set(row)
 
     def _chunk(self, packed: jax.Array) -> jax.Array:
-        return packed[:, packed.shape[1] - self._shape.chunk :]
+        first = PAGES + self._shape.table_width
+        return packed[:, first : first + self._shape.chunk]
 
-    def _forward(
-        self, params: Params, pages: Cache, tokens: jax.Array, packed: jax.Array, read: Callable[[jax.Array], jax.Array]
-    ) -> Output:
+    def _forward(self, params: Params, pages: Cache, tokens: jax.Array, packed: jax.Array, read: Read) -> Output:
         where = positions(packed, tokens.shape[1])
         table = packed[:, PAGES : PAGES + self._shape.table_width]
         attend = paged_attend(self._config, self._partition, table, where)
@@ -157,7 +195,26 @@ class Programs:
         return output
 
     def _sample(self, logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
-        """Packed samples [B, ...]; each device samples a part of the rows, filled up to as many for each."""
+        """Packed samples [B, ...]."""
+        kernel = self._partition.kernels.sample
+        return self._on_rows(lambda logits, rows, state: kernel(logits, state, rows), logits, rows, state)
+
+    def _scores(self, logits: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Packed scores [groups, rows, ...] of tokens [groups, rows]."""
+        kernel = self._partition.kernels.score
+        flat = logits.reshape(-1, logits.shape[-1])
+        scores = self._on_rows(lambda logits, tokens, _: kernel(logits, tokens), flat, tokens.reshape(-1), ())
+        return scores.reshape(*tokens.shape, PACKED_WIDTH)
+
+    def _on_rows(self, kernel: Callable[..., jax.Array], logits: jax.Array, rows: Any, whole: Any) -> jax.Array:
+        """A kernel's packed rows [B, PACKED_WIDTH]; each device computes a part of the rows, filled up to as many for each.
+
+        Args:
+          kernel: of some rows' logits, `rows` and of `whole`.
+          logits: [B, V] float32.
+          rows: arrays [B].
+          whole: arrays of which each device has all.
+        """
         partition, mesh, count = self._partition, self._partition.mesh, logits.shape[0]
         assert mesh is not None
         surplus = -count % mesh.size
@@ -168,14 +225,14 @@ class Programs:
         # Between CPU hosts that is slower than what XLA does by itself.
         exchanged = partition.kernels.accelerator and partition.axes("vocab") == mesh.axis_names
 
-        def local(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
+        def local(logits: jax.Array, rows: Any, whole: Any) -> jax.Array:
             if exchanged:
                 logits = lax.all_to_all(logits, mesh.axis_names, split_axis=0, concat_axis=1, tiled=True)
-            return partition.kernels.sample(logits, state, rows)
+            return kernel(logits, rows, whole)
 
         lying = PartitionSpec(None, mesh.axis_names) if exchanged else split
-        sampled = partition.on_parts(local, (lying, PartitionSpec(), split), split)(logits, state, rows)
-        return self._replicate(sampled[:count])
+        packed = partition.on_parts(local, (lying, split, PartitionSpec()), split)(logits, rows, whole)
+        return self._replicate(packed[:count])
 
     def _next(self, state: State, pages: Cache, tokens: jax.Array, rows: SamplingRows, drawn: jax.Array) -> State:
         """The state after a call. Drawn tokens count where penalties will ask for them."""
@@ -196,6 +253,21 @@ class Programs:
     def _replicate(self, x: jax.Array) -> jax.Array:
         whole: jax.Array = lax.with_sharding_constraint(x, self._whole)
         return whole
+
+
+def _read(pick: Callable[[jax.Array], jax.Array]) -> Read:
+    """Reads the logits of the positions that `pick` takes, [B, T, D] -> [..., D]."""
+
+    def read(hidden: jax.Array, valid: jax.Array, logits: Logits) -> jax.Array:
+        return logits(pick(hidden), pick(valid[..., None])[..., 0])
+
+    return read
+
+
+def _read_last(packed: jax.Array) -> Read:
+    """Reads the last position of each packed row."""
+    last = jnp.maximum(packed[:, LENGTH] - 1, 0)
+    return _read(lambda x: jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
 
 
 def _force(samples: jax.Array, packed: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from workers.checkpoint.loader import Params
 from workers.kernels.sampling import IN_PROMPT, TOP_IDS, TOP_LOGPROBS
-from workers.messages.plan import Draft, Plan, Sampling, SlotStart, StepTokens, Token
+from workers.messages.plan import Chunk, Draft, Plan, Sampling, Score, SlotStart, StepTokens, Token
 from workers.model.partition import Partition
 from workers.runtime.compilation import compile_all
 from workers.runtime.program_set import ProgramSet
@@ -34,11 +34,13 @@ class Launched:
 
     Attributes:
       prefills: packed samples of each prefill call.
+      scores: packed scores of each prefill call that has any.
       decodes: packed samples of each decode call, [slots, ...] or, with drafts, [slots, 1 + MAX_DRAFT, ...].
       expert_counts: [L, E] of each call.
     """
 
     prefills: tuple[jax.Array, ...]
+    scores: tuple[jax.Array, ...]
     decodes: tuple[jax.Array, ...]
     expert_counts: tuple[jax.Array, ...]
 
@@ -94,10 +96,10 @@ class Runtime:
         compiled = compile_all(
             {name: functools.partial(_compile, program_set, name, mesh) for name in program_set.names}, report
         )
-        self._prefill, self._decode = compiled["prefill"], compiled["decode"]
+        self._prefill, self._score, self._decode = compiled["prefill"], compiled["score"], compiled["decode"]
         self._verify = compiled.get("verify")
         self._set_row = {name: compiled[name] for name in vars(self._state.sampling)}
-        self._score = Programs(config, shape, partition, program_set.dtype).score
+        self._logits = Programs(config, shape, partition, program_set.dtype).logits
         self._group_starts = [group.start for group in config.layer_groups()]
         everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._ones = jax.jit(lambda: jnp.ones(mesh.size, jnp.int32), out_shardings=everywhere)()
@@ -124,6 +126,7 @@ class Runtime:
     def warm_up(self) -> None:
         """Runs every program once without effect. All hosts must have compiled before any calls this."""
         self.read(self.execute(Plan(0, (), ((),), ())))  # launched, before this thread takes the state
+        self._state, _, _, _ = self._score(self._params, self._state, self._slots.score(()))
         self._state, packed, _ = self._decode(self._params, self._state, self._slots.decode(()))
         if self._verify is not None:
             self._state, packed, _ = self._verify(self._params, self._state, self._slots.verify((), ()))
@@ -147,19 +150,26 @@ class Runtime:
         self._slots.force(plan.forced)
         for mask in plan.masks:
             changes.append(("mask", mask.slot, np.frombuffer(mask.words, np.int32)))
-        prefills = [self._slots.prefill(chunks) for chunks in plan.prefills]
+        calls = [
+            (self._score, self._slots.score(chunks))
+            if _scored(chunks)
+            else (self._prefill, self._slots.prefill(chunks))
+            for chunks in plan.prefills
+        ]
         if plan.drafts:
-            program, decodes = self._verify, [self._slots.verify(plan.decode, plan.drafts)]
+            calls.append((self._verify, self._slots.verify(plan.decode, plan.drafts)))
         else:
             steps = range(plan.steps if plan.decode else 0)
-            program, decodes = self._decode, [self._slots.decode(plan.decode, step) for step in steps]
+            calls += [(self._decode, self._slots.decode(plan.decode, step)) for step in steps]
 
         def launch() -> Launched:
             for change in changes:
                 self._set(*change)
-            first, one = self._call(self._prefill, prefills)
-            then, more = self._call(program, decodes)
-            return Launched(first, then, (*one, *more))
+            results = [self._call(*call) for call in calls]
+            samples = tuple(result[0] for result in results)
+            scores = tuple(result[2] for result in results if len(result) > 2)
+            first = len(plan.prefills)
+            return Launched(samples[:first], scores, samples[first:], tuple(result[1] for result in results))
 
         return Pending(plan, self._launch(launch), tuple(self._top_logprobs))
 
@@ -172,14 +182,10 @@ class Runtime:
             launched.set_result(launch())
         return launched
 
-    def _call(self, program: Any, packed: list[Array]) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        """Runs a program on each of the packed rows: samples, and expert counts."""
-        samples, counts = [], []
-        for rows in packed:
-            self._state, drawn, count = program(self._params, self._state, rows)
-            samples.append(drawn)
-            counts.append(count)
-        return tuple(samples), tuple(counts)
+    def _call(self, program: Any, packed: Array) -> tuple[jax.Array, ...]:
+        """Runs a program on packed rows: samples, expert counts, and scores if it has any."""
+        self._state, *results = program(self._params, self._state, packed)
+        return tuple(results)
 
     def read(self, pending: Pending) -> StepTokens:
         """Waits for a plan's samples and copies them to the host."""
@@ -188,6 +194,11 @@ class Runtime:
         for chunks, packed in zip(plan.prefills, launched.prefills, strict=True):
             rows = _first(packed)
             prefilled += [_token(rows[self.shape.group_of(c.slot)], top[c.slot]) for c in chunks if c.last]
+        scoring = [chunks for chunks in plan.prefills if _scored(chunks)]
+        scored = []
+        for chunks, packed in zip(scoring, launched.scores, strict=True):
+            rows = _first(packed)
+            scored += [_scores(c, rows[self.shape.group_of(c.slot)], top[c.slot]) for c in chunks if c.scored]
         steps = [_first(packed) for packed in launched.decodes]  # [slots, ...] each
         if plan.drafts:
             (drawn,) = steps
@@ -198,7 +209,8 @@ class Runtime:
         else:
             decoded = tuple(tuple(_token(rows[row.slot], top[row.slot]) for rows in steps) for row in plan.decode)
             drafted = ()
-        return StepTokens(plan.number, tuple(prefilled), decoded, drafted, self._expert_tokens(launched))
+        counts = self._expert_tokens(launched)
+        return StepTokens(plan.number, tuple(prefilled), decoded, drafted, counts, tuple(scored))
 
     def wait(self, pending: Pending) -> None:
         """Waits until the devices have finished a plan."""
@@ -210,15 +222,15 @@ class Runtime:
         by_group = np.add.reduceat(np.sum(counts, axis=0), self._group_starts, axis=0)
         return tuple(map(tuple, by_group.tolist()))
 
-    def score(self, plan: Plan) -> tuple[Array, Array]:
+    def logits(self, plan: Plan) -> tuple[Array, Array]:
         """Carries out the single chunk of a plan; logits [chunk, V] and router probabilities [chunk, L, E] of its positions.
 
-        See `Programs._score`. It is compiled on first use: serving never calls it.
+        See `Programs._logits`. It is compiled on first use: serving never calls it.
         """
         for start in plan.starts:
             self._slots.start(start)
         ((chunk,),) = plan.prefills
-        self._state, logits, probabilities = self._score(self._params, self._state, self._slots.prefill((chunk,)))
+        self._state, logits, probabilities = self._logits(self._params, self._state, self._slots.prefill((chunk,)))
         group, length = self.shape.group_of(chunk.slot), len(chunk.tokens)
         first = [_first(a)[group, :length] for a in (logits, probabilities)]
         return first[0], first[1]
@@ -294,8 +306,28 @@ def _right(draft: Draft, rows: Array, top: int) -> tuple[Token, ...]:
     return tuple(_token(row, top) for row in rows[: taken + 1])
 
 
+def _scored(chunks: tuple[Chunk, ...]) -> bool:
+    """Whether a prefill call scores tokens."""
+    return any(chunk.scored for chunk in chunks)
+
+
+def _scores(chunk: Chunk, rows: Array, top: int) -> tuple[Score, ...]:
+    """What became of a chunk's scored tokens, from the packed scores [chunk, ...] of its positions."""
+    return tuple(
+        Score(logprob, rank, alternatives)
+        for rank, logprob, alternatives in (
+            _unpacked(row, top) for row, token in zip(rows, chunk.scored, strict=False) if token >= 0
+        )
+    )
+
+
 def _token(row: Array, top: int) -> Token:
     """A packed sample, with the `top` most likely alternatives."""
+    return Token(*_unpacked(row, top))
+
+
+def _unpacked(row: Array, top: int) -> tuple[int, float, tuple[tuple[int, float], ...]]:
+    """A packed row's first number, its logarithmic probability, and the `top` most likely tokens."""
     floats = row.view(np.float32)
     ids, logprobs = row[TOP_IDS : TOP_IDS + top].tolist(), floats[TOP_LOGPROBS : TOP_LOGPROBS + top].tolist()
-    return Token(int(row[0]), float(floats[1]), tuple(zip(ids, logprobs, strict=True)))
+    return int(row[0]), float(floats[1]), tuple(zip(ids, logprobs, strict=True))

@@ -66,6 +66,14 @@ class SlotTable:
             target[width : width + len(chunk.tokens)] = chunk.tokens
         return packed
 
+    def score(self, chunks: tuple[Chunk, ...]) -> IntArray:
+        """The packed rows [groups, PAGES + N + 2 * chunk] of one prefill call that scores tokens: these, or -1, come last."""
+        shape = self._shape
+        scored = np.full((shape.groups, shape.chunk), -1, np.int32)
+        for chunk in chunks:
+            scored[shape.group_of(chunk.slot), : len(chunk.scored)] = chunk.scored
+        return np.concatenate([self.prefill(chunks), scored], axis=1)
+
     def decode(self, rows: tuple[DecodeRow, ...], step: int = 0) -> IntArray:
         """The packed rows [slots, PAGES + N] of a decode call, `step` steps after the one that `rows` say the positions of."""
         packed = self._rows.copy()

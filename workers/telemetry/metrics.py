@@ -62,6 +62,7 @@ HOST_SECONDS = Counter(
 )
 PROMPT_TOKENS = Counter("grokmesh_engine_prompt_tokens", "Prompt positions computed.", registry=LEADER)
 GENERATED_TOKENS = Counter("grokmesh_engine_generated_tokens", "Tokens delivered to gateways.", registry=LEADER)
+SCORED_TOKENS = Counter("grokmesh_engine_scored_tokens", "Prompt tokens scored for gateways.", registry=LEADER)
 BATCH = Histogram(
     "grokmesh_engine_decode_batch_size",
     "Sequences that decode together in a step.",

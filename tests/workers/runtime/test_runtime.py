@@ -234,7 +234,7 @@ def test_shapes_that_divide_nothing_give_the_same_numbers_on_any_mesh(tmp_path: 
         runtime.warm_up()
         start_ = SlotStart(0, tuple(range(1, 1 + shape.table_width)), Sampling())
         chunk = Chunk(0, 0, prompt, last=False)
-        logits.append(runtime.score(Plan(1, (start_,), ((chunk,),), ()))[0])
+        logits.append(runtime.logits(Plan(1, (start_,), ((chunk,),), ()))[0])
     for other in logits[1:]:
         np.testing.assert_allclose(other, logits[0], atol=1e-4 * logits[0].std())
 
@@ -245,7 +245,7 @@ def _logits(runtime: Runtime, prompt: tuple[int, ...], cuts: list[int]) -> np.nd
     parts = []
     for start, end in itertools.pairwise([0, *cuts, len(prompt)]):
         chunk = Chunk(0, start, prompt[start:end], last=False)
-        parts.append(runtime.score(Plan(1, (start_,) if start == 0 else (), ((chunk,),), ()))[0])
+        parts.append(runtime.logits(Plan(1, (start_,) if start == 0 else (), ((chunk,),), ()))[0])
     return np.concatenate(parts)
 
 

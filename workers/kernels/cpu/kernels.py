@@ -20,7 +20,7 @@ from workers.kernels.weights import Weight, layered, taken
 #: From the one that any machine has to the fastest.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512-vnni")
 
-_OPERATIONS = ("norm", "route", "dense", "experts", "logits", "attend", "sample")
+_OPERATIONS = ("norm", "route", "dense", "experts", "logits", "attend", "sample", "score")
 
 
 class NativeKernelsError(RuntimeError):
@@ -61,6 +61,7 @@ def native_kernels() -> Kernels:
         logits=_logits,
         attend=_attend,
         sample=_sample,
+        score=_score,
         batch_invariant=True,
         pack=_pack,
     )
@@ -192,4 +193,10 @@ def _sample(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.
     ints = jnp.stack([rows.slot, rows.active.astype(jnp.int32), rows.flags, rows.top_k], axis=-1)
     call = jax.ffi.ffi_call("grokmesh_sample", jax.ShapeDtypeStruct((logits.shape[0], PACKED_WIDTH), jnp.int32))
     packed: jax.Array = call(logits, floats, ints, state.bias, state.counts, state.mask)
+    return packed
+
+
+def _score(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    call = jax.ffi.ffi_call("grokmesh_score", jax.ShapeDtypeStruct((logits.shape[0], PACKED_WIDTH), jnp.int32))
+    packed: jax.Array = call(logits, tokens)
     return packed

@@ -96,12 +96,41 @@ int32_t draw(const float* x, int64_t size, const Draw& d, std::vector<float>& we
   }
 }
 
+// What the model makes of a row of logits, and where that is written: `first`, logprob, 8 ids, 8 logprobs as int32 bits.
+class Row {
+ public:
+  Row(const float* x, int64_t size, int64_t width, std::vector<float>& room) : x_(x), alternatives_((width - 2) / 2), top_(x, size, alternatives_) {
+    room.resize(size);
+    for (int64_t begin = 0; begin < size; begin += kSumRun)
+      total_ += chosen->exponentials(x + begin, x[most()], 1.0f, room.data(), std::min(kSumRun, size - begin));
+  }
+  int32_t most() const { return top_.ids[0]; }
+  void write(int32_t first, int64_t token, int32_t* out) const {
+    out[0] = first;
+    put(out + 1, token);
+    for (int64_t i = 0; i < static_cast<int64_t>(top_.ids.size()); i++) {
+      out[2 + i] = top_.ids[i];
+      put(out + 2 + alternatives_ + i, top_.ids[i]);
+    }
+  }
+
+ private:
+  void put(int32_t* out, int64_t token) const {
+    const float logprob = static_cast<float>(static_cast<double>(x_[token]) - x_[most()] - std::log(total_));
+    std::memcpy(out, &logprob, 4);
+  }
+  const float* x_;
+  int64_t alternatives_;
+  Largest top_;
+  double total_ = 0.0;
+};
+
 // logits [B, V], floats [B, 7] (temperature, top_p, min_p, repetition, presence, frequency, uniform), ints [B, 4] (slot, active,
 // flags, top_k), bias and counts [slots, V], mask [slots, V / 32] -> [B, 18]: token, logprob, 8 ids, 8 logprobs as int32 bits.
 ffi::Error sample(ffi::ThreadPool pool, F32 logits, F32 floats, S32 ints, F32 bias, S32 counts, S32 mask,
                   ffi::ResultBuffer<ffi::S32> packed) {
   const int64_t rows = logits.dimensions()[0], size = logits.dimensions()[1], words = mask.dimensions()[1];
-  const int64_t width = packed->dimensions()[1], alternatives = (width - 2) / 2;
+  const int64_t width = packed->dimensions()[1];
   std::memset(packed->typed_data(), 0, packed->size_bytes());
   parallel_phases(pool, {rows}, [&](int, int64_t r) {
     const int32_t* whole = ints.typed_data() + r * 4;
@@ -110,12 +139,7 @@ ffi::Error sample(ffi::ThreadPool pool, F32 logits, F32 floats, S32 ints, F32 bi
     const float* x = logits.typed_data() + r * size;
     const int64_t slot = whole[0];
     thread_local std::vector<float> changed, room;
-    room.resize(size);
-    const Largest top(x, size, alternatives);
-    double total = 0.0;
-    for (int64_t begin = 0; begin < size; begin += kSumRun)
-      total += chosen->exponentials(x + begin, x[top.ids[0]], 1.0f, room.data(), std::min(kSumRun, size - begin));
-    const auto logprob = [&](int64_t i) { return static_cast<float>(static_cast<double>(x[i]) - x[top.ids[0]] - std::log(total)); };
+    const Row row(x, size, width, room);
     const float* adjusted = x;
     if (const int32_t flags = whole[2]) {
       changed.assign(x, x + size);
@@ -135,15 +159,24 @@ ffi::Error sample(ffi::ThreadPool pool, F32 logits, F32 floats, S32 ints, F32 bi
       adjusted = changed.data();
     }
     const int32_t token = number[0] > 0.0f ? draw(adjusted, size, {number[0], number[1], number[2], number[6], whole[3]}, room)
-                                           : adjusted == x ? top.ids[0] : Largest(adjusted, size, 1).ids[0];
-    int32_t* out = packed->typed_data() + r * width;
-    const auto put = [&](int64_t at, float value) { std::memcpy(out + at, &value, 4); };
-    out[0] = token;
-    put(1, logprob(token));
-    for (int64_t i = 0; i < static_cast<int64_t>(top.ids.size()); i++) {
-      out[2 + i] = top.ids[i];
-      put(2 + alternatives + i, logprob(top.ids[i]));
-    }
+                                           : adjusted == x ? row.most() : Largest(adjusted, size, 1).ids[0];
+    row.write(token, token, packed->typed_data() + r * width);
+  });
+  return ffi::Error::Success();
+}
+
+// logits [B, V], tokens [B], -1 for rows that are not used -> [B, 18]: as `sample`, with the token's place among all, from 1, in its
+// stead.
+ffi::Error score(ffi::ThreadPool pool, F32 logits, S32 tokens, ffi::ResultBuffer<ffi::S32> packed) {
+  const int64_t rows = logits.dimensions()[0], size = logits.dimensions()[1], width = packed->dimensions()[1];
+  std::memset(packed->typed_data(), 0, packed->size_bytes());
+  parallel_phases(pool, {rows}, [&](int, int64_t r) {
+    const int64_t token = tokens.typed_data()[r];
+    if (token < 0) return;
+    const float* x = logits.typed_data() + r * size;
+    thread_local std::vector<float> room;
+    const auto place = 1 + std::count_if(x, x + size, [&](float other) { return other > x[token]; });
+    Row(x, size, width, room).write(static_cast<int32_t>(place), token, packed->typed_data() + r * width);
   });
   return ffi::Error::Success();
 }
@@ -154,3 +187,5 @@ ffi::Error sample(ffi::ThreadPool pool, F32 logits, F32 floats, S32 ints, F32 bi
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_sample, grokmesh::sample,
                               BIND.Arg<grokmesh::F32>().Arg<grokmesh::F32>().Arg<grokmesh::S32>().Arg<grokmesh::F32>().Arg<grokmesh::S32>()
                                   .Arg<grokmesh::S32>().Ret<ffi::Buffer<ffi::S32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_score, grokmesh::score,
+                              BIND.Arg<grokmesh::F32>().Arg<grokmesh::S32>().Ret<ffi::Buffer<ffi::S32>>());
