@@ -15,8 +15,9 @@ name its authority as `tls`.
 
 from grokmesh.channel import DEFAULT_ADDRESS, ClientError, Tls
 from grokmesh.client import AsyncClient, Client
-from grokmesh.completions import Completion, Options, Token, completion_request
+from grokmesh.completions import Completion, Options, ScoredText, ScoredToken, Token, completion_request
 
 __all__ = [
-    "DEFAULT_ADDRESS", "AsyncClient", "Client", "ClientError", "Completion", "Options", "Tls", "Token", "completion_request",
+    "DEFAULT_ADDRESS", "AsyncClient", "Client", "ClientError", "Completion", "Options", "ScoredText", "ScoredToken",
+    "Tls", "Token", "completion_request",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar, Unpack
 from google.protobuf.message import Message
 
 from grok.serving.v1 import cluster_pb2, generation_pb2
-from grokmesh.completions import Completion, Options, completion_of, completion_request
+from grokmesh.completions import Completion, Options, ScoredText, completion_of, completion_request, scored
 
 Result = TypeVar("Result")
 _GENERATION, _CLUSTER = "/grok.serving.v1.GenerationService/", "/grok.serving.v1.ClusterService/"
@@ -36,6 +36,33 @@ def complete(prompt: str | Sequence[int], **options: Unpack[Options]) -> Call[Co
     """A whole completion."""
     request = generation_pb2.GenerateOnceRequest(completion=completion_request(prompt, **options))
     return Call(f"{_GENERATION}GenerateOnce", request, generation_pb2.GenerateOnceResponse, completion_of)
+
+
+def score(
+    context: str | Sequence[int],
+    continuations: Sequence[str | Sequence[int]] = (),
+    *,
+    score_from: int | None = None,
+    top_logprobs: int = 0,
+    priority: int = 0,
+) -> Call[list[ScoredText]]:
+    """The probabilities of given text."""
+    request = generation_pb2.ScoreRequest(score_from=score_from, top_logprobs=top_logprobs, priority=priority)
+    _give(request, context)
+    for continuation in continuations:
+        _give(request.continuations.add(), continuation)
+
+    def result(response: generation_pb2.ScoreResponse) -> list[ScoredText]:
+        return [ScoredText(text.first, scored(text.tokens)) for text in response.texts]
+
+    return Call(f"{_GENERATION}Score", request, generation_pb2.ScoreResponse, result)
+
+
+def _give(message: generation_pb2.ScoreRequest | generation_pb2.Continuation, text: str | Sequence[int]) -> None:
+    if isinstance(text, str):
+        message.text = text
+    else:
+        message.tokens.ids.extend(text)
 
 
 def tokenize(text: str) -> Call[list[int]]:

@@ -20,7 +20,7 @@ _RECONNECT = (("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_b
 _MOST_ATTEMPTS = 5
 #: Of the services' calls, those that answer at once and may be sent twice.
 _RETRIED = {
-    "GenerationService": ("GenerateOnce", "Tokenize", "Detokenize", "CountTokens", "GetModel"),
+    "GenerationService": ("GenerateOnce", "Score", "Tokenize", "Detokenize", "CountTokens", "GetModel"),
     "ClusterService": ("GetStatus",),
 }
 

@@ -16,7 +16,7 @@ from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, gener
 from grokmesh import calls
 from grokmesh.calls import Call
 from grokmesh.channel import DEFAULT_ADDRESS, Tls, channel_options, key_metadata
-from grokmesh.completions import Completion, Options, completion_request
+from grokmesh.completions import Completion, Options, ScoredText, completion_request
 from grokmesh.resuming import ResumingStream
 
 Result = TypeVar("Result")
@@ -69,6 +69,21 @@ class Client:
     ) -> Completion:
         """A whole completion. See Options."""
         return self._answer(calls.complete(prompt, **options), timeout)
+
+    def score(
+        self,
+        context: str | Sequence[int],
+        continuations: Sequence[str | Sequence[int]] = (),
+        *,
+        score_from: int | None = None,
+        top_logprobs: int = 0,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> list[ScoredText]:
+        """How probable the model finds each token of given text: of each continuation of the context, in their order, or of the
+        context if there is none."""
+        call = calls.score(context, continuations, score_from=score_from, top_logprobs=top_logprobs, priority=priority)
+        return self._answer(call, timeout)
 
     def tokenize(self, text: str, *, timeout: float | None = None) -> list[int]:
         """The tokens of a text."""
@@ -171,6 +186,20 @@ class AsyncClient:
     ) -> Completion:
         """As Client.complete."""
         return await self._answer(calls.complete(prompt, **options), timeout)
+
+    async def score(
+        self,
+        context: str | Sequence[int],
+        continuations: Sequence[str | Sequence[int]] = (),
+        *,
+        score_from: int | None = None,
+        top_logprobs: int = 0,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> list[ScoredText]:
+        """As Client.score."""
+        call = calls.score(context, continuations, score_from=score_from, top_logprobs=top_logprobs, priority=priority)
+        return await self._answer(call, timeout)
 
     async def tokenize(self, text: str, *, timeout: float | None = None) -> list[int]:
         """As Client.tokenize."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict, Unpack
 
 from grok.serving.v1 import generation_pb2
@@ -16,6 +16,35 @@ class Token:
     id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredToken:
+    """A token of given text: its logarithmic probability behind those before it, its place among all tokens by it, from 1, and
+    the likeliest tokens there with theirs. A text's first token has none of that."""
+
+    id: int
+    logprob: float | None
+    rank: int | None
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredText:
+    """Tokens of a text, from the `first` on, counted from 0."""
+
+    first: int
+    tokens: tuple[ScoredToken, ...]
+
+    @property
+    def logprob(self) -> float:
+        """Of all tokens together."""
+        return sum(token.logprob or 0.0 for token in self.tokens)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether each is the likeliest at its place."""
+        return all(token.rank in (None, 1) for token in self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +61,7 @@ class Completion:
       seed: with which the same request gives the same tokens.
       index: of the completion, where several were asked for.
       others: of a whole completion, the others that were asked for.
+      prompt: the prompt's tokens that were scored, if that was asked for; in a part, those that are new.
     """
 
     request_id: str
@@ -43,6 +73,7 @@ class Completion:
     index: int = 0
     others: tuple[Completion, ...] = ()
     cached_prompt_tokens: int = 0
+    prompt: tuple[ScoredToken, ...] = ()
 
 
 class Options(TypedDict, total=False):
@@ -61,6 +92,7 @@ class Options(TypedDict, total=False):
     min_tokens: int
     ignore_eos: bool
     top_logprobs: int
+    score_from: int
     min_p: float
     repetition_penalty: float
     presence_penalty: float
@@ -105,4 +137,18 @@ def completion_of(response: generation_pb2.GenerateResponse | generation_pb2.Gen
         index=getattr(response, "index", 0),
         others=tuple(completion_of(other) for other in getattr(response, "others", ())),
         cached_prompt_tokens=response.usage.cached_prompt_tokens,
+        prompt=scored(response.prompt),
+    )
+
+
+def scored(tokens: Iterable[generation_pb2.ScoredToken]) -> tuple[ScoredToken, ...]:
+    """What a gateway has answered of given text."""
+    return tuple(
+        ScoredToken(
+            token.id,
+            token.logprob if token.HasField("logprob") else None,
+            token.rank or None,
+            tuple((top.id, top.logprob) for top in token.top),
+        )
+        for token in tokens
     )

@@ -33,6 +33,7 @@ class ResumingStream:
         self._failed = 0
         self._missing = list(range(max(1, completion.n)))
         self._tokens: dict[int, list[int]] = {index: [] for index in self._missing}
+        self._scored = 0
         self._seed: int | None = None
         # The completion that the current call is for, if not for all.
         self._only: int | None = None
@@ -47,6 +48,7 @@ class ResumingStream:
         index = response.index if self._only is None else self._only
         self._seed = (response.seed - index) % 2**64  # of several completions each has the next seed
         self._tokens[index].extend(token.id for token in response.tokens)
+        self._scored += len(response.prompt)
         if response.finish_reason and index in self._missing:
             self._missing.remove(index)
         self._failed = 0
@@ -86,6 +88,10 @@ class ResumingStream:
         completion.n = 1
         completion.sampling.seed = (self._seed + index) % 2**64
         completion.resume.ids.extend(self._tokens[index])
+        if index or self._tokens[0]:
+            completion.ClearField("score_from")
+        elif completion.HasField("score_from"):
+            completion.score_from += self._scored
 
 
 def _asked_for(error: Any) -> float:

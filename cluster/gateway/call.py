@@ -47,3 +47,10 @@ class Call:
 
 #: The call of the current task.
 CURRENT: contextvars.ContextVar[Call] = contextvars.ContextVar("call")
+
+
+def begin_part(index: int) -> None:
+    """The current task computes one of several parts of the call. Each but the first has a name of its own."""
+    if index:
+        call = CURRENT.get()
+        CURRENT.set(dataclasses.replace(call, request_id=f"{call.request_id}.{index}", details={}))

@@ -15,9 +15,10 @@ from opentelemetry import trace
 from cluster.gateway.admission.admission import Admission
 from cluster.gateway.admission.latency import RecentLatency
 from cluster.gateway.auth.api_keys import MAX_PRIORITY
-from cluster.gateway.call import CURRENT, Call
+from cluster.gateway.call import CURRENT, Call, begin_part
 from cluster.gateway.errors import Violation, code_name, invalid
 from cluster.gateway.routing.router import Router
+from cluster.gateway.scoring import scored_tokens, to_completions
 from cluster.gateway.session import Delta, Session
 from cluster.gateway.stop import StopTexts
 from cluster.gateway.text_job import count, detokenize, tokenize
@@ -28,6 +29,8 @@ from cluster.together import together
 from grok.serving.v1 import generation_pb2, generation_pb2_grpc
 from workers.messages.plan import Token
 
+#: Continuations of a context that are scored at the same time.
+SCORED_TOGETHER = 8
 #: Seconds that a client may leave a part of its stream unread.
 UNREAD_SECONDS = 60.0
 
@@ -90,6 +93,45 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             responses[0].others.extend(responses[1:])
             return responses[0]
 
+    async def Score(
+        self, request: generation_pb2.ScoreRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> generation_pb2.ScoreResponse:
+        call, places = CURRENT.get(), asyncio.Semaphore(SCORED_TOGETHER)
+        completions = await self._scored(request, whole=True)
+
+        async def one(index: int, completion: generation_pb2.Completion) -> generation_pb2.ScoredText:
+            async with places:
+                begin_part(index)
+                async with self._sessions(completion, context, whole=True, within="") as (session,):
+                    text = generation_pb2.ScoredText()
+                    while session.finish is None:
+                        text.MergeFrom(_scored_text(session, await session.next_deltas(), completion.score_from))
+                        await asyncio.sleep(0)  # others' turn
+                    return text
+
+        texts = await together(one(i, completion) for i, completion in enumerate(completions))
+        return generation_pb2.ScoreResponse(request_id=call.request_id, texts=texts)
+
+    async def ScoreStream(
+        self, request: generation_pb2.ScoreRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[generation_pb2.ScorePart]:
+        """Scores texts one after the other, and streams what comes."""
+        name = CURRENT.get().request_id
+        for index, completion in enumerate(await self._scored(request, whole=False)):
+            begin_part(index)
+            first = completion.score_from
+            async with self._sessions(completion, context, whole=False, within="") as (session,):
+                while session.finish is None:
+                    text = _scored_text(session, await session.next_deltas(), first)
+                    first += len(text.tokens)
+                    with _must_be_read():
+                        yield generation_pb2.ScorePart(request_id=name, index=index, text=text)
+
+    async def _scored(self, request: generation_pb2.ScoreRequest, *, whole: bool) -> list[generation_pb2.Completion]:
+        caller = CURRENT.get().caller
+        with self._admission.admitted(caller):
+            return await to_completions(request, self._limits, self._texts, caller, whole=whole)
+
     async def Tokenize(
         self, request: generation_pb2.TokenizeRequest | bytes, context: grpc.aio.ServicerContext[Any, Any]
     ) -> Any:
@@ -133,16 +175,24 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     @contextlib.asynccontextmanager
     async def _sessions(
-        self, completion: generation_pb2.Completion, context: grpc.aio.ServicerContext[Any, Any], *, whole: bool
+        self,
+        completion: generation_pb2.Completion,
+        context: grpc.aio.ServicerContext[Any, Any],
+        *,
+        whole: bool,
+        within: str = "completion.",
     ) -> AsyncIterator[list[Session]]:
-        """A session for each of the completions that are asked for; see `_started`. With `whole` they are answered at once."""
+        """A session for each of the completions that are asked for; see `_started`. With `whole` they are answered at once.
+        `within` stands before the names of fields that are wrong."""
         call, left = CURRENT.get(), context.time_remaining()
         caller, number = call.caller, max(1, completion.n)
         # Places are taken before any work, so that the limits of a key bound that too.
         with self._admission.admitted(caller, number):
             wait = self._router.wait(max(-MAX_PRIORITY, min(completion.priority, MAX_PRIORITY)))
             self._admission.check_wait(wait, left)
-            request = await to_request(completion, self._limits, self._texts, caller, call.request_id, whole=whole)
+            request = await to_request(
+                completion, self._limits, self._texts, caller, call.request_id, whole=whole, within=within
+            )
             self._admission.check_wait(wait, left, self._router.forecast.own(request))
             stops = StopTexts.of(completion.stop, shown=completion.include_stop_text)
             with contextlib.ExitStack() as stack:
@@ -150,8 +200,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 for i in range(number):
                     sampling = dataclasses.replace(request.sampling, seed=(request.sampling.seed + i) % 2**64)
                     name = f"{request.id}-{i}" if i else request.id
-                    one = dataclasses.replace(request, id=name, sampling=sampling, owner=caller.name)
-                    session = Session(one, stops, self._texts.tokenizer, completion.stop_token_ids)
+                    scored = None if i else request.score_from
+                    one = dataclasses.replace(request, id=name, sampling=sampling, owner=caller.name, score_from=scored)
+                    from_first = i == 0 and completion.HasField("score_from") and completion.score_from == 0
+                    session = Session(
+                        one, stops, self._texts.tokenizer, completion.stop_token_ids, from_first=from_first
+                    )
                     await session.catch_up()
                     sessions.append(stack.enter_context(self._started(session, context, whole=whole, first=i == 0)))
                 yield sessions
@@ -249,7 +303,8 @@ async def _whole(session: Session) -> generation_pb2.GenerateOnceResponse:
     while session.finish is None:
         deltas = await session.next_deltas()
         texts += [delta.text for delta in deltas]
-        response.tokens.extend(_token(delta.token) for delta in deltas)
+        response.tokens.extend(_tokens(deltas))
+        response.prompt.extend(scored_tokens(deltas))
         await asyncio.sleep(0)  # others' turn, however much has arrived
     response.text = "".join(texts)
     response.finish_reason = session.finish
@@ -266,12 +321,22 @@ def _part(session: Session, deltas: list[Delta], index: int) -> generation_pb2.G
     return generation_pb2.GenerateResponse(
         request_id=session.request.id,
         text="".join(delta.text for delta in deltas),
-        tokens=[_token(delta.token) for delta in deltas],
+        tokens=_tokens(deltas),
+        prompt=scored_tokens(deltas),
         finish_reason=session.finish or generation_pb2.FINISH_REASON_UNSPECIFIED,
         usage=_usage(session) if session.finish is not None else None,
         seed=session.request.sampling.seed,
         index=index,
     )
+
+
+def _scored_text(session: Session, deltas: list[Delta], first: int) -> generation_pb2.ScoredText:
+    usage = None if session.finish is None else _usage(session)
+    return generation_pb2.ScoredText(first=first, tokens=scored_tokens(deltas), usage=usage)
+
+
+def _tokens(deltas: list[Delta]) -> list[generation_pb2.GeneratedToken]:
+    return [_token(delta.token) for delta in deltas if delta.token is not None]
 
 
 def _token(token: Token) -> generation_pb2.GeneratedToken:
@@ -281,7 +346,7 @@ def _token(token: Token) -> generation_pb2.GeneratedToken:
 
 def _usage(session: Session) -> generation_pb2.Usage:
     prompt, resumed = len(session.request.prompt), len(session.request.resumed)
-    cached = prompt + resumed - session.timing.computed if session.timing is not None else 0
+    cached = len(session.request.context) + resumed - session.timing.computed if session.timing is not None else 0
     return generation_pb2.Usage(
         prompt_tokens=prompt,
         completion_tokens=resumed + len(session.tokens),

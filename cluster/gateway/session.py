@@ -8,11 +8,11 @@ import dataclasses
 import time
 from collections.abc import Collection
 
-from cluster.gateway.errors import GatewayError, Violation, invalid
+from cluster.gateway.errors import GatewayError, Violation, invalid, unavailable
 from cluster.gateway.stop import StopMatcher, StopTexts
 from grok.serving.v1 import generation_pb2
-from workers.messages.plan import Token
-from workers.messages.request import TRIAL_TOKENS, Finish, Request, Timing, TokenEvent
+from workers.messages.plan import Score, Token
+from workers.messages.request import TRIAL_TOKENS, Finish, Request, ScoreEvent, Timing, TokenEvent
 from workers.text.tokenizer import Detokenizer, Tokenizer
 
 #: Tokens that are turned into text at a time: about a millisecond, in which nothing else of the gateway runs.
@@ -21,21 +21,35 @@ SLICE = 32
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """What one token adds: text that is certain now, and the reason if it was the last."""
+    """What a token, or scores of the prompt's, add.
+
+    Attributes:
+      text: that is certain now.
+      token: that was drawn, if it is one.
+      finish: why it was the last.
+      scored: the next tokens of the prompt and what became of them; None for the first of all, which follows none.
+    """
 
     text: str
-    token: Token
+    token: Token | None
     finish: generation_pb2.FinishReason.ValueType | None
+    scored: tuple[tuple[int, Score | None], ...] = ()
 
 
 class Session:
     """One completion: what was asked, what came, and what waits to be sent to the client."""
 
     def __init__(
-        self, request: Request, stops: StopTexts, tokenizer: Tokenizer, stop_tokens: Collection[int] = ()
+        self,
+        request: Request,
+        stops: StopTexts,
+        tokenizer: Tokenizer,
+        stop_tokens: Collection[int] = (),
+        *,
+        from_first: bool = False,
     ) -> None:
         """Before anything else of one with resumed tokens, `catch_up` must be called. `stop_tokens` are those of the request's
-        that its caller has named."""
+        that its caller has named. With `from_first` the prompt's first token is delivered before the others that are scored."""
         self.request = request
         self.tokens: list[Token] = []
         self.first_token: float | None = None
@@ -50,10 +64,12 @@ class Session:
         self.arrivals: tuple[float, float] | None = None
         self._kept = 0
         self._received: list[int] = list(request.resumed)
+        self._unscored = request.score_from
+        self._untold: tuple[tuple[int, Score | None], ...] = ((request.prompt[0], None),) if from_first else ()
         self._stop = StopMatcher(stops)
         self._stop_tokens = frozenset(stop_tokens)
         self._detokenizer = Detokenizer(tokenizer, request.prompt)
-        self._arrived: asyncio.Queue[TokenEvent | GatewayError] = asyncio.Queue()
+        self._arrived: asyncio.Queue[TokenEvent | Delta | GatewayError] = asyncio.Queue()
 
     async def catch_up(self) -> None:
         """Takes note of the text of the resumed tokens, which another stream has brought. Raises GatewayError
@@ -96,15 +112,34 @@ class Session:
 
     def rest(self) -> Request:
         """The request as it is now: what asks any replica for the tokens that have not arrived yet."""
-        return dataclasses.replace(self.request, resumed=tuple(self._received), trial=self.suspect)
+        return dataclasses.replace(
+            self.request, resumed=tuple(self._received), trial=self.suspect, score_from=self._unscored
+        )
 
-    def deliver(self, event: TokenEvent | GatewayError) -> None:
+    def deliver(self, event: TokenEvent | ScoreEvent | GatewayError) -> None:
         """Hands over what a leader sent for this session, or the error that ends it."""
+        if isinstance(event, ScoreEvent):
+            self._arrived.put_nowait(self._scored(event))
+            return
+        if isinstance(event, TokenEvent) and self._unscored is not None:
+            event = unavailable("the replica is of an earlier release, which scores no prompts")
         if isinstance(event, TokenEvent):
             self._received.append(event.token.id)
             now = time.monotonic()
             self.arrivals = (self.arrivals[0] if self.arrivals else now, now)
         self._arrived.put_nowait(event)
+
+    def _scored(self, event: ScoreEvent) -> Delta:
+        """Takes note of what became of the next tokens of the prompt."""
+        assert self._unscored is not None
+        first = self._unscored
+        self._unscored += len(event.scores)
+        scored = tuple(zip(self.request.prompt[first : self._unscored], event.scores, strict=True))
+        if self._unscored == len(self.request.prompt):
+            self._unscored = None
+        if event.done:
+            self.timing = event.timing
+        return Delta("", None, generation_pb2.FINISH_REASON_LENGTH if event.done else None, scored)
 
     async def next_deltas(self) -> list[Delta]:
         """What has arrived, from one token to SLICE. The last of all has a finish. Raises GatewayError."""
@@ -118,10 +153,13 @@ class Session:
                     self._arrived.put_nowait(event)
                     break
                 raise event
-            deltas.append(self._take(event))
+            deltas.append(event if isinstance(event, Delta) else self._take(event))
             self.finish = deltas[-1].finish
             if self.finish is not None:
                 break
+        if self._untold:
+            deltas[0] = dataclasses.replace(deltas[0], scored=self._untold + deltas[0].scored)
+            self._untold = ()
         return deltas
 
     def _take(self, event: TokenEvent) -> Delta:

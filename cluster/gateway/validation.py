@@ -60,7 +60,14 @@ class Limits:
 
 
 async def to_request(
-    completion: generation_pb2.Completion, limits: Limits, texts: Texts, caller: Caller, request_id: str, *, whole: bool
+    completion: generation_pb2.Completion,
+    limits: Limits,
+    texts: Texts,
+    caller: Caller,
+    request_id: str,
+    *,
+    whole: bool,
+    within: str = "completion.",
 ) -> Request:
     """The engine's request for a completion. What would take long is only looked at when all else is right.
 
@@ -71,6 +78,7 @@ async def to_request(
       caller: whose key it is.
       request_id: names it.
       whole: whether it is answered at once, so that the answer must not be too large.
+      within: stands before the names of fields in violations.
 
     Raises:
       GatewayError: INVALID_ARGUMENT with all violations, or RESOURCE_EXHAUSTED.
@@ -78,11 +86,13 @@ async def to_request(
     violations: list[Violation] = []
 
     def wrong(field: str, problem: str) -> None:
-        violations.append(Violation(f"completion.{field}", problem))
+        violations.append(Violation(f"{within}{field}", problem))
 
-    _check_prompt(completion, limits, wrong)
-    if completion.HasField("max_tokens") and completion.max_tokens < 1:
-        wrong("max_tokens", f"is {completion.max_tokens}; must be at least 1")
+    check_prompt(completion, "prompt", limits, wrong)
+    if completion.HasField("max_tokens") and completion.max_tokens < (0 if completion.HasField("score_from") else 1):
+        wrong("max_tokens", f"is {completion.max_tokens}; must be at least 1, or 0 with score_from")
+    if completion.HasField("max_tokens") and completion.max_tokens == 0 and completion.n > 1:
+        wrong("n", f"is {completion.n}; there is one completion of which nothing is drawn")
     if not 0 <= completion.top_logprobs <= ALTERNATIVES:
         wrong("top_logprobs", f"is {completion.top_logprobs}; must be from 0 to {ALTERNATIVES}")
     _check_stop(completion, wrong)
@@ -102,7 +112,7 @@ async def to_request(
     prompt = completion.tokens.ids if kind == "tokens" else await texts.encode(completion.text, caller)
     max_tokens = _check_length(completion, len(prompt), limits, wrong)
     if whole:
-        _check_answer(completion, max_tokens, limits, wrong)
+        _check_answer(completion, len(prompt), max_tokens, limits, wrong)
     if violations:
         raise invalid(violations)
     grammar = await _grammar(completion, texts, caller)
@@ -112,25 +122,40 @@ async def to_request(
         sampling = dataclasses.replace(sampling, masked=True)
     resumed = tuple(completion.resume.ids)
     least = completion.min_tokens if stop_tokens else 0
+    scored = max(completion.score_from, 1) if completion.HasField("score_from") else len(prompt)
     return Request(
-        request_id, tuple(prompt), max_tokens, sampling, stop_tokens, least, completion.priority, grammar, resumed
+        request_id,
+        tuple(prompt),
+        max_tokens,
+        sampling,
+        stop_tokens,
+        least,
+        completion.priority,
+        grammar,
+        resumed,
+        score_from=scored if scored < len(prompt) else None,
     )
 
 
-def _check_prompt(completion: generation_pb2.Completion, limits: Limits, wrong: _Wrong) -> None:
-    kind = completion.WhichOneof("prompt")
-    if kind is None:
-        wrong("prompt", "is missing; set text or tokens")
-    elif kind == "text":
-        size = len(completion.text.encode())
+def check_prompt(
+    given: generation_pb2.Completion | generation_pb2.ScoreRequest | generation_pb2.Continuation,
+    name: str,
+    limits: Limits,
+    wrong: Callable[[str, str], None],
+) -> None:
+    """Looks at a text, or tokens, that are missing as `name`; `wrong` gets the field and what is wrong with it."""
+    if given.HasField("text"):
+        size = len(given.text.encode())
         if not size:
             wrong("text", "is empty")
         elif size > limits.text_bytes:
             wrong("text", f"has {size} bytes; the context of {limits.context} tokens holds at most {limits.text_bytes}")
-    elif not completion.tokens.ids:
+    elif not given.HasField("tokens"):
+        wrong(name, "is missing; set text or tokens")
+    elif not given.tokens.ids:
         wrong("tokens", "is empty")
-    elif len(completion.tokens.ids) <= limits.context:  # more do not fit: that is another violation
-        _check_ids("tokens", completion.tokens.ids, limits.model.vocab_size, wrong)
+    elif len(given.tokens.ids) <= limits.context:  # more do not fit: that is another violation
+        _check_ids("tokens", given.tokens.ids, limits.model.vocab_size, wrong)
 
 
 def _check_ids(field: str, ids: Sequence[int], vocab_size: int, wrong: _Wrong) -> None:
@@ -202,10 +227,12 @@ def _check_format(completion: generation_pb2.Completion, wrong: _Wrong) -> None:
 def _check_length(completion: generation_pb2.Completion, prompt: int, limits: Limits, wrong: _Wrong) -> int:
     """Most tokens to draw after a prompt of so many."""
     room = limits.context - prompt
-    max_tokens = completion.max_tokens if completion.HasField("max_tokens") else room
+    max_tokens = completion.max_tokens if completion.HasField("max_tokens") else max(room, 1)
     if prompt == 0:
         wrong("text", "has no tokens")
-    elif room < 1:
+    elif max_tokens == 0 and max(completion.score_from, 1) >= prompt:
+        wrong("score_from", f"is {completion.score_from}; the prompt has {prompt} tokens, and none is to be drawn")
+    elif room < min(max_tokens, 1):
         wrong(
             completion.WhichOneof("prompt") or "prompt",
             f"the prompt has {prompt} tokens; the context of {limits.context} leaves room for a completion "
@@ -221,14 +248,24 @@ def _check_length(completion: generation_pb2.Completion, prompt: int, limits: Li
     return max_tokens
 
 
-def _check_answer(completion: generation_pb2.Completion, max_tokens: int, limits: Limits, wrong: _Wrong) -> None:
-    token = limits.longest_piece + _TOKEN_BYTES + completion.top_logprobs * _ALTERNATIVE_BYTES
-    size = max(1, completion.n) * max_tokens * token
+def _check_answer(
+    completion: generation_pb2.Completion, prompt: int, max_tokens: int, limits: Limits, wrong: _Wrong
+) -> None:
+    scored = max(prompt - completion.score_from, 0) if completion.HasField("score_from") else 0
+    tokens = max(1, completion.n) * max_tokens + scored
+    check_answer_size("max_tokens", tokens, completion.top_logprobs, limits, "call Generate", wrong)
+
+
+def check_answer_size(
+    field: str, tokens: int, top_logprobs: int, limits: Limits, instead: str, wrong: Callable[[str, str], None]
+) -> None:
+    """Looks at how large an answer of so many tokens may be; `instead` says which call streams it."""
+    size = tokens * (limits.longest_piece + _TOKEN_BYTES + top_logprobs * _ALTERNATIVE_BYTES)
     if size > MAX_ANSWER_BYTES:
         wrong(
-            "max_tokens",
-            f"of {max_tokens} may make an answer of {size} bytes, more than {MAX_ANSWER_BYTES}; ask for fewer tokens, "
-            "completions or logprobs, or call Generate, which streams",
+            field,
+            f"of {tokens} tokens in all may make an answer of {size} bytes, more than {MAX_ANSWER_BYTES}; ask for fewer "
+            f"tokens, completions or logprobs, or {instead}, which streams",
         )
 
 

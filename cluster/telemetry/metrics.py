@@ -12,7 +12,7 @@ ProcessCollector(registry=CONTROLLER)
 disable_created_metrics()
 
 #: Calls that complete prompts.
-COMPLETING = ("Generate", "GenerateOnce", "Completions", "ChatCompletions")
+COMPLETING = ("Generate", "GenerateOnce", "Score", "ScoreStream", "Completions", "ChatCompletions")
 #: Codes that a completion can end with, besides the client's own faults.
 SERVER_CODES = ("OK", "UNAVAILABLE", "INTERNAL", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "CANCELLED")
 #: Of these, those that are failures of the service.

@@ -166,6 +166,22 @@ def test_text_and_tokens_are_the_same_prompt(client: Client) -> None:
     assert by_text.prompt_tokens == len(ids)
 
 
+def test_what_was_drawn_is_scored_as_it_was_drawn(client: Client, http_address: str) -> None:
+    drawn = client.complete(PROMPT, max_tokens=40, seed=4, top_logprobs=2, ignore_eos=True)
+    prompt = client.tokenize(PROMPT)
+    texts = client.score(prompt, [[token.id for token in drawn.tokens[:end]] for end in (40, 10)], top_logprobs=2)
+    for text in texts:
+        assert text.first == len(prompt)
+        expected = [(token.id, token.logprob, token.top) for token in drawn.tokens[: len(text.tokens)]]
+        assert [(token.id, token.logprob, token.top) for token in text.tokens] == expected
+        assert all((token.rank == 1) == (token.id == token.top[0][0]) for token in text.tokens)
+    assert len(texts[0].tokens) == 40
+    (whole,) = client.score(PROMPT)
+    asked = {"model": "demo", "prompt": PROMPT, "max_tokens": 0, "echo": True, "logprobs": 0}
+    (choice,) = call(http_address, "/v1/completions", asked)[2]["choices"]
+    assert choice["logprobs"]["token_logprobs"] == [token.logprob for token in whole.tokens]
+
+
 def test_the_model_is_described(client: Client) -> None:
     model = client.model()
     assert (model.name, model.context_length, model.vocab_size, model.num_experts) == ("demo", 512, 2048, 8)
@@ -401,6 +417,7 @@ def test_under_load_each_request_gets_what_it_gets_alone(service: Service) -> No
 
 def test_every_metric_moves(service: Service, client: Client) -> None:
     client.complete(PROMPT, max_tokens=8, ignore_eos=True)
+    client.score(PROMPT)
     status = service.status()
     gateway = read_metrics(status.metrics_url)
     assert gateway['grokmesh_gateway_requests_total{code="OK",method="GenerateOnce"}'] > 0
@@ -413,6 +430,7 @@ def test_every_metric_moves(service: Service, client: Client) -> None:
     assert controller['grokmesh_replica_epoch{replica="0"}'] == status.replicas[0].epoch
     leader, follower = (read_metrics(host.metrics_url) for host in status.replicas[0].hosts)
     assert leader["grokmesh_engine_generated_tokens_total"] >= 8
+    assert leader["grokmesh_engine_scored_tokens_total"] >= 4
     assert leader["grokmesh_engine_kv_pages"] == status.replicas[0].pages_total > 0
     assert leader["grokmesh_engine_step_seconds_count"] > 0
     assert leader["grokmesh_worker_plans_total"] == follower["grokmesh_worker_plans_total"] > 0

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from cluster.gateway.auth.api_keys import Caller
 from cluster.gateway.errors import KEY_LIMIT, GatewayError
 from grok.serving.v1 import generation_pb2
-from tests.simulation.devices import completion
+from tests.simulation.devices import completion, score
 from tests.simulation.service import GoneError, SimGateway
 from tests.simulation.workers import CONTEXT
 from tests.simulation.world import World
@@ -44,8 +44,11 @@ class Report:
 class Clients:
     """So many clients of some gateways, each with one stream."""
 
-    def __init__(self, world: World, gateways: list[SimGateway], on_left: Callable[[str], None]) -> None:
-        """`on_left` gets the ids of requests whose clients have left."""
+    def __init__(
+        self, world: World, gateways: list[SimGateway], on_left: Callable[[str], None], *, scoring: bool
+    ) -> None:
+        """`on_left` gets the ids of requests whose clients have left. With `scoring` some prompts are scored."""
+        self._scoring = scoring
         self.report = Report()
         self._on_left = on_left
         self._world, self._gateways = world, gateways
@@ -66,6 +69,10 @@ class Clients:
         sampling = generation_pb2.SamplingParams(seed=seed, temperature=1.0)
         asked = generation_pb2.Completion(max_tokens=most, sampling=sampling)
         asked.tokens.ids.extend(prompt)
+        first = rng.randrange(len(prompt)) if rng.random() < 0.2 and self._scoring else None
+        if first is not None:
+            asked.score_from = first
+        seen = list[tuple[int, float]]()
         caller = Caller(rng.choice(("alice", "bob", "carol")))
         got: list[int] = []
         finish, began = 0, world.loop.time()
@@ -77,6 +84,7 @@ class Clients:
             call = rng.choice(running).begin(generation_pb2.GenerateRequest(completion=asked), caller)
             try:
                 while not finish and (part := await call.next()) is not None:
+                    seen += [(token.id, token.logprob) for token in part.prompt]
                     got += [token.id for token in part.tokens]
                     finish = part.finish_reason
                     assert got == wanted[: len(got)], f"{name}: {got} is not {wanted}"
@@ -101,8 +109,15 @@ class Clients:
                 self.report.resumed += 1
                 del asked.resume.ids[:]
                 asked.resume.ids.extend(got)
+                if got:
+                    asked.ClearField("score_from")
+                elif first is not None:
+                    asked.score_from = first + len(seen)
                 await asyncio.sleep(rng.uniform(0, 0.5))
         assert got == wanted, f"{name}: {len(got)} of {len(wanted)} tokens"
+        places = range(len(prompt) if first is None else first, len(prompt))
+        scores = [(prompt[i], score(prompt[: i + 1]).logprob if i else 0.0) for i in places]
+        assert seen == scores, f"{name}: {seen} is not {scores}"
         self._said.append([*prompt, *got])
         self.report.whole += 1
         self.report.longest = max(self.report.longest, world.loop.time() - began)

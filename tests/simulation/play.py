@@ -123,13 +123,15 @@ class _Play:
         self._controllers = Controllers(self._cluster, [config, *smaller])
         count = rng.choice((1, 2, 2, 3))
         self._gateways = [self._gateway(f"gateway-{i}") for i in range(count)]
-        self.clients = Clients(self.world, self._gateways, self._left)
+        self.clients = Clients(self.world, self._gateways, self._left, scoring=not earlier)
         clients = {f"client {i}": rng.getrandbits(32) for i in range(rng.randint(4, 24))}
         count = 0 if not self._kinds else 1 if self._kinds[0] in LASTING else rng.choice((1, 1, 2, 3, 4))
         strikes = {f"strike {i}": rng.getrandbits(32) for i in range(count)}
         self._streams = {name: part for name, part in clients.items() if name not in without}
         self._strikes = {name: part for name, part in strikes.items() if name not in without}
         self._beside: list[asyncio.Future[Any]] = []
+        #: When gateways' streams last broke.
+        self._broken = 0.0
         self._moved = _sessions_moved()
 
     async def run(self) -> None:
@@ -248,6 +250,7 @@ class _Play:
         elif kind == "step hangs":
             self._conditions.hangs = True
         elif kind == "streams break":
+            self._broken = world.loop.time()
             for end in rng.choice(self._gateways).process.ends:
                 end.close()
         elif kind == "restart replica":
@@ -266,7 +269,7 @@ class _Play:
         """Soon after its client has left nothing knows a request any more."""
 
         def look() -> None:
-            if self.world.loop.time() < self.world.stopped_until + LEFT_SECONDS:
+            if self.world.loop.time() < max(self.world.stopped_until, self._broken) + LEFT_SECONDS:
                 return
             for leader in self._conditions.leaders:
                 if not (
@@ -292,6 +295,7 @@ class _Play:
         chosen = self._gateways if kind == "kill all gateways" else [rng.choice(self._gateways)]
         for gateway in list(chosen):
             if gateway.process.runs:
+                self._broken = self.world.loop.time()
                 gateway.die()
                 self.world.loop.call_later(rng.uniform(0.5, 3), self._start_again, gateway)
                 self._left("")

@@ -14,7 +14,7 @@ from workers.engine.scheduler import Scheduler
 from workers.host.leader import Leader
 from workers.host.plan_log import PlanLog
 from workers.host.streams import LeaderServer, LinkError
-from workers.messages.plan import EngineShape, Plan, StepTokens, Token
+from workers.messages.plan import EngineShape, Plan, Score, StepTokens, Token
 from workers.model.config import GrokConfig
 from workers.runtime.profiler import Profiler
 from workers.telemetry.stalls import StallWatch
@@ -44,7 +44,9 @@ class FakeRuntime:
         last = [chunk for chunks in plan.prefills for chunk in chunks if chunk.last]
         decoded = ((token,) * plan.steps,) * len(plan.decode)
         drafted = ((token,),) * len(plan.drafts)
-        return StepTokens(plan.number, (token,) * len(last), decoded, drafted, ((1,) * 8, (2,) * 8))
+        scored = [chunk.scored for chunks in plan.prefills for chunk in chunks if chunk.scored]
+        scores = tuple((Score(-2.0, 3, ((self._token, -1.0),)),) * sum(token >= 0 for token in one) for one in scored)
+        return StepTokens(plan.number, (token,) * len(last), decoded, drafted, ((1,) * 8, (2,) * 8), scores)
 
     def wait(self, plan: Plan) -> None:
         """It is done."""

@@ -8,7 +8,7 @@ from typing import Any
 from cluster.gateway.errors import Violation, invalid
 from cluster.gateway.openai.schema import MAX_PROMPTS, CompletionRequest
 from cluster.gateway.openai.sessions import Sessions
-from cluster.gateway.openai.translate import Spelling, finish_of, prompts_of, to_completion, usage_of
+from cluster.gateway.openai.translate import Shown, Spelling, finish_of, prompts_of, to_completion, usage_of
 from cluster.gateway.validation import MAX_COMPLETIONS
 from grok.serving.v1 import generation_pb2
 from workers.text.tokenizer import Tokenizer
@@ -28,11 +28,15 @@ class TextCompletions:
         self._n = 1 if request.n is None else request.n
         self._drawn = max(self._n, request.best_of or 0)
         _check(request, self._n)
+        #: Whether the prompts' tokens come with probabilities, as those of completions do.
+        self._scores = bool(request.echo) and request.logprobs is not None
         self._prompts = prompts_of(request)
         max_tokens = DEFAULT_TOKENS if request.max_tokens is None else request.max_tokens
         self.completions = [to_completion(request, prompt, max_tokens, self._drawn) for prompt in self._prompts]
         for completion in self.completions:
             completion.top_logprobs = request.logprobs or 0
+            if self._scores or (request.echo and max_tokens == 0):
+                completion.score_from = 0
         self._tokenizer = tokenizer
 
     async def whole(self, sessions: Sessions) -> dict[str, Any]:
@@ -43,7 +47,8 @@ class TextCompletions:
             best = sorted(drawn, key=_mean_logprob, reverse=True)[: self._n] if self._drawn > self._n else drawn
             for answer in best:
                 choice = self._choice(len(choices), echoed[i] + answer.text, answer.finish_reason)
-                choices.append(choice | self._logprobs(answer.tokens, len(echoed[i])))
+                shown: Sequence[Shown] = [*drawn[0].prompt, *answer.tokens] if self._scores else answer.tokens
+                choices.append(choice | self._logprobs(shown, 0 if self._scores else len(echoed[i])))
         usages = [answer.usage for drawn in answers for answer in drawn]
         return {**self._head, "choices": choices, "usage": usage_of(usages, self._drawn)}
 
@@ -80,7 +85,7 @@ class TextCompletions:
         finish = finish_of(generation_pb2.FinishReason.ValueType(reason))
         return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
 
-    def _logprobs(self, tokens: Sequence[generation_pb2.GeneratedToken], offset: int) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[Shown], offset: int) -> dict[str, Any]:
         if self._request.logprobs is None:
             return {}
         return {"logprobs": self._spelling.of_text(tokens, offset)}
@@ -105,8 +110,8 @@ def _check(request: CompletionRequest, n: int) -> None:
         violations.append(Violation("best_of", "can't be streamed: which is best is known at the end"))
     if n < 1:
         violations.append(Violation("n", f"is {n}; must be at least 1"))
-    if request.echo and request.logprobs is not None:
-        violations.append(Violation("logprobs", "can't be given for the prompt, which echo returns"))
+    if request.echo and request.logprobs is not None and request.stream:
+        violations.append(Violation("stream", "can't be set together with echo and logprobs"))
     if violations:
         raise invalid(violations)
 

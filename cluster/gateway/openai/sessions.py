@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
-from cluster.gateway.call import CURRENT
+from cluster.gateway.call import begin_part
 from cluster.gateway.openai.errors import too_late, unread
 from cluster.gateway.service import GenerationService
 from cluster.together import together
@@ -42,7 +41,7 @@ class Sessions:
         """What they come to, those of each prompt by themselves. If one fails, so do all. Raises GatewayError."""
 
         async def one(index: int, completion: generation_pb2.Completion) -> list[generation_pb2.GenerateOnceResponse]:
-            _begin(index)
+            begin_part(index)
             request = generation_pb2.GenerateOnceRequest(completion=completion)
             answer = await self._service.GenerateOnce(request, self._context)
             return [answer, *answer.others]
@@ -56,7 +55,7 @@ class Sessions:
         arrived: asyncio.Queue[tuple[int, generation_pb2.GenerateResponse] | Exception | None] = asyncio.Queue(1)
 
         async def one(index: int, completion: generation_pb2.Completion) -> None:
-            _begin(index)
+            begin_part(index)
             request = generation_pb2.GenerateRequest(completion=completion)
             stream: Any = self._service.Generate(request, self._context)
             try:
@@ -95,10 +94,3 @@ class Sessions:
                 return await together(works)
         except TimeoutError:
             raise too_late() from None
-
-
-def _begin(index: int) -> None:
-    """Gives the completions of each prompt but the first a name of their own."""
-    call = CURRENT.get()
-    if index:
-        CURRENT.set(dataclasses.replace(call, request_id=f"{call.request_id}.{index}", details={}))

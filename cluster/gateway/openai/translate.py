@@ -12,6 +12,8 @@ from workers.text.tokenizer import Tokenizer
 
 #: Where the logarithm of a probability is none that JSON knows.
 IMPOSSIBLE = -9999.0
+#: Tokens that are shown with their probabilities.
+Shown = generation_pb2.GeneratedToken | generation_pb2.ScoredToken
 _FINISHES = {
     generation_pb2.FINISH_REASON_EOS: "stop",
     generation_pb2.FINISH_REASON_STOP: "stop",
@@ -102,7 +104,7 @@ class Spelling:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
-    def of_text(self, tokens: Sequence[generation_pb2.GeneratedToken], offset: int) -> dict[str, Any]:
+    def of_text(self, tokens: Sequence[Shown], offset: int) -> dict[str, Any]:
         """Probabilities as completions of text have them; the first token stands at `offset` of the text."""
         texts = [self.text(token.id) for token in tokens]
         offsets = [offset]
@@ -110,8 +112,11 @@ class Spelling:
             offsets.append(offsets[-1] + len(text))
         return {
             "tokens": texts,
-            "token_logprobs": [_finite(token.logprob) for token in tokens],
-            "top_logprobs": [{self.text(top.id): _finite(top.logprob) for top in token.top} for token in tokens],
+            "token_logprobs": [_finite(token.logprob) if _follows(token) else None for token in tokens],
+            "top_logprobs": [
+                {self.text(top.id): _finite(top.logprob) for top in token.top} if _follows(token) else None
+                for token in tokens
+            ],
             "text_offset": offsets[:-1],
         }
 
@@ -127,6 +132,11 @@ class Spelling:
             }
 
         return {"content": [{**one(token), "top_logprobs": [one(top) for top in token.top]} for token in tokens]}
+
+
+def _follows(token: Shown) -> bool:
+    """Whether a token has any before it."""
+    return isinstance(token, generation_pb2.GeneratedToken) or token.HasField("logprob")
 
 
 def _finite(logprob: float) -> float:

@@ -70,6 +70,12 @@ class ReplicaLink:
         return left
 
     def _deliver(self, output: LeaderOutput) -> None:
+        for scored in output.scores:
+            session = self.sessions.get(scored.request_id)
+            if session is not None:
+                if scored.done:
+                    del self.sessions[scored.request_id]
+                session.deliver(scored)
         for event in output.tokens:
             session = self.sessions.get(event.request_id)
             if session is not None:

@@ -53,7 +53,7 @@ def _request(prompt: str | list[int], **options: Unpack[Options]) -> Request:
             "max_tokens",
             "is 5; with the prompt's 60 tokens at most 4 fit the context of 64",
         ),
-        ("x", {"max_tokens": 0}, "max_tokens", "is 0; must be at least 1"),
+        ("x", {"max_tokens": 0}, "max_tokens", "is 0; must be at least 1, or 0 with score_from"),
         ("x", {"max_tokens": -5}, "max_tokens", "is -5; must be at least 1"),
         ("x", {"temperature": math.nan}, "sampling.temperature", "is nan; must be a number from 0 to 100"),
         ("x", {"temperature": -1.0}, "sampling.temperature", "is -1.0"),
@@ -250,7 +250,7 @@ def test_a_session_ends_with_the_end_token() -> None:
     text, deltas = _play(" he said unto them", (), Finish.EOS)
     assert text == " he said unto them"
     assert deltas[-1].finish == generation_pb2.FINISH_REASON_EOS
-    assert deltas[-1].token.id == 2
+    assert deltas[-1].token == _token(2)
 
 
 def test_a_token_that_the_caller_named_ends_a_session_as_a_stop_text_does() -> None:
@@ -258,7 +258,7 @@ def test_a_token_that_the_caller_named_ends_a_session_as_a_stop_text_does() -> N
     session.deliver(TokenEvent("r", _token(300), None))
     session.deliver(TokenEvent("r", _token(7), Finish.EOS))
     deltas = asyncio.run(_collect(session))
-    assert [delta.token.id for delta in deltas] == [300, 7]
+    assert [delta.token for delta in deltas] == [_token(300), _token(7)]
     assert deltas[-1].finish == generation_pb2.FINISH_REASON_STOP
     assert deltas[-1].text == "", "the token that ends it has no text"
 

@@ -238,10 +238,11 @@ class Completion(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     MIN_TOKENS_FIELD_NUMBER: _builtins.int
     INCLUDE_STOP_TEXT_FIELD_NUMBER: _builtins.int
+    SCORE_FROM_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """As text."""
     max_tokens: _builtins.int
-    """Most tokens to draw, at least 1. Absent: as many as fit the context."""
+    """Most tokens to draw, at least 1, or 0 with `score_from`. Absent: as many as fit the context."""
     ignore_eos: _builtins.bool
     """Go on past the model's end token, up to `max_tokens`."""
     top_logprobs: _builtins.int
@@ -264,6 +265,8 @@ class Completion(_message.Message):
     """
     include_stop_text: _builtins.bool
     """Return the text of `stop` that has ended the completion, too."""
+    score_from: _builtins.int
+    """Score the prompt's tokens, too, from this one on, counted from 0. Of several completions only the first brings scores."""
     @_builtins.property
     def tokens(self) -> Global___TokenIds:
         """As tokens."""
@@ -313,19 +316,24 @@ class Completion(_message.Message):
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         min_tokens: _builtins.int = ...,
         include_stop_text: _builtins.bool = ...,
+        score_from: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "choice", b"choice", "format", b"format", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "prompt", b"prompt", "regex", b"regex", "resume", b"resume", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_score_from", b"_score_from", "choice", b"choice", "format", b"format", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "prompt", b"prompt", "regex", b"regex", "resume", b"resume", "sampling", b"sampling", "score_from", b"score_from", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "choice", b"choice", "format", b"format", "ignore_eos", b"ignore_eos", "include_stop_text", b"include_stop_text", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "n", b"n", "priority", b"priority", "prompt", b"prompt", "regex", b"regex", "resume", b"resume", "sampling", b"sampling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_score_from", b"_score_from", "choice", b"choice", "format", b"format", "ignore_eos", b"ignore_eos", "include_stop_text", b"include_stop_text", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "n", b"n", "priority", b"priority", "prompt", b"prompt", "regex", b"regex", "resume", b"resume", "sampling", b"sampling", "score_from", b"score_from", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__score_from: _TypeAlias = _typing.Literal["score_from"]  # noqa: Y015
+    _WhichOneofArgType__score_from: _TypeAlias = _typing.Literal["_score_from", b"_score_from"]  # noqa: Y015
     _WhichOneofReturnType_format: _TypeAlias = _typing.Literal["json_schema", "regex", "choice"]  # noqa: Y015
     _WhichOneofArgType_format: _TypeAlias = _typing.Literal["format", b"format"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__score_from) -> _WhichOneofReturnType__score_from | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_format) -> _WhichOneofReturnType_format | None: ...
     @_typing.overload
@@ -390,6 +398,44 @@ class GeneratedToken(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GeneratedToken: _TypeAlias = GeneratedToken  # noqa: Y015
+
+@_typing.final
+class ScoredToken(_message.Message):
+    """A token of a text that is scored."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """The token."""
+    logprob: _builtins.float
+    """Its logarithmic probability behind the tokens before it, under the model. Absent for a text's first token."""
+    rank: _builtins.int
+    """Its place among all tokens by probability, 1 for the most likely. 0 for a text's first token."""
+    @_builtins.property
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """The most likely tokens at its place, as many as `top_logprobs` asked for."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        logprob: _builtins.float | None = ...,
+        rank: _builtins.int = ...,
+        top: _abc.Iterable[Global___TokenLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "id", b"id", "logprob", b"logprob", "rank", b"rank", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__logprob: _TypeAlias = _typing.Literal["logprob"]  # noqa: Y015
+    _WhichOneofArgType__logprob: _TypeAlias = _typing.Literal["_logprob", b"_logprob"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprob) -> _WhichOneofReturnType__logprob | None: ...
+
+Global___ScoredToken: _TypeAlias = ScoredToken  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
@@ -458,6 +504,7 @@ class GenerateResponse(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs and traces."""
     text: _builtins.str
@@ -478,6 +525,10 @@ class GenerateResponse(_message.Message):
     def usage(self) -> Global___Usage:
         """Set in the last response."""
 
+    @_builtins.property
+    def prompt(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoredToken]:
+        """Tokens of the prompt that are scored, and new since the last response. They come before the first of `tokens`."""
+
     def __init__(
         self,
         *,
@@ -488,10 +539,11 @@ class GenerateResponse(_message.Message):
         usage: Global___Usage | None = ...,
         seed: _builtins.int = ...,
         index: _builtins.int = ...,
+        prompt: _abc.Iterable[Global___ScoredToken] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "request_id", b"request_id", "seed", b"seed", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "prompt", b"prompt", "request_id", b"request_id", "seed", b"seed", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -534,6 +586,7 @@ class GenerateOnceResponse(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     OTHERS_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs and traces."""
     text: _builtins.str
@@ -554,6 +607,10 @@ class GenerateOnceResponse(_message.Message):
     def others(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenerateOnceResponse]:
         """The other ones of `n` completions, in order. They have none of their own."""
 
+    @_builtins.property
+    def prompt(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoredToken]:
+        """The prompt's tokens, from `score_from` on, if they are scored."""
+
     def __init__(
         self,
         *,
@@ -564,14 +621,194 @@ class GenerateOnceResponse(_message.Message):
         usage: Global___Usage | None = ...,
         seed: _builtins.int = ...,
         others: _abc.Iterable[Global___GenerateOnceResponse] | None = ...,
+        prompt: _abc.Iterable[Global___ScoredToken] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "others", b"others", "request_id", b"request_id", "seed", b"seed", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "others", b"others", "prompt", b"prompt", "request_id", b"request_id", "seed", b"seed", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateOnceResponse: _TypeAlias = GenerateOnceResponse  # noqa: Y015
+
+@_typing.final
+class Continuation(_message.Message):
+    """What goes on with the context of a ScoreRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """As text."""
+    @_builtins.property
+    def tokens(self) -> Global___TokenIds:
+        """As tokens."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        tokens: Global___TokenIds | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["continuation", b"continuation", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["continuation", b"continuation", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_continuation: _TypeAlias = _typing.Literal["text", "tokens"]  # noqa: Y015
+    _WhichOneofArgType_continuation: _TypeAlias = _typing.Literal["continuation", b"continuation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_continuation) -> _WhichOneofReturnType_continuation | None: ...
+
+Global___Continuation: _TypeAlias = Continuation  # noqa: Y015
+
+@_typing.final
+class ScoreRequest(_message.Message):
+    """Asks for the probabilities of given text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    CONTINUATIONS_FIELD_NUMBER: _builtins.int
+    SCORE_FROM_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """As text."""
+    score_from: _builtins.int
+    """The first token that is scored, counted from the context's first, 0. Absent: the first one that is not the context's, or 0
+    without continuations.
+    """
+    top_logprobs: _builtins.int
+    """How many of the most likely tokens to return with each token, up to 8."""
+    priority: _builtins.int
+    """See Completion."""
+    @_builtins.property
+    def tokens(self) -> Global___TokenIds:
+        """As tokens."""
+
+    @_builtins.property
+    def continuations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Continuation]:
+        """Up to 64. Each is scored behind the context, which is computed once. None: the context itself is scored."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        tokens: Global___TokenIds | None = ...,
+        continuations: _abc.Iterable[Global___Continuation] | None = ...,
+        score_from: _builtins.int | None = ...,
+        top_logprobs: _builtins.int = ...,
+        priority: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_score_from", b"_score_from", "context", b"context", "score_from", b"score_from", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_score_from", b"_score_from", "context", b"context", "continuations", b"continuations", "priority", b"priority", "score_from", b"score_from", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__score_from: _TypeAlias = _typing.Literal["score_from"]  # noqa: Y015
+    _WhichOneofArgType__score_from: _TypeAlias = _typing.Literal["_score_from", b"_score_from"]  # noqa: Y015
+    _WhichOneofReturnType_context: _TypeAlias = _typing.Literal["text", "tokens"]  # noqa: Y015
+    _WhichOneofArgType_context: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__score_from) -> _WhichOneofReturnType__score_from | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_context) -> _WhichOneofReturnType_context | None: ...
+
+Global___ScoreRequest: _TypeAlias = ScoreRequest  # noqa: Y015
+
+@_typing.final
+class ScoredText(_message.Message):
+    """A text, or a part of it, with its scores."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    first: _builtins.int
+    """Which token of the text the first of `tokens` is, counted from the context's first, 0."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoredToken]:
+        """In order."""
+
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """Counts, set when the text is whole."""
+
+    def __init__(
+        self,
+        *,
+        first: _builtins.int = ...,
+        tokens: _abc.Iterable[Global___ScoredToken] | None = ...,
+        usage: Global___Usage | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoredText: _TypeAlias = ScoredText  # noqa: Y015
+
+@_typing.final
+class ScoreResponse(_message.Message):
+    """The probabilities of given text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Names the request in logs and traces."""
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoredText]:
+        """One for each continuation, or one for the context."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        texts: _abc.Iterable[Global___ScoredText] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoreResponse: _TypeAlias = ScoreResponse  # noqa: Y015
+
+@_typing.final
+class ScorePart(_message.Message):
+    """A part of the probabilities of given text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Names the request in logs and traces."""
+    index: _builtins.int
+    """Of which continuation, from 0."""
+    @_builtins.property
+    def text(self) -> Global___ScoredText:
+        """What is new of it."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        index: _builtins.int = ...,
+        text: Global___ScoredText | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["text", b"text"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "request_id", b"request_id", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScorePart: _TypeAlias = ScorePart  # noqa: Y015
 
 @_typing.final
 class TokenizeRequest(_message.Message):

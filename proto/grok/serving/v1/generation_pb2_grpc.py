@@ -45,6 +45,16 @@ class GenerationServiceStub:
                 request_serializer=grok_dot_serving_dot_v1_dot_generation__pb2.GenerateOnceRequest.SerializeToString,
                 response_deserializer=grok_dot_serving_dot_v1_dot_generation__pb2.GenerateOnceResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/grok.serving.v1.GenerationService/Score',
+                request_serializer=grok_dot_serving_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=grok_dot_serving_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
+                _registered_method=True)
+        self.ScoreStream = channel.unary_stream(
+                '/grok.serving.v1.GenerationService/ScoreStream',
+                request_serializer=grok_dot_serving_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=grok_dot_serving_dot_v1_dot_generation__pb2.ScorePart.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/grok.serving.v1.GenerationService/Tokenize',
                 request_serializer=grok_dot_serving_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
@@ -80,6 +90,21 @@ class GenerationServiceServicer:
 
     def GenerateOnce(self, request, context):
         """Returns a whole completion at once. Refused if it may take more than 4 MiB, which is what clients take.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """Scores text: how probable the model finds each of its tokens behind those before. Refused if the answer may take more than
+        4 MiB, which is what clients take.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScoreStream(self, request, context):
+        """The same as it is computed, one continuation after the other, however long the answer is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,6 +150,16 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.GenerateOnce,
                     request_deserializer=grok_dot_serving_dot_v1_dot_generation__pb2.GenerateOnceRequest.FromString,
                     response_serializer=grok_dot_serving_dot_v1_dot_generation__pb2.GenerateOnceResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=grok_dot_serving_dot_v1_dot_generation__pb2.ScoreRequest.FromString,
+                    response_serializer=grok_dot_serving_dot_v1_dot_generation__pb2.ScoreResponse.SerializeToString,
+            ),
+            'ScoreStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.ScoreStream,
+                    request_deserializer=grok_dot_serving_dot_v1_dot_generation__pb2.ScoreRequest.FromString,
+                    response_serializer=grok_dot_serving_dot_v1_dot_generation__pb2.ScorePart.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -202,6 +237,60 @@ class GenerationService:
             '/grok.serving.v1.GenerationService/GenerateOnce',
             grok_dot_serving_dot_v1_dot_generation__pb2.GenerateOnceRequest.SerializeToString,
             grok_dot_serving_dot_v1_dot_generation__pb2.GenerateOnceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grok.serving.v1.GenerationService/Score',
+            grok_dot_serving_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
+            grok_dot_serving_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScoreStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/grok.serving.v1.GenerationService/ScoreStream',
+            grok_dot_serving_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
+            grok_dot_serving_dot_v1_dot_generation__pb2.ScorePart.FromString,
             options,
             channel_credentials,
             insecure,

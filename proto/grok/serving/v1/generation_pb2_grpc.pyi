@@ -41,6 +41,12 @@ class GenerationServiceStub:
     """Streams a completion: one response for each step that has text or tokens, the last with `finish_reason`."""
     GenerateOnce: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateOnceRequest, _generation_pb2.GenerateOnceResponse]
     """Returns a whole completion at once. Refused if it may take more than 4 MiB, which is what clients take."""
+    Score: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]
+    """Scores text: how probable the model finds each of its tokens behind those before. Refused if the answer may take more than
+    4 MiB, which is what clients take.
+    """
+    ScoreStream: _grpc.UnaryStreamMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScorePart]
+    """The same as it is computed, one continuation after the other, however long the answer is."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
     """Turns text into the tokens that a prompt of it has. The answer may be ten times as long as the text."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.DetokenizeRequest, _generation_pb2.DetokenizeResponse]
@@ -59,6 +65,12 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Streams a completion: one response for each step that has text or tokens, the last with `finish_reason`."""
     GenerateOnce: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateOnceRequest, _generation_pb2.GenerateOnceResponse]  # type: ignore[assignment]
     """Returns a whole completion at once. Refused if it may take more than 4 MiB, which is what clients take."""
+    Score: _aio.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]  # type: ignore[assignment]
+    """Scores text: how probable the model finds each of its tokens behind those before. Refused if the answer may take more than
+    4 MiB, which is what clients take.
+    """
+    ScoreStream: _aio.UnaryStreamMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScorePart]  # type: ignore[assignment]
+    """The same as it is computed, one continuation after the other, however long the answer is."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns text into the tokens that a prompt of it has. The answer may be ten times as long as the text."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.DetokenizeRequest, _generation_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -86,6 +98,24 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.GenerateOnceResponse, _abc.Awaitable[_generation_pb2.GenerateOnceResponse]]:
         """Returns a whole completion at once. Refused if it may take more than 4 MiB, which is what clients take."""
+
+    @_abc_1.abstractmethod
+    def Score(
+        self,
+        request: _generation_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.ScoreResponse, _abc.Awaitable[_generation_pb2.ScoreResponse]]:
+        """Scores text: how probable the model finds each of its tokens behind those before. Refused if the answer may take more than
+        4 MiB, which is what clients take.
+        """
+
+    @_abc_1.abstractmethod
+    def ScoreStream(
+        self,
+        request: _generation_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_generation_pb2.ScorePart], _abc.AsyncIterator[_generation_pb2.ScorePart]]:
+        """The same as it is computed, one continuation after the other, however long the answer is."""
 
     @_abc_1.abstractmethod
     def Tokenize(

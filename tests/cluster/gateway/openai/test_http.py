@@ -112,6 +112,22 @@ def test_logprobs_stand_beside_their_tokens(service: _Service) -> None:
     assert "".join(one["token"] for one in choice["logprobs"]["content"]) == choice["message"]["content"]
 
 
+@pytest.mark.parametrize(("drawn", "n"), [(0, 1), (3, 2)])
+def test_an_echo_comes_with_the_prompt_s_logprobs(service: _Service, drawn: int, n: int) -> None:
+    prompts = ["And it came", "to pass in those days"]
+    body = service.complete(prompt=prompts, max_tokens=drawn, logprobs=1, echo=True, n=n, ignore_eos=True)
+    assert len(body["choices"]) == 2 * n
+    for i, choice in enumerate(body["choices"]):
+        found, count = choice["logprobs"], service.count(prompts[i // n])
+        assert len(found["tokens"]) == count + drawn
+        assert found["token_logprobs"] == [None, *[-2.0] * (count - 1), *[-1.0] * drawn]
+        assert found["top_logprobs"][0] is None
+        assert [len(top) for top in found["top_logprobs"][1:]] == [1] * (count - 1) + [0] * drawn
+        assert (found["text_offset"][0], choice["finish_reason"]) == (0, "length")
+        assert choice["text"].startswith(prompts[i // n])
+    assert body["usage"]["completion_tokens"] == 2 * n * drawn
+
+
 def test_a_chat_goes_through_its_template(service: _Service) -> None:
     with Client(service.grpc) as client:
         prompt = "USER: Who goes?\nASSISTANT:"
@@ -144,10 +160,11 @@ def test_best_of_returns_as_many_as_are_wanted(service: _Service) -> None:
         ({"prompt": ["x", [5]]}, "prompt", "string"),
         ({"prompt": ["x"] * 65}, "prompt", "at most 64"),
         ({"prompt": [10**7]}, "prompt", "the vocabulary has"),
-        ({"prompt": "x", "echo": True, "logprobs": 1}, "logprobs", "echo"),
+        ({"prompt": "x", "echo": True, "logprobs": 1, "stream": True}, "stream", "echo and logprobs"),
         ({"prompt": "x", "best_of": 2, "stream": True}, "best_of", "stream"),
         ({"prompt": "x", "best_of": 1, "n": 2}, "best_of", "n=2"),
         ({"prompt": "x", "n": 0}, "n", "at least 1"),
+        ({"prompt": "x", "n": 2, "max_tokens": 0, "echo": True}, "n", "nothing is drawn"),
         ({"prompt": "x", "logit_bias": {"x": 1}}, "logit_bias", "'x'"),
         ({"prompt": "x", "seed": -1}, "seed", "greater than or equal to 0"),
         ({"prompt": "x", "structured_outputs": {}}, "structured_outputs", "one of json, regex and choice"),

@@ -126,7 +126,7 @@ def _resumed(message: LeaderInput) -> list[int]:
 async def _ids(session: Session) -> list[int]:
     ids: list[int] = []
     while session.finish is None:
-        ids += [delta.token.id for delta in await session.next_deltas()]
+        ids += [delta.token.id for delta in await session.next_deltas() if delta.token is not None]
     return ids
 
 
