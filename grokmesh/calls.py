@@ -47,18 +47,19 @@ def score(
     priority: int = 0,
 ) -> Call[list[ScoredText]]:
     """The probabilities of given text."""
-    request = generation_pb2.ScoreRequest(score_from=score_from, top_logprobs=top_logprobs, priority=priority)
-    _give(request, context)
+    scoring = generation_pb2.Scoring(score_from=score_from, top_logprobs=top_logprobs, priority=priority)
+    _give(scoring, context)
     for continuation in continuations:
-        _give(request.continuations.add(), continuation)
+        _give(scoring.continuations.add(), continuation)
 
     def result(response: generation_pb2.ScoreResponse) -> list[ScoredText]:
         return [ScoredText(text.first, scored(text.tokens)) for text in response.texts]
 
+    request = generation_pb2.ScoreRequest(scoring=scoring)
     return Call(f"{_GENERATION}Score", request, generation_pb2.ScoreResponse, result)
 
 
-def _give(message: generation_pb2.ScoreRequest | generation_pb2.Continuation, text: str | Sequence[int]) -> None:
+def _give(message: generation_pb2.Scoring | generation_pb2.Continuation, text: str | Sequence[int]) -> None:
     if isinstance(text, str):
         message.text = text
     else:

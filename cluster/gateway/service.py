@@ -97,12 +97,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.ScoreRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> generation_pb2.ScoreResponse:
         call, places = CURRENT.get(), asyncio.Semaphore(SCORED_TOGETHER)
-        completions = await self._scored(request, whole=True)
+        completions = await self._scored(request.scoring, whole=True)
 
         async def one(index: int, completion: generation_pb2.Completion) -> generation_pb2.ScoredText:
             async with places:
                 begin_part(index)
-                async with self._sessions(completion, context, whole=True, within="") as (session,):
+                async with self._sessions(completion, context, whole=True, within="scoring.") as (session,):
                     text = generation_pb2.ScoredText()
                     while session.finish is None:
                         text.MergeFrom(_scored_text(session, await session.next_deltas(), completion.score_from))
@@ -113,24 +113,24 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return generation_pb2.ScoreResponse(request_id=call.request_id, texts=texts)
 
     async def ScoreStream(
-        self, request: generation_pb2.ScoreRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[generation_pb2.ScorePart]:
+        self, request: generation_pb2.ScoreStreamRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[generation_pb2.ScoreStreamResponse]:
         """Scores texts one after the other, and streams what comes."""
         name = CURRENT.get().request_id
-        for index, completion in enumerate(await self._scored(request, whole=False)):
+        for index, completion in enumerate(await self._scored(request.scoring, whole=False)):
             begin_part(index)
             first = completion.score_from
-            async with self._sessions(completion, context, whole=False, within="") as (session,):
+            async with self._sessions(completion, context, whole=False, within="scoring.") as (session,):
                 while session.finish is None:
                     text = _scored_text(session, await session.next_deltas(), first)
                     first += len(text.tokens)
                     with _must_be_read():
-                        yield generation_pb2.ScorePart(request_id=name, index=index, text=text)
+                        yield generation_pb2.ScoreStreamResponse(request_id=name, index=index, text=text)
 
-    async def _scored(self, request: generation_pb2.ScoreRequest, *, whole: bool) -> list[generation_pb2.Completion]:
+    async def _scored(self, scoring: generation_pb2.Scoring, *, whole: bool) -> list[generation_pb2.Completion]:
         caller = CURRENT.get().caller
         with self._admission.admitted(caller):
-            return await to_completions(request, self._limits, self._texts, caller, whole=whole)
+            return await to_completions(scoring, self._limits, self._texts, caller, whole=whole)
 
     async def Tokenize(
         self, request: generation_pb2.TokenizeRequest | bytes, context: grpc.aio.ServicerContext[Any, Any]

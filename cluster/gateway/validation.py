@@ -138,7 +138,7 @@ async def to_request(
 
 
 def check_prompt(
-    given: generation_pb2.Completion | generation_pb2.ScoreRequest | generation_pb2.Continuation,
+    given: generation_pb2.Completion | generation_pb2.Scoring | generation_pb2.Continuation,
     name: str,
     limits: Limits,
     wrong: Callable[[str, str], None],

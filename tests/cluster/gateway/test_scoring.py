@@ -45,8 +45,8 @@ def _tokens(*ids: int) -> generation_pb2.TokenIds:
     return generation_pb2.TokenIds(ids=ids)
 
 
-def _request(*continuations: generation_pb2.Continuation) -> generation_pb2.ScoreRequest:
-    return generation_pb2.ScoreRequest(text="a", continuations=continuations)
+def _request(*continuations: generation_pb2.Continuation) -> generation_pb2.Scoring:
+    return generation_pb2.Scoring(text="a", continuations=continuations)
 
 
 def _ids(tokens: Sequence[ScoredToken]) -> list[int]:
@@ -85,13 +85,17 @@ def test_a_continuation_that_changes_the_context_s_last_token_is_scored_with_it(
 def test_a_stream_comes_to_what_a_whole_answer_is(address: str, client: Client) -> None:
     prompt = [5 + i % 90 for i in range(200)]
     texts = client.score(prompt, [[7], [8, 9]], score_from=0)
-    request = generation_pb2.ScoreRequest(score_from=0)
+    request = generation_pb2.Scoring(score_from=0)
     request.tokens.ids.extend(prompt)
     for ids in ([7], [8, 9]):
         request.continuations.add().tokens.ids.extend(ids)
     got: dict[int, list[int]] = {0: [], 1: []}
     with grpc.insecure_channel(address) as channel:
-        parts = list(generation_pb2_grpc.GenerationServiceStub(channel).ScoreStream(request, timeout=20))
+        parts = list(
+            generation_pb2_grpc.GenerationServiceStub(channel).ScoreStream(
+                generation_pb2.ScoreStreamRequest(scoring=request), timeout=20
+            )
+        )
     for part in parts:
         assert part.text.first == len(got[part.index])
         got[part.index] += [token.id for token in part.text.tokens]
@@ -121,10 +125,10 @@ def test_a_completion_brings_its_prompt_s_scores_first(client: Client) -> None:
 @pytest.mark.parametrize(
     ("request_", "field", "problem"),
     [
-        (generation_pb2.ScoreRequest(), "context", "is missing"),
-        (generation_pb2.ScoreRequest(text=""), "text", "is empty"),
+        (generation_pb2.Scoring(), "context", "is missing"),
+        (generation_pb2.Scoring(text=""), "text", "is empty"),
         (
-            generation_pb2.ScoreRequest(text="a", continuations=[generation_pb2.Continuation()]),
+            generation_pb2.Scoring(text="a", continuations=[generation_pb2.Continuation()]),
             "continuations[0]",
             "is missing",
         ),
@@ -134,23 +138,23 @@ def test_a_completion_brings_its_prompt_s_scores_first(client: Client) -> None:
             "text or tokens, as the context is",
         ),
         (
-            generation_pb2.ScoreRequest(
+            generation_pb2.Scoring(
                 tokens=_tokens(7), continuations=[generation_pb2.Continuation(tokens=_tokens(5000))]
             ),
             "continuations[0].tokens",
             "has token 5000",
         ),
         (
-            generation_pb2.ScoreRequest(text="a", continuations=[generation_pb2.Continuation(text="b")] * 65),
+            generation_pb2.Scoring(text="a", continuations=[generation_pb2.Continuation(text="b")] * 65),
             "continuations",
             "at most 64",
         ),
     ],
 )
-def test_each_wrong_field_is_named(request_: generation_pb2.ScoreRequest, field: str, problem: str) -> None:
+def test_each_wrong_field_is_named(request_: generation_pb2.Scoring, field: str, problem: str) -> None:
     with pytest.raises(GatewayError) as raised:
         now(to_completions(request_, LIMITS, TEXTS, ANONYMOUS, whole=True))
-    assert field in [violation.field for violation in raised.value.violations]
+    assert f"scoring.{field}" in [violation.field for violation in raised.value.violations]
     assert problem in str(raised.value)
 
 
@@ -175,7 +179,7 @@ def test_what_can_not_be_scored_is_refused(
 def test_an_answer_that_would_be_too_large_is_to_be_streamed() -> None:
     limits = Limits(MODEL, 8192, TOKENIZER.longest_piece)
     many = [generation_pb2.Continuation(tokens=_tokens(9))] * 64
-    request = generation_pb2.ScoreRequest(tokens=_tokens(*[7] * 4000), continuations=many, score_from=0)
+    request = generation_pb2.Scoring(tokens=_tokens(*[7] * 4000), continuations=many, score_from=0)
     with pytest.raises(GatewayError, match="or call ScoreStream, which streams"):
         now(to_completions(request, limits, TEXTS, ANONYMOUS, whole=True))
     assert len(now(to_completions(request, limits, TEXTS, ANONYMOUS, whole=False))) == 64

@@ -633,7 +633,7 @@ Global___GenerateOnceResponse: _TypeAlias = GenerateOnceResponse  # noqa: Y015
 
 @_typing.final
 class Continuation(_message.Message):
-    """What goes on with the context of a ScoreRequest."""
+    """What goes on with a context."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -662,8 +662,8 @@ class Continuation(_message.Message):
 Global___Continuation: _TypeAlias = Continuation  # noqa: Y015
 
 @_typing.final
-class ScoreRequest(_message.Message):
-    """Asks for the probabilities of given text."""
+class Scoring(_message.Message):
+    """Text to score, and how."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -714,7 +714,55 @@ class ScoreRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_context) -> _WhichOneofReturnType_context | None: ...
 
+Global___Scoring: _TypeAlias = Scoring  # noqa: Y015
+
+@_typing.final
+class ScoreRequest(_message.Message):
+    """Asks for the probabilities of given text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCORING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def scoring(self) -> Global___Scoring:
+        """The text, and how."""
+
+    def __init__(
+        self,
+        *,
+        scoring: Global___Scoring | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scoring", b"scoring"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scoring", b"scoring"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
 Global___ScoreRequest: _TypeAlias = ScoreRequest  # noqa: Y015
+
+@_typing.final
+class ScoreStreamRequest(_message.Message):
+    """Asks for the probabilities of given text, to be streamed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCORING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def scoring(self) -> Global___Scoring:
+        """The text, and how."""
+
+    def __init__(
+        self,
+        *,
+        scoring: Global___Scoring | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scoring", b"scoring"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scoring", b"scoring"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoreStreamRequest: _TypeAlias = ScoreStreamRequest  # noqa: Y015
 
 @_typing.final
 class ScoredText(_message.Message):
@@ -779,7 +827,7 @@ class ScoreResponse(_message.Message):
 Global___ScoreResponse: _TypeAlias = ScoreResponse  # noqa: Y015
 
 @_typing.final
-class ScorePart(_message.Message):
+class ScoreStreamResponse(_message.Message):
     """A part of the probabilities of given text."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -808,7 +856,7 @@ class ScorePart(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ScorePart: _TypeAlias = ScorePart  # noqa: Y015
+Global___ScoreStreamResponse: _TypeAlias = ScoreStreamResponse  # noqa: Y015
 
 @_typing.final
 class TokenizeRequest(_message.Message):

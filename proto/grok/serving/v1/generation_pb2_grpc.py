@@ -52,8 +52,8 @@ class GenerationServiceStub:
                 _registered_method=True)
         self.ScoreStream = channel.unary_stream(
                 '/grok.serving.v1.GenerationService/ScoreStream',
-                request_serializer=grok_dot_serving_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
-                response_deserializer=grok_dot_serving_dot_v1_dot_generation__pb2.ScorePart.FromString,
+                request_serializer=grok_dot_serving_dot_v1_dot_generation__pb2.ScoreStreamRequest.SerializeToString,
+                response_deserializer=grok_dot_serving_dot_v1_dot_generation__pb2.ScoreStreamResponse.FromString,
                 _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/grok.serving.v1.GenerationService/Tokenize',
@@ -158,8 +158,8 @@ def add_GenerationServiceServicer_to_server(servicer, server):
             ),
             'ScoreStream': grpc.unary_stream_rpc_method_handler(
                     servicer.ScoreStream,
-                    request_deserializer=grok_dot_serving_dot_v1_dot_generation__pb2.ScoreRequest.FromString,
-                    response_serializer=grok_dot_serving_dot_v1_dot_generation__pb2.ScorePart.SerializeToString,
+                    request_deserializer=grok_dot_serving_dot_v1_dot_generation__pb2.ScoreStreamRequest.FromString,
+                    response_serializer=grok_dot_serving_dot_v1_dot_generation__pb2.ScoreStreamResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -289,8 +289,8 @@ class GenerationService:
             request,
             target,
             '/grok.serving.v1.GenerationService/ScoreStream',
-            grok_dot_serving_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
-            grok_dot_serving_dot_v1_dot_generation__pb2.ScorePart.FromString,
+            grok_dot_serving_dot_v1_dot_generation__pb2.ScoreStreamRequest.SerializeToString,
+            grok_dot_serving_dot_v1_dot_generation__pb2.ScoreStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

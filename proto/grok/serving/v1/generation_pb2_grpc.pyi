@@ -45,7 +45,7 @@ class GenerationServiceStub:
     """Scores text: how probable the model finds each of its tokens behind those before. Refused if the answer may take more than
     4 MiB, which is what clients take.
     """
-    ScoreStream: _grpc.UnaryStreamMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScorePart]
+    ScoreStream: _grpc.UnaryStreamMultiCallable[_generation_pb2.ScoreStreamRequest, _generation_pb2.ScoreStreamResponse]
     """The same as it is computed, one continuation after the other, however long the answer is."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
     """Turns text into the tokens that a prompt of it has. The answer may be ten times as long as the text."""
@@ -69,7 +69,7 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Scores text: how probable the model finds each of its tokens behind those before. Refused if the answer may take more than
     4 MiB, which is what clients take.
     """
-    ScoreStream: _aio.UnaryStreamMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScorePart]  # type: ignore[assignment]
+    ScoreStream: _aio.UnaryStreamMultiCallable[_generation_pb2.ScoreStreamRequest, _generation_pb2.ScoreStreamResponse]  # type: ignore[assignment]
     """The same as it is computed, one continuation after the other, however long the answer is."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns text into the tokens that a prompt of it has. The answer may be ten times as long as the text."""
@@ -112,9 +112,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def ScoreStream(
         self,
-        request: _generation_pb2.ScoreRequest,
+        request: _generation_pb2.ScoreStreamRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_generation_pb2.ScorePart], _abc.AsyncIterator[_generation_pb2.ScorePart]]:
+    ) -> _typing.Union[_abc.Iterator[_generation_pb2.ScoreStreamResponse], _abc.AsyncIterator[_generation_pb2.ScoreStreamResponse]]:
         """The same as it is computed, one continuation after the other, however long the answer is."""
 
     @_abc_1.abstractmethod
