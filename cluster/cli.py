@@ -24,6 +24,7 @@ from cluster.commands import (
     plan,
     profile,
     restart,
+    score,
     selftest,
     serve,
     status,
@@ -44,6 +45,7 @@ from workers.text.tokenizer import TokenizerError
 _COMMANDS = (
     serve,
     generate,
+    score,
     batch,
     selftest,
     verify,

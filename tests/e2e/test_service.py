@@ -315,6 +315,10 @@ def test_the_command_line_talks_to_it(service: Service, capsys: pytest.CaptureFi
     assert "5 tokens at" in capsys.readouterr().err
     assert main(["status", *arguments]) == 0
     assert "replica 0: ready, epoch 1, mesh 2 x 2" in capsys.readouterr().out
+    assert main(["score", PROMPT, " unto him", " cheese", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    likely, unlikely = (float(line.split()[0]) for line in lines if line.endswith(("' unto him'", "' cheese'")))
+    assert 0 > likely > unlikely
     assert main(["generate", PROMPT, *arguments, "--top-p", "2"]) == 1
     assert "INVALID_ARGUMENT: completion.sampling.top_p: is 2" in capsys.readouterr().err
 
