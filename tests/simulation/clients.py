@@ -79,7 +79,7 @@ class Clients:
         while not finish:
             running = [gateway for gateway in self._gateways if not gateway.process.dead.is_set()]
             if not running:
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(0.02)
                 continue
             call = rng.choice(running).begin(generation_pb2.GenerateRequest(completion=asked), caller)
             try:

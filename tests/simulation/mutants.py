@@ -72,6 +72,18 @@ MUTANTS = (
         "resumed=tuple(self._received[:-1]), trial",
     ),
     Mutant(
+        "a score is asked for twice",
+        "cluster/gateway/session.py",
+        "score_from=self._unscored",
+        "score_from=self.request.score_from",
+    ),
+    Mutant(
+        "what is cached is not scored",
+        "workers/engine/scheduler.py",
+        "else request.score_from - 1]",
+        "else len(prefix) - 1]",
+    ),
+    Mutant(
         "a session of a lost replica is forgotten",
         "cluster/gateway/routing/replica_link.py",
         "left = list(self.sessions.values())",
