@@ -18,6 +18,7 @@ import yaml
 
 from cluster.cli import main
 from cluster.commands.access import API_KEY_VARIABLE
+from cluster.telemetry.metrics import COMPLETING
 from grok.serving.v1 import generation_pb2, generation_pb2_grpc
 from grokmesh import Client, completion_request
 from tests.support.chromium import chromium
@@ -86,6 +87,11 @@ def test_rules_hold_what_they_promise() -> None:
     ):
         done = subprocess.run(["promtool", *command], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_objectives_count_every_method_that_completes() -> None:
+    rules = (PROMETHEUS / "rules" / "objectives.yml").read_text()
+    assert set(re.findall(r'method=~"([^"]+)"', rules)) == {"|".join(COMPLETING)}
 
 
 def test_every_alert_has_its_section_in_the_runbook_and_its_test() -> None:

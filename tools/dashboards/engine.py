@@ -63,12 +63,13 @@ ENGINE = Dashboard(
             (
                 Panel(
                     "Tokens a second of the engines",
-                    "Prompt positions computed and tokens delivered. Generated tokens stop while requests run: look for a stuck "
+                    "Prompt positions computed, tokens delivered, and prompt tokens scored. Generated tokens stop while requests run: look for a stuck "
                     "host (Cluster and mesh, plans behind).",
                     "short",
                     (
                         Query(rate("grokmesh_engine_prompt_tokens_total", "replica"), "prompt, replica {{replica}}"),
                         Query(rate("grokmesh_engine_generated_tokens_total", "replica"), "generated, replica {{replica}}"),
+                        Query(rate("grokmesh_engine_scored_tokens_total", "replica"), "scored, replica {{replica}}"),
                     ),
                 ),
                 Panel(
