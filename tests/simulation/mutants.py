@@ -152,8 +152,8 @@ MUTANTS = (
     Mutant(
         "a preempted sequence forgets a token",
         "workers/engine/scheduler.py",
-        "resumed=tuple(known))",
-        "resumed=tuple(known[:-1]))",
+        "resumed=tuple(known), score",
+        "resumed=tuple(known[:-1]), score",
     ),
     Mutant(
         "tokens that a resumed request has are not decoded again",
