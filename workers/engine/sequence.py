@@ -88,7 +88,9 @@ class Sequence:
         self.prefilled += len(tokens)
         draws = self.prompt_done and request.max_tokens > 0
         self.scheduled += draws
-        wanted = range(len(request.prompt) if request.score_from is None else request.score_from, len(request.prompt))
+        if request.score_from is None:
+            return Chunk(self.slot, start, tokens, draws)
+        wanted = range(request.score_from, len(request.prompt))
         behind = range(start + 1, self.prefilled + 1)
         scored = tuple(request.prompt[place] if place in wanted else -1 for place in behind)
         return Chunk(self.slot, start, tokens, draws, scored if max(scored) >= 0 else ())
