@@ -19,6 +19,10 @@ _PUSHBACK = "grpc-retry-pushback-ms"
 MOST_VIOLATIONS, PROBLEM_BYTES, MESSAGE_BYTES = 8, 256, 512
 
 
+#: Seconds that a request may have travelled: by so much earlier a client reaches its deadline than its gateway does.
+TRAVEL_SECONDS = 0.25
+
+
 @dataclasses.dataclass(frozen=True)
 class Violation:
     """A field that is wrong, and why."""
@@ -78,13 +82,15 @@ class GatewayError(Exception):
 
 
 def code_name(error: BaseException | None, seconds_left: float | None) -> str:
-    """Name of the status code with which a call ends that raised `error`, with `seconds_left` of its deadline."""
+    """Name of the status code with which a call ends that raised `error`, with `seconds_left` of its deadline as it is
+    reckoned here: from the call's arrival."""
     if error is None:
         return "OK"
     if isinstance(error, GatewayError):
         return error.code.name
     if isinstance(error, (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError)):
-        return "DEADLINE_EXCEEDED" if seconds_left is not None and seconds_left <= 0 else "CANCELLED"
+        late = seconds_left is not None and seconds_left <= TRAVEL_SECONDS
+        return "DEADLINE_EXCEEDED" if late else "CANCELLED"
     return "INTERNAL"
 
 

@@ -291,7 +291,9 @@ class _Place:
 
     def reader(self, file: TensorFile, progress: LoadProgress) -> TensorParts:
         """Of one of the tensors."""
-        return TensorParts(file, self.stored, self.parts, self._partition.kernels.pack, progress.add, progress.digests)
+        return TensorParts(
+            file, self.stored, self.parts, self._partition.kernels.packing, progress.add, progress.digests
+        )
 
     def load(self, layer: int, file: TensorFile, progress: LoadProgress) -> None:
         """Puts what is kept of a tensor among the layers: as a twin has it, else of what is read. Raises CheckpointError."""
@@ -304,9 +306,9 @@ class _Place:
         reader = self.reader(file, progress)
         try:
             for bounds in reader.parts:
-                made = reader.make(bounds)
-                for i, (buffer, array) in enumerate(zip(self._room(bounds), made, strict=True)):
-                    buffer[layer] = array
+                room = self._room(bounds)
+                reader.make(bounds, [buffer[layer] for buffer in room])
+                for i in range(len(room)):
                     self._loaded(bounds, i, layer)
         except OSError as error:
             raise CheckpointError(file.path, f"can't be read: {error}", tensor=self._info.path) from error

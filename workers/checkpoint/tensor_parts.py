@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,11 +12,9 @@ import numpy as np
 from workers.checkpoint.digests import digest, part_name, source_groups
 from workers.checkpoint.reading import Bounds, read_slice
 from workers.checkpoint.tensor_file import ArraySpan, TensorFile
-from workers.kernels.packing import Array, pack_table
+from workers.kernels.interface import Packing
+from workers.kernels.packing import Array
 from workers.model.weight_format import StoredWeight
-
-#: Packs int8 [..., K, N] with so many groups of rows.
-Pack = Callable[[Array, int], Array]
 
 
 class TensorParts:
@@ -27,7 +25,7 @@ class TensorParts:
         file: TensorFile,
         stored: StoredWeight,
         parts: list[Bounds],
-        pack: Pack | None,
+        packing: Packing | None,
         count: Callable[[int], None],
         digests: dict[str, int],
     ) -> None:
@@ -37,14 +35,14 @@ class TensorParts:
           file: the tensor.
           stored: what is made of it.
           parts: which slices of its values the devices of this host hold.
-          pack: the kernels' own, where they have one.
+          packing: the kernels' own, where they have one.
           count: called with the number of bytes read, as they come.
           digests: that of each slice is added; see `digests`.
         """
         self.parts = parts
         self._file = file
         self._stored = stored
-        self._pack = pack
+        self._packing = packing
         self._count = count
         self._digests = digests
         self._read: dict[tuple[int, Bounds], Array] = {}
@@ -55,25 +53,27 @@ class TensorParts:
         if len(parts) > 1 and sum(map(_size, parts)) == _size(box):
             self._together = box if box[-1] != parts[0][-1] else None
 
-    def make(self, bounds: Bounds) -> tuple[Array, ...]:
-        """Values, and scales if there are any, of the device that holds the slice `bounds` of the values."""
-        values, stored = self._file.values, self._stored
-        dtype = jnp.dtype(stored.arrays[0].dtype)
-        if stored.form == "array":
-            return (self._slice(values, bounds).astype(dtype, copy=False),)
-        if stored.form == "products":
-            return (self._products(bounds).astype(dtype),)
-        if stored.form == "packed_table":
-            assert self._pack is not None
-            return pack_table(self._slice(values, bounds), self._pack)
-        kept = stored.arrays[1].shape[-2]
-        if stored.form == "int4":
-            return quantize_int4(self._products(bounds), values.shape[-2] // kept)
-        scales = self._kept_scales(bounds, kept)
-        if stored.form == "quantized":
-            return self._slice(values, bounds), scales
-        assert self._pack is not None
-        return self._pack(self._slice(values, bounds), scales.shape[-2]), scales
+    def make(self, bounds: Bounds, out: Sequence[Array]) -> None:
+        """Fills the values, and scales if there are any, of the device that holds the slice `bounds` of the values."""
+        values, form = self._file.values, self._stored.form
+        if form == "array":
+            out[0][...] = self._slice(values, bounds)
+        elif form == "products":
+            out[0][...] = self._products(bounds)
+        elif form == "packed_table":
+            assert self._packing is not None
+            self._packing.table(self._slice(values, bounds), out[0], out[1])
+        elif form == "int4":
+            out[0][...], out[1][...] = quantize_int4(
+                self._products(bounds), values.shape[-2] // self._stored.arrays[1].shape[-2]
+            )
+        else:
+            out[1][...] = scales = self._kept_scales(bounds, self._stored.arrays[1].shape[-2])
+            if form == "packed":
+                assert self._packing is not None
+                self._packing.weight(self._slice(values, bounds), scales.shape[-2], out[0])
+            else:
+                out[0][...] = self._slice(values, bounds)
 
     @property
     def nbytes(self) -> int:

@@ -9,11 +9,25 @@ from typing import Any
 import jax
 
 from workers.kernels.kv_pages import Pages
+from workers.kernels.packing import Array
 from workers.kernels.sampling import SamplingRows, SamplingState, sample, score
 from workers.kernels.weights import Weight
 from workers.kernels.xla import portable
 
 Arrays = tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Puts weights into the order of the kernels, as `workers.kernels.packing` says it, in arrays that are given.
+
+    Attributes:
+      weight: (int8 [..., K, N], groups of rows, values).
+      table: (float [V, D], values, scales [V, 1]).
+    """
+
+    weight: Callable[[Array, int, Array], None]
+    table: Callable[[Array, Array, Array], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +56,8 @@ class Kernels:
         otherwise.
       scatters: whether the devices write single elements of large arrays where they lie; TPUs turn the whole array round.
       heads_first: whether both kinds of pages are [K, P, page, C]; else keys are [P, K, C, page], values [P, K, page, C].
-      pack: makes `PackedWeight.values` of int8 [..., K, N] with so many groups of rows; weights then are `PackedWeight`s and
-        the table is a `PackedTable`. None where weights lie as they are.
+      packing: how `PackedWeight`s and the `PackedTable` are made, which the kernels then take. None where weights lie as
+        they are.
     """
 
     name: str
@@ -60,11 +74,11 @@ class Kernels:
     accelerator: bool = False
     scatters: bool = True
     heads_first: bool = False
-    pack: Callable[[Any, int], Any] | None = None
+    packing: Packing | None = None
 
     @property
     def packed(self) -> bool:
-        return self.pack is not None
+        return self.packing is not None
 
 
 PORTABLE = Kernels(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,8 +41,8 @@ def pack(weight: Array, groups: int) -> Array:
     return packed
 
 
-def pack_table(table: Array, pack: Callable[[Array, int], Array] = pack) -> tuple[Array, Array]:
-    """[V, D] float -> values and scales of a `PackedTable`; `pack` packs both planes."""
+def pack_table(table: Array) -> tuple[Array, Array]:
+    """[V, D] float -> values and scales of a `PackedTable`."""
     wide = table.astype(np.float32)
     scales = np.abs(wide).max(axis=1, keepdims=True) / TWO_PLANES
     quantized = np.rint(wide / np.where(scales > 0, scales, 1.0)).astype(np.int32)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from cluster.controller.ledger import Ledger
 from cluster.gateway.admission.admission import MARGIN, Admission
 from cluster.gateway.auth.api_keys import ANONYMOUS, Caller
-from cluster.gateway.errors import GatewayError, Violation, exhausted, invalid
+from cluster.gateway.errors import GatewayError, Violation, code_name, exhausted, invalid
 from cluster.gateway.session import Delta, Session
 from cluster.gateway.stop import StopMatcher, StopTexts
 from cluster.gateway.validation import Limits, to_request
@@ -401,3 +401,10 @@ def test_a_status_carries_its_details() -> None:
     assert (info.reason, info.domain) == ("OVERLOADED", "grokmesh")
     assert packed[1].Unpack(retry)
     assert retry.retry_delay.ToMilliseconds() == 2500
+
+
+def test_a_client_that_leaves_at_its_deadline_has_met_it() -> None:
+    """Its clock began before the gateway's: what it sends at its deadline arrives while a little time seems to be left."""
+    left = asyncio.CancelledError()
+    assert [code_name(left, seconds) for seconds in (-0.1, 0.02)] == ["DEADLINE_EXCEEDED"] * 2
+    assert [code_name(left, seconds) for seconds in (1.0, None)] == ["CANCELLED"] * 2

@@ -22,6 +22,8 @@ from workers.kernels.xla import portable
 Array = np.ndarray[Any, np.dtype[Any]]
 BEST = native_kernels().name
 KERNELS = native_kernels()
+assert KERNELS.packing is not None
+PACKING = KERNELS.packing
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512", "avx512-vnni"], autouse=True)
@@ -250,5 +252,21 @@ def test_what_is_no_number_stays_none() -> None:
 )
 def test_weights_are_packed_as_numpy_packs_them(shape: tuple[int, ...], groups: int) -> None:
     weight = np.random.default_rng(0).integers(-128, 128, shape, np.int8)
-    assert KERNELS.pack is not None
-    np.testing.assert_array_equal(KERNELS.pack(weight, groups), pack(weight, groups))
+    packed = pack(weight, groups)
+    got = np.ones_like(packed)
+    PACKING.weight(weight, groups, got)
+    np.testing.assert_array_equal(got, packed)
+    with pytest.raises(ValueError, match="must be"):
+        PACKING.weight(weight, groups, got[..., :-1])
+
+
+@pytest.mark.parametrize("shape", [(50, 32), (1001, 96), (7, 2100)])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
+def test_a_table_is_packed_as_numpy_packs_it(shape: tuple[int, int], dtype: type) -> None:
+    table: Array = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    table[3] = 0
+    values, scales = pack_table(table)
+    got = np.ones_like(values), np.ones_like(scales)
+    PACKING.table(table, *got)
+    np.testing.assert_array_equal(got[0], values)
+    np.testing.assert_array_equal(got[1], scales)

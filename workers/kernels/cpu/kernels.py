@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from workers.kernels.interface import Arrays, Kernels
+from workers.kernels.interface import Arrays, Kernels, Packing
 from workers.kernels.packed import PackedTable, PackedWeight, rows_of
-from workers.kernels.packing import Array, empty, packed_shape
+from workers.kernels.packing import Array, packed_shape
 from workers.kernels.sampling import PACKED_WIDTH, SamplingRows, SamplingState, uniforms
 from workers.kernels.weights import Weight, layered, taken
 
@@ -63,7 +63,7 @@ def native_kernels() -> Kernels:
         sample=_sample,
         score=_score,
         batch_invariant=True,
-        pack=_pack,
+        packing=Packing(_pack, _pack_table),
     )
 
 
@@ -72,15 +72,34 @@ def use_instruction_set(name: str) -> bool:
     return bool(_library().grokmesh_use(name.encode()))
 
 
-def _pack(weight: Array, groups: int) -> Array:
-    """As `workers.kernels.packed.pack`."""
+def _pack(weight: Array, groups: int, values: Array) -> None:
     *lead, rows, columns = weight.shape
-    blocks, strips, size = packed_shape(rows, columns, groups)
-    packed, whole = empty((*lead, blocks, strips, size)), np.ascontiguousarray(weight)
-    sizes = (math.prod(lead), rows, columns, groups, blocks, strips, size)
-    pointers = (ctypes.c_void_p(array.ctypes.data) for array in (whole, packed))
-    _library().grokmesh_pack(*pointers, *map(ctypes.c_int64, sizes))
-    return packed
+    shape = packed_shape(rows, columns, groups)
+    _check(values, (*lead, *shape), np.int8)
+    sizes = (math.prod(lead), rows, columns, groups, *shape)
+    _library().grokmesh_pack(*_pointers(np.ascontiguousarray(weight), values), *map(ctypes.c_int64, sizes))
+
+
+def _pack_table(table: Array, values: Array, scales: Array) -> None:
+    rows, width = table.shape
+    blocks, strips, size = packed_shape(width, rows, 1)
+    _check(values, (blocks, strips, 2 * size), np.int8)
+    _check(scales, (rows, 1), np.float32)
+    bfloat16 = table.dtype == jnp.bfloat16
+    whole = np.ascontiguousarray(table, None if bfloat16 else np.float32)
+    pointers = _pointers(whole, values, scales)
+    sizes = map(ctypes.c_int64, (rows, width, blocks, strips, size))
+    _library().grokmesh_pack_table(*pointers, ctypes.c_bool(bfloat16), *sizes)
+
+
+def _check(array: Array, shape: tuple[int, ...], dtype: type) -> None:
+    """What the library writes to must be of the size that it takes for granted."""
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+        raise ValueError(f"an array {array.shape} of {array.dtype}; must be {shape} of {np.dtype(dtype)}, contiguous")
+
+
+def _pointers(*arrays: Array) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(array.ctypes.data) for array in arrays]
 
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:
