@@ -86,7 +86,7 @@ def test_commands_exist(page: pathlib.Path, capsys: pytest.CaptureFixture[str]) 
             known = capsys.readouterr().out
             assert all(flag in known for flag in arguments if flag.startswith("--")), command
         else:
-            assert program in ("curl", "ray", "kubectl", "promtool", "uv", "python"), command
+            assert program in ("curl", "lm_eval", "ray", "kubectl", "promtool", "uv", "python"), command
         for word in arguments:
             if re.match(r"(deploy|models|tests|tools)/", word):
                 assert (PROJECT / word).exists(), command

@@ -67,6 +67,16 @@ class Tokenizer:
         """The piece of text that a token stands for, with U+2581 for a space."""
         return str(self._processor.IdToPiece(id)) if id < self.vocab_size else ""
 
+    def control_pieces(self, end: int) -> dict[str, str | None]:
+        """How the tokens are written that begin a text, pad it and stand for what is unknown, if there are any, and `end`."""
+        ids = {
+            "bos_token": self._processor.bos_id(),
+            "eos_token": end,
+            "pad_token": self._processor.pad_id(),
+            "unk_token": self._processor.unk_id(),
+        }
+        return {name: self.piece(id) if id >= 0 else None for name, id in ids.items()}
+
 
 class Detokenizer:
     """Turns a completion into text token by token. The pieces joined are the text that the completion adds to its prompt.

@@ -128,6 +128,16 @@ def make_app(served: Served) -> FastAPI:
         found = await getattr(served.service, method)(message, Deadline(None))
         return kind.FromString(found) if isinstance(found, bytes) else found
 
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """What a harness wants to know of the tokenizer: the pieces of its control tokens, and the chat template."""
+        return {
+            "tokenizer_class": "SentencePiece",
+            **served.tokenizer.control_pieces(served.model.eos_token),
+            "model_max_length": served.model.context_length,
+            "chat_template": served.template.source if served.template else None,
+        }
+
     @app.get("/health")
     async def health() -> Response:
         """Whether a replica is in reach: 200 or 503."""

@@ -35,6 +35,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise TemplateError(f"{name}: {error}") from error
+        self.source = source
         self._end = end
         #: Whether it does something with tools.
         self.knows_tools = "tools" in source

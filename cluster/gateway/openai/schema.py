@@ -201,6 +201,8 @@ class TokenizeRequest(_Model):
 
     model: str | None = None
     prompt: str
+    #: Grok-1 has none before a text; nothing comes of it.
+    add_special_tokens: bool | None = None
 
 
 class DetokenizeRequest(_Model):

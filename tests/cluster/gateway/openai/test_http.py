@@ -209,9 +209,12 @@ def test_a_message_that_no_request_has_is_not_read(service: _Service) -> None:
 
 
 def test_texts_become_tokens_and_back(service: _Service) -> None:
-    found = service.call("/tokenize", {"prompt": "And it came"})[2]
+    found = service.call("/tokenize", {"prompt": "And it came", "add_special_tokens": False})[2]
     assert (found["count"], found["max_model_len"]) == (len(found["tokens"]), SHAPE.context)
     assert service.call("/detokenize", {"tokens": found["tokens"]})[2]["prompt"] == "And it came"
+    about = service.call("/tokenizer_info")[2]
+    assert (about["eos_token"], about["model_max_length"]) == ("</s>", SHAPE.context)
+    assert "messages" in about["chat_template"]
 
 
 def test_a_client_that_leaves_ends_its_completion() -> None:
