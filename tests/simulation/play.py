@@ -52,8 +52,8 @@ LASTING = ("cut pair", "sick host")
 UNNOTICED = ("kill controller", "pause controller", "flood")
 #: Virtual seconds that a request waits for a replica, and in which all must be well again.
 FAILOVER_SECONDS, RECOVERY_SECONDS = 120.0, 200.0
-#: Virtual seconds that a stream may take if one thing goes wrong once.
-ONCE_SECONDS = 45.0
+#: Virtual seconds that a stream may take if one thing goes wrong once: the mesh may shrink, and grow again, meanwhile.
+ONCE_SECONDS = 60.0
 #: Virtual seconds in which a request is forgotten whose client has left: its gateway may have died with it.
 LEFT_SECONDS = 0.5
 #: Seconds of the processor that a seed may take, and of the clock, in case that it waits for something real.

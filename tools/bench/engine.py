@@ -40,7 +40,7 @@ class Figure:
       name: what was measured.
       seconds: of one step, the median.
       tokens_per_second: over the batch.
-      share: of the limit: of read bandwidth for decoding, of XLA's float32 matrix product for prefill.
+      share: of the limit: of read bandwidth for decoding, of XLA's float32 matrix product for prefill, of that for scoring.
     """
 
     name: str
@@ -92,10 +92,14 @@ def measure(engine: Engine, long_context: int, report: Callable[[str], None]) ->
         report(_line(figures[-1], f"of {bandwidth / 1e9:.1f} GB/s read"))
     peak = matmul_peak()
     pages = tuple(range(1, 1 + CHUNK // PAGE))
-    seconds = statistics.median(engine.steps.prefill(0, pages, CHUNK) for _ in range(5))
+    pairs = [[engine.steps.prefill(0, pages, CHUNK, scored=scored) for scored in (False, True)] for _ in range(5)]
+    seconds, scoring = map(statistics.median, zip(*pairs, strict=True))
     flops = prompt_flops(engine.config) * CHUNK / seconds
     figures.append(Figure(f"prefill, {CHUNK} positions", seconds, CHUNK / seconds, flops / peak))
     report(_line(figures[-1], f"of {peak / 1e9:.0f} GFLOP/s, XLA's float32 product"))
+    share = statistics.median(prefill / scored for prefill, scored in pairs)
+    figures.append(Figure(f"scoring, {CHUNK} positions", scoring, CHUNK / scoring, share))
+    report(_line(figures[-1], "of prefill's speed"))
     return figures
 
 

@@ -23,15 +23,18 @@ class Steps:
         self._runtime = runtime
         self._plans = 0
 
-    def prefill(self, slot: int, pages: tuple[int, ...], length: int, known: int = 0) -> float:
-        """Gives a slot `length` positions, of which pages hold the first `known`; seconds that it took."""
+    def prefill(self, slot: int, pages: tuple[int, ...], length: int, known: int = 0, *, scored: bool = False) -> float:
+        """Gives a slot `length` positions, of which pages hold the first `known`; seconds that it took. They are `scored`, or
+        a token is drawn behind them."""
         shape, vocab = self._runtime.shape, self._runtime.config.vocab_size
         known = min(known, length - 1)
         tokens = tuple(3 + (7 * i + (slot if i >= known else 0)) % (vocab - 3) for i in range(length))
         began = time.perf_counter()
         pending: list[Pending] = []
         for start in range(known, length, shape.chunk):
-            chunk = Chunk(slot, start, tokens[start : start + shape.chunk], last=start + shape.chunk >= length)
+            taken = tokens[start : start + shape.chunk]
+            last = start + shape.chunk >= length
+            chunk = Chunk(slot, start, taken, last=last and not scored, scored=taken if scored else ())
             starts = (SlotStart(slot, pages, Sampling()),) if start == known else ()
             pending.append(self._run(Plan(0, starts, ((chunk,),), ())))
         for one in pending:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 
+from tests.conftest import GOLDEN
 from tests.workers.runtime.test_runtime import NATIVE, VOCAB, make_requests, make_runtime
 from workers.engine.scheduler import Scheduler
 from workers.kernels.interface import ACCELERATOR, PORTABLE
@@ -87,6 +89,21 @@ def test_scores_are_those_of_the_logits(runtime: Runtime) -> None:
     assert [score.rank for score in scores["a"]] == (1 + (expected > own[:, None]).sum(axis=1)).tolist()
     most = np.argsort(-expected, axis=1, kind="stable")[:, :3]
     assert [[id for id, _ in score.top] for score in scores["a"]] == most.tolist()
+
+
+def test_scores_are_those_of_the_golden_set(runtime: Runtime) -> None:
+    engine = _Engine(runtime)
+    with np.load(GOLDEN / "text-s1" / "exact.npz") as exact:
+        for case in json.loads((GOLDEN / "text-s1" / "cases.json").read_text())["forward"]:
+            name, prompt = f"forward/{case['name']}", tuple(case["prompt"])
+            if not 1 < len(prompt) <= runtime.shape.context:
+                continue
+            expected = np.asarray(jax.nn.log_softmax(exact[f"{name}/logits"]))[np.arange(len(prompt) - 1), prompt[1:]]
+            # Behind a router's close call both of its choices are right.
+            clear = np.logical_and.accumulate(exact[f"{name}/router_gap"] > 1e-3)[:-1]
+            scores, _ = engine.run(_scored(name, prompt))
+            error = np.abs(np.array([score.logprob for score in scores[name]]) - expected)[clear]
+            assert error.max(initial=0.0) < 1e-3, name
 
 
 def test_generated_tokens_are_scored_as_they_were_drawn(runtime: Runtime) -> None:
