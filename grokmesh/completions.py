@@ -56,8 +56,8 @@ class Completion:
       text: of the tokens; in a part, what is new.
       tokens: in order; in a part, those that are new.
       finish_reason: `eos`, `stop` or `length`; None in all parts but the last.
-      prompt_tokens: 0 in all parts but the last.
-      cached_prompt_tokens: those of them that were not computed; 0 in all parts but the last.
+      prompt_tokens: 0 in all parts but the last, unless `usage_in_parts` was asked for.
+      cached_prompt_tokens: those of them that were not computed; 0 where `prompt_tokens` is.
       seed: with which the same request gives the same tokens.
       index: of the completion, where several were asked for.
       others: of a whole completion, the others that were asked for.
@@ -100,6 +100,12 @@ class Options(TypedDict, total=False):
     json_schema: str
     regex: str
     choice: Sequence[str]
+    grammar: str
+    json_object: bool
+    structural_tags: Sequence[Mapping[str, str]]
+    bad_words: Sequence[str]
+    cache_salt: str
+    usage_in_parts: bool
     n: int
     priority: int
 
@@ -107,11 +113,14 @@ class Options(TypedDict, total=False):
 def completion_request(prompt: str | Sequence[int], **options: Unpack[Options]) -> generation_pb2.Completion:
     """The request for a completion of a text or of tokens."""
     sampling = set(generation_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
-    given = {name: value for name, value in options.items() if name != "choice"}
+    given = {name: value for name, value in options.items() if name not in ("choice", "structural_tags")}
     parameters = {name: given.pop(name) for name in list(given) if name in sampling}
     completion = generation_pb2.Completion(sampling=generation_pb2.SamplingParams(**parameters), **given)  # type: ignore[arg-type]
     if "choice" in options:
         completion.choice.texts.extend(options["choice"])
+    if "structural_tags" in options:
+        tags = (generation_pb2.StructuralTag(**tag) for tag in options["structural_tags"])
+        completion.structural_tags.tags.extend(tags)
     if isinstance(prompt, str):
         completion.text = prompt
     else:

@@ -33,18 +33,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json-schema", type=pathlib.Path, help="file with the JSON schema that the completion must fit")
     form.add_argument("--regex", help="expression that the completion must match")
+    form.add_argument("--grammar", type=pathlib.Path, help="file with the grammar that the completion must follow")
+    form.add_argument("--json-object", action="store_true", default=None, help="the completion must be a JSON object")
     form.add_argument("--choice", action="append", help="text that the completion may be; to be repeated")
+    parser.add_argument("--bad-words", action="append", metavar="TEXT", help="that must not come; may be repeated")
     parser.add_argument("--timeout", type=float, help="seconds that an attempt of the request may take")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "regex", "choice")
+    names = (
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "stop",
+        "regex",
+        "choice",
+        "json_object",
+        "bad_words",
+    )
     options: Options = {name: value for name in names if (value := getattr(arguments, name)) is not None}  # type: ignore[assignment]
     if arguments.json_schema:
-        try:
-            options["json_schema"] = arguments.json_schema.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise access.UsageError(f"{arguments.json_schema}: {error}; JSON is UTF-8") from error
+        options["json_schema"] = _text(arguments.json_schema)
+    if arguments.grammar:
+        options["grammar"] = _text(arguments.grammar)
     if not arguments.prompt and not arguments.interactive:
         raise access.UsageError("generate wants a prompt, or -i")
     try:
@@ -58,6 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
             for _ in _shown(client, arguments.prompt, arguments.timeout, options):
                 pass
     return 0
+
+
+def _text(file: pathlib.Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise access.UsageError(f"{file}: {error}; it must be UTF-8") from error
 
 
 def _shown(client: Client, prompt: str, timeout: float | None, options: Options) -> Iterator[str]:

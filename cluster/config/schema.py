@@ -84,6 +84,8 @@ class GatewaySection:
         the planner thinks that loading takes.
       api_keys: file of `name: SHA-256 of the key` lines, as `grokmesh key` makes them, or of names with scopes and limits;
         relative to this file. Without it every caller may complete prompts.
+      share_prefixes: whether requests of one key may use what the prefix cache keeps of another's prompts. It is faster where
+        keys ask alike, and lets one find out, by how long it waits, what another has asked.
       tls_certificate, tls_key: PEM files of the gateway's certificate chain and its key; without them nothing is encrypted. All
         files of keys and certificates are read again when they change.
       tls_client_ca: PEM file of the authority that signs clients' certificates; with it, clients without one are refused.
@@ -99,6 +101,7 @@ class GatewaySection:
     drain_seconds: Annotated[float, AtLeast(0)] = 10.0
     failover_seconds: Annotated[float | None, AtLeast(0)] = None
     api_keys: pathlib.Path | None = None
+    share_prefixes: bool = False
     tls_certificate: pathlib.Path | None = None
     tls_key: pathlib.Path | None = None
     tls_client_ca: pathlib.Path | None = None

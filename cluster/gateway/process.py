@@ -44,7 +44,8 @@ def read_model(config: Config) -> tuple[Tokenizer, Limits, ChatTemplate | None]:
             f"{config.model.checkpoint}: the tokenizer has {tokenizer.vocab_size} pieces, "
             f"the model embeds {model.vocab_size}"
         )
-    limits = Limits(model, config.engine.context or model.sequence_len, tokenizer.longest_piece)
+    context = config.engine.context or model.sequence_len
+    limits = Limits(model, context, tokenizer.longest_piece, config.gateway.share_prefixes)
     return tokenizer, limits, read_template(location, tokenizer.piece(model.eos_token))
 
 

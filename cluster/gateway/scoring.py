@@ -59,6 +59,7 @@ async def to_completions(
             score_from=scoring.score_from if scoring.HasField("score_from") else first,
             top_logprobs=scoring.top_logprobs,
             priority=scoring.priority,
+            cache_salt=scoring.cache_salt,
         )
         completion.tokens.ids.extend(ids)
         completions.append(completion)

@@ -66,7 +66,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         async with self._sessions(completion, context, whole=False) as sessions:
             if len(sessions) == 1:
                 while sessions[0].finish is None:
-                    part = _part(sessions[0], await sessions[0].next_deltas(), 0)
+                    part = _part(sessions[0], await sessions[0].next_deltas(), 0, counted=completion.usage_in_parts)
                     with _must_be_read():
                         yield part
                 return
@@ -77,7 +77,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     for task in done:
                         i = waiting.pop(task)
                         with _must_be_read():
-                            yield _part(sessions[i], task.result(), i)
+                            yield _part(sessions[i], task.result(), i, counted=completion.usage_in_parts)
                         if sessions[i].finish is None:
                             waiting[asyncio.ensure_future(sessions[i].next_deltas())] = i
             finally:
@@ -317,14 +317,14 @@ def _reason(session: Session) -> str:
     return name.removeprefix("FINISH_REASON_").lower()
 
 
-def _part(session: Session, deltas: list[Delta], index: int) -> generation_pb2.GenerateResponse:
+def _part(session: Session, deltas: list[Delta], index: int, *, counted: bool) -> generation_pb2.GenerateResponse:
     return generation_pb2.GenerateResponse(
         request_id=session.request.id,
         text="".join(delta.text for delta in deltas),
         tokens=_tokens(deltas),
         prompt=scored_tokens(deltas),
         finish_reason=session.finish or generation_pb2.FINISH_REASON_UNSPECIFIED,
-        usage=_usage(session) if session.finish is not None else None,
+        usage=_usage(session) if counted or session.finish is not None else None,
         seed=session.request.sampling.seed,
         index=index,
     )

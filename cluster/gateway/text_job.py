@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from grok.serving.v1 import generation_pb2
 from workers.checkpoint.storage import locate
-from workers.text.grammar import GrammarError, Grammars, choice, json_schema, regex
+from workers.text.grammar import GrammarError, Grammars, barring, choice, json_schema, lark, regex, structural_tags
 from workers.text.sandbox import JobStream, run_template
 from workers.text.tokenizer import Tokenizer
 
@@ -46,15 +46,19 @@ class TextJobs:
         return json.dumps({**head, "seconds": time.process_time() - began}).encode() + b"\n" + body
 
     def _grammar(self, data: bytes) -> Answer:
-        """From `{"kind", "source", "allowed"}` to the grammar, which completions can follow."""
+        """From `{"kind", "source", "allowed", "barred"}` to the grammar, which completions can follow."""
         asked = json.loads(data)
         source = asked["source"]
-        make: dict[str, Callable[[], str]] = {
+        make: dict[str | None, Callable[[], str]] = {
+            None: lambda: "",
             "json_schema": lambda: json_schema(source),
+            "json_object": lambda: json_schema('{"type": "object"}'),
             "regex": lambda: regex(source),
             "choice": lambda: choice(source),
+            "grammar": lambda: lark(source),
+            "structural_tags": lambda: structural_tags(source),
         }
-        grammar = make[asked["kind"]]()
+        grammar = barring(asked["barred"], make[asked["kind"]]())
         self._grammars.check(grammar, asked["allowed"])
         return {}, grammar.encode()
 

@@ -78,14 +78,17 @@ class Texts:
             self._charge(caller, len(text) // BYTES_PER_TOKEN)
             return await asyncio.get_running_loop().run_in_executor(self._encoders, self.tokenizer.encode, text)
 
-    async def grammar(self, kind: str, source: str | list[str], allowed: Sequence[int], caller: Caller) -> str:
-        """The grammar of a format.
+    async def grammar(
+        self, kind: str | None, source: object, allowed: Sequence[int], barred: Sequence[str], caller: Caller
+    ) -> str:
+        """The grammar of a format, or of any text if `kind` is None, without the texts `barred`.
 
         Raises:
           GrammarError: no completion of the tokens `allowed` can follow it, or that takes too much to find out.
           GatewayError: RESOURCE_EXHAUSTED.
         """
-        asked = json.dumps({"kind": kind, "source": source, "allowed": list(allowed)}).encode()
+        fields = {"kind": kind, "source": source, "allowed": list(allowed), "barred": list(barred)}
+        asked = json.dumps(fields).encode()
         key = hashlib.sha256(asked).digest()
         if (known := self._grammars.get(key)) is not None:
             self._grammars.move_to_end(key)

@@ -20,6 +20,9 @@ _Wrong = Callable[[str, str], None]
 MAX_STOP_TEXTS = 16
 MAX_STOP_BYTES = 1024
 MAX_STOP_TOKENS = 64
+MAX_BAD_WORDS = 16
+MAX_BAD_WORD_BYTES = 256
+MAX_SALT_BYTES = 256
 MAX_BIASES = 1024
 MAX_ALLOWED_TOKENS = 4096
 MAX_TEMPERATURE = 100.0
@@ -41,11 +44,13 @@ class Limits:
       model: that is served.
       context: longest sequence of the engine.
       longest_piece: bytes of the longest text that a token stands for.
+      share_prefixes: whether one key's requests find what the prefix cache keeps of another's.
     """
 
     model: GrokConfig
     context: int
     longest_piece: int
+    share_prefixes: bool = False
 
     @property
     def text_bytes(self) -> int:
@@ -56,7 +61,8 @@ class Limits:
     def message_bytes(self) -> int:
         """Bytes beyond which no request for a completion can be right."""
         ids = 5 * (2 * self.context + MAX_ALLOWED_TOKENS) + 16 * MAX_BIASES
-        return max(self.text_bytes, 5 * self.context) + ids + 2 * MAX_SOURCE + MAX_STOP_TEXTS * (MAX_STOP_BYTES + 8)
+        texts = MAX_STOP_TEXTS * (MAX_STOP_BYTES + 8) + MAX_BAD_WORDS * (MAX_BAD_WORD_BYTES + 8) + MAX_SALT_BYTES
+        return max(self.text_bytes, 5 * self.context) + ids + 2 * MAX_SOURCE + texts
 
 
 async def to_request(
@@ -95,7 +101,7 @@ async def to_request(
         wrong("n", f"is {completion.n}; there is one completion of which nothing is drawn")
     if not 0 <= completion.top_logprobs <= ALTERNATIVES:
         wrong("top_logprobs", f"is {completion.top_logprobs}; must be from 0 to {ALTERNATIVES}")
-    _check_stop(completion, wrong)
+    _check_texts("stop", completion.stop, MAX_STOP_TEXTS, MAX_STOP_BYTES, wrong)
     _check_stop_tokens(completion, limits, wrong)
     if not 0 <= completion.n <= MAX_COMPLETIONS:
         wrong("n", f"is {completion.n}; must be from 1 to {MAX_COMPLETIONS}")
@@ -105,6 +111,9 @@ async def to_request(
         wrong("priority", f"is {completion.priority}; this key may ask for at most {caller.max_priority}")
     _check_resumed(completion, limits, wrong)
     _check_format(completion, wrong)
+    _check_texts("bad_words", completion.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_BYTES, wrong)
+    if len(completion.cache_salt.encode()) > MAX_SALT_BYTES:
+        wrong("cache_salt", f"has more than {MAX_SALT_BYTES} bytes")
     _check_sampling(completion.sampling, limits.model.vocab_size, wrong)
     if violations:
         raise invalid(violations)
@@ -134,6 +143,7 @@ async def to_request(
         grammar,
         resumed,
         score_from=scored if scored < len(prompt) else None,
+        salt=f"{'' if limits.share_prefixes else caller.name}\n{completion.cache_salt}",
     )
 
 
@@ -173,13 +183,13 @@ def _stop_tokens(completion: generation_pb2.Completion, model: GrokConfig) -> fr
     return frozenset([*completion.stop_token_ids, *(() if completion.ignore_eos else (model.eos_token,))])
 
 
-def _check_stop(completion: generation_pb2.Completion, wrong: _Wrong) -> None:
-    if len(completion.stop) > MAX_STOP_TEXTS:
-        wrong("stop", f"has {len(completion.stop)} texts; at most {MAX_STOP_TEXTS}")
+def _check_texts(field: str, texts: Sequence[str], most: int, most_bytes: int, wrong: _Wrong) -> None:
+    if len(texts) > most:
+        wrong(field, f"has {len(texts)} texts; at most {most}")
         return
-    for i, text in enumerate(completion.stop):
-        if not 0 < len(text.encode()) <= MAX_STOP_BYTES:
-            wrong(f"stop[{i}]", f"must have 1 to {MAX_STOP_BYTES} bytes")
+    for i, text in enumerate(texts):
+        if not 0 < len(text.encode()) <= most_bytes:
+            wrong(f"{field}[{i}]", f"must have 1 to {most_bytes} bytes")
 
 
 def _check_stop_tokens(completion: generation_pb2.Completion, limits: Limits, wrong: _Wrong) -> None:
@@ -217,7 +227,10 @@ def _check_format(completion: generation_pb2.Completion, wrong: _Wrong) -> None:
     if kind is None:
         return
     source = getattr(completion, kind)
-    size = source.ByteSize() if isinstance(source, generation_pb2.Choice) else len(source.encode())
+    if source is False:
+        wrong(kind, "is false; leave it out for any text")
+        return
+    size = len(source.encode()) if isinstance(source, str) else 0 if source is True else source.ByteSize()
     if size > MAX_SOURCE:
         wrong(kind, f"is longer than {MAX_SOURCE} bytes")
     if completion.ignore_eos:
@@ -272,14 +285,18 @@ def check_answer_size(
 async def _grammar(completion: generation_pb2.Completion, texts: Texts, caller: Caller) -> str:
     """The grammar of the format that is asked for; empty for none. Raises GatewayError."""
     kind = completion.WhichOneof("format")
-    if kind is None:
+    if kind is None and not completion.bad_words:
         return ""
-    source = getattr(completion, kind)
-    source = list(source.texts) if isinstance(source, generation_pb2.Choice) else source
+    source = None if kind is None else getattr(completion, kind)
+    if isinstance(source, generation_pb2.Choice):
+        source = list(source.texts)
+    elif isinstance(source, generation_pb2.StructuralTags):
+        names = [field.name for field in generation_pb2.StructuralTag.DESCRIPTOR.fields]
+        source = [{name: getattr(tag, name) for name in names} for tag in source.tags]
     try:
-        return await texts.grammar(kind, source, completion.sampling.allowed_tokens, caller)
+        return await texts.grammar(kind, source, completion.sampling.allowed_tokens, completion.bad_words, caller)
     except GrammarError as error:
-        raise invalid([Violation(f"completion.{kind}", str(error))]) from error
+        raise invalid([Violation(f"completion.{kind or 'bad_words'}", str(error))]) from error
 
 
 def _check_sampling(params: generation_pb2.SamplingParams, vocab_size: int, wrong: _Wrong) -> None:
@@ -317,8 +334,8 @@ def _check_sampling(params: generation_pb2.SamplingParams, vocab_size: int, wron
 
 
 def _sampling(completion: generation_pb2.Completion, model: GrokConfig, *, masked: bool) -> Sampling:
-    """How tokens are sampled; `masked` by a grammar, whose end is never forbidden."""
-    params = completion.sampling
+    """How tokens are sampled; `masked` by a grammar. The end of a format is never forbidden."""
+    params, ends = completion.sampling, completion.WhichOneof("format") is not None
     allowed = set(params.allowed_tokens)
     return Sampling(
         temperature=params.temperature if params.HasField("temperature") else 1.0,
@@ -332,5 +349,5 @@ def _sampling(completion: generation_pb2.Completion, model: GrokConfig, *, maske
         top_logprobs=completion.top_logprobs,
         seed=params.seed if params.HasField("seed") else secrets.randbits(64),
         logit_bias=tuple(sorted(params.logit_bias.items())),
-        allowed_tokens=tuple(sorted(allowed | {model.eos_token} if allowed and masked else allowed)),
+        allowed_tokens=tuple(sorted(allowed | {model.eos_token} if allowed and ends else allowed)),
     )

@@ -235,6 +235,32 @@ def test_completions_have_the_form_that_was_asked_for_and_others_beside_them_are
     assert alone.tokens == completions[6].tokens
 
 
+def test_grammars_tags_and_what_must_not_come_are_kept(client: Client) -> None:
+    options: Options = {"max_tokens": 80, "temperature": 1.0, "seed": 11}
+    nested = client.complete(PROMPT, **(options | {"grammar": 'start: "(" start ")" | "x"'})).text
+    assert re.fullmatch(r"\(*x\)*", nested)
+    assert nested.count("(") == nested.count(")")
+    found = client.complete(PROMPT, **(options | {"json_object": True}))
+    assert found.text.startswith("{")
+    assert found.finish_reason == "length" or isinstance(json.loads(found.text), dict)
+    tag = {"trigger": ",", "begin": ",<", "json_schema": '{"const": 7}', "end": ">"}
+    texts = [client.complete(PROMPT, **(options | {"structural_tags": [tag], "seed": s})).text for s in range(4)]
+    text = "".join(texts)
+    assert "," in text
+    assert len(re.findall(r",<7>", text)) >= text.count(",") - 4  # of each the last may have been cut
+    plain = client.complete(PROMPT, **options).text
+    without = client.complete(PROMPT, **(options | {"bad_words": ["the", "e "]})).text
+    assert "the" in plain
+    assert "the" not in without
+    assert "e " not in without
+
+
+def test_usage_comes_with_every_part_that_asks_for_it(client: Client) -> None:
+    parts = list(client.generate(PROMPT, max_tokens=8, usage_in_parts=True))
+    assert {part.prompt_tokens for part in parts} == {parts[-1].prompt_tokens} != {0}
+    assert not any(part.prompt_tokens for part in list(client.generate(PROMPT, max_tokens=8))[:-1])
+
+
 def test_several_completions_of_a_prompt_are_those_of_the_seeds_that_follow(client: Client) -> None:
     options: Options = {"max_tokens": 12, "temperature": 1.2}
     three: Options = {"max_tokens": 12, "temperature": 1.2, "seed": 2**64 - 2, "n": 3}
@@ -259,6 +285,9 @@ def test_a_prompt_that_came_before_is_found_in_the_cache(service: Service, clien
     assert again.tokens == first.tokens
     assert read_metrics(url)[name] - before == again.cached_prompt_tokens == 96  # full pages of 16
     assert first.cached_prompt_tokens == 0
+    salted = [client.complete(prompt, max_tokens=8, seed=3, cache_salt=salt) for salt in ("a", "b", "a")]
+    assert [one.cached_prompt_tokens for one in salted] == [0, 0, 96]
+    assert {one.tokens for one in salted} == {first.tokens}
 
 
 def test_penalties_keep_a_completion_from_repeating_itself(client: Client) -> None:

@@ -15,9 +15,10 @@ Tokens = tuple[int, ...]
 
 @dataclasses.dataclass(eq=False)
 class _Cached:
-    """A page whose tokens are known. Its `parent` holds the tokens before; the chain spells a prefix."""
+    """A page whose tokens are known. What its key begins with holds the tokens before; the chain spells a prefix, and begins
+    with a salt."""
 
-    key: tuple[_Cached | None, Tokens]
+    key: tuple[_Cached | str, Tokens]
     page: int
 
 
@@ -36,7 +37,7 @@ class PagePool:
         self._free = list(range(1, pages))
         self._owned: dict[str, tuple[int, ...]] = {}
         self._owners: collections.Counter[int] = collections.Counter()
-        self._tree: dict[tuple[_Cached | None, Tokens], _Cached] = {}
+        self._tree: dict[tuple[_Cached | str, Tokens], _Cached] = {}
         self._by_page: dict[int, _Cached] = {}
         # Cached pages without owner, the longest unused first. A page is given back before the one that it follows, and
         # its owner owns that one too: so the first is never followed by another.
@@ -61,15 +62,16 @@ class PagePool:
         """Number of pages that hold a known prefix, owned or not."""
         return len(self._by_page)
 
-    def match(self, tokens: Tokens) -> tuple[int, ...]:
-        """The pages of the longest cached prefix of `tokens`, full pages only."""
+    def match(self, tokens: Tokens, salt: str = "") -> tuple[int, ...]:
+        """The pages of the longest prefix of `tokens` that is cached under a salt, full pages only."""
         pages: list[int] = []
-        node: _Cached | None = None
+        before: _Cached | str = salt
         for start in range(0, len(tokens) - self._size + 1, self._size):
-            node = self._tree.get((node, tokens[start : start + self._size]))
+            node = self._tree.get((before, tokens[start : start + self._size]))
             if node is None:
                 break
             pages.append(node.page)
+            before = node
         return tuple(pages)
 
     def can_take(self, shared: tuple[int, ...], count: int) -> bool:
@@ -106,11 +108,13 @@ class PagePool:
         """Number of pages that `owner` has."""
         return len(self._owned[owner])
 
-    def publish(self, owner: str, tokens: Tokens, count: int) -> None:
-        """Lets others share the pages of `owner` that are full of the first `count` of `tokens`, its whole sequence."""
-        first, node = self._published.get(owner, (0, None))
+    def publish(self, owner: str, tokens: Tokens, count: int, salt: str = "") -> None:
+        """Lets others of the same salt share the pages of `owner` that are full of the first `count` of `tokens`, its whole
+        sequence."""
+        published = self._published.get(owner)
+        first, before = published or (0, salt)
         for i in range(first, count // self._size):
-            page, key = self._owned[owner][i], (node, tokens[i * self._size : (i + 1) * self._size])
+            page, key = self._owned[owner][i], (before, tokens[i * self._size : (i + 1) * self._size])
             if page in self._unsound:
                 return
             node = self._tree.get(key)
@@ -121,6 +125,7 @@ class PagePool:
             elif node.page != page:
                 return  # another computed the same; what follows would hang on a page that is not the owner's
             self._published[owner] = i + 1, node
+            before = node
 
     def forget(self, owner: str) -> None:
         """Takes the pages of `owner`, and what follows them, out of what may be shared."""
@@ -213,10 +218,11 @@ class PageGroups:
         """The pool that a slot's pages come from."""
         return self._pools[self._shape.group_of(slot)]
 
-    def place(self, policy: Policy, reusable: Tokens, pages: int) -> Place | None:
-        """The lowest free slot of the group that has most of `reusable` cached, then the most free pages, if it has `pages`."""
+    def place(self, policy: Policy, reusable: Tokens, pages: int, salt: str = "") -> Place | None:
+        """The lowest free slot of the group that has most of `reusable` cached under a salt, then the most free pages, if there
+        are `pages`."""
         groups = {self._shape.group_of(slot) for slot in self._free_slots}
-        shared = {group: policy.shared_pages(self._pools[group].match(reusable)) for group in groups}
+        shared = {group: policy.shared_pages(self._pools[group].match(reusable, salt)) for group in groups}
         # A page for each that runs, lest the next of them to grow preempts the newcomer at once.
         taken = set(range(self._shape.slots)) - self._free_slots
         growing = collections.Counter(map(self._shape.group_of, taken))

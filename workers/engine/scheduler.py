@@ -311,10 +311,10 @@ class Scheduler:
             pages = min(pages_of(request, self._shape), self._shape.pages_for(len(prefix) + 1))
             # At least one position is left to compute, and all behind which a token is scored.
             reusable = prefix[: len(prefix) - 1 if request.score_from is None else request.score_from - 1]
-            place = self._pages.place(self._policy, reusable, pages)
+            place = self._pages.place(self._policy, reusable, pages, request.salt)
             if place is None:
                 break
-            if self._will_be_shared(reusable, place.cached):
+            if self._will_be_shared(reusable, place.cached, request.salt):
                 passed_over += 1
                 continue
             self._waiting.remove(request.id)
@@ -341,11 +341,12 @@ class Scheduler:
         generated = known if sampling.penalized and not forced else ()
         return SlotStart(slot, pages, sampling, request.id, prompt, generated)
 
-    def _will_be_shared(self, reusable: tuple[int, ...], cached: int) -> bool:
+    def _will_be_shared(self, reusable: tuple[int, ...], cached: int, salt: str) -> bool:
         """Whether a prompt that is being computed will lengthen the cached part of `reusable`."""
         wanted = self._policy.next_cut(cached)
         return wanted <= len(reusable) and any(
-            other.prefilled < wanted <= len(other.prefix) and other.prefix[:wanted] == reusable[:wanted]
+            other.prefilled < wanted <= len(other.prefix)
+            and (other.request.salt, other.prefix[:wanted]) == (salt, reusable[:wanted])
             for other in self._running.values()
         )
 
@@ -364,7 +365,7 @@ class Scheduler:
                 budget -= len(chunk.tokens)
                 chunks[group] = (sequence, chunk)
                 pool = self._pages.pool(sequence.slot)
-                pool.publish(sequence.request.id, sequence.prefix, sequence.prefilled)
+                pool.publish(sequence.request.id, sequence.prefix, sequence.prefilled, sequence.request.salt)
             if not chunks:
                 return
             yield [chunks[group] for group in sorted(chunks)]
@@ -441,6 +442,6 @@ class Scheduler:
         request = sequence.request
         if self._policy.completions_shared and sequence.prompt_done and publish:
             tokens = (*request.context, *sequence.tokens[:-1])
-            self._pages.pool(sequence.slot).publish(request.id, tokens, len(tokens))
+            self._pages.pool(sequence.slot).publish(request.id, tokens, len(tokens), request.salt)
         del self._running[request.id]
         self._pages.give_back(request.id, sequence.slot)

@@ -28,6 +28,7 @@ class Request:
       owner: of the request. Of a priority, the requests of the owner with the fewest slots go first.
       resumed: its first tokens, which an engine that is gone has generated already; fewer than `max_tokens`.
       trial: whether it may be what breaks engines. It is computed alone until TRIAL_TOKENS more have come.
+      salt: only requests of the same one share cached pages.
       score_from: the first prompt token whose probability is wanted, and that of all behind it, counted from 0, which has none.
         None if no one's is.
     """
@@ -44,6 +45,7 @@ class Request:
     owner: str = ""
     trial: bool = False
     score_from: int | None = None
+    salt: str = ""
 
     @property
     def context(self) -> tuple[int, ...]:

@@ -1,20 +1,23 @@
-"""Completions that must follow a JSON schema, a regular expression or a choice: which tokens may come next.
+"""Which tokens may come next in a completion that follows a JSON schema, a regular expression or another grammar, or must not
+hold some texts.
 
-The work is llguidance's. Of the kept libraries it alone has no dependencies, takes all three kinds and needs no index over the
+Grammars are llguidance's work. Of the kept libraries it alone has no dependencies, takes all kinds and needs no index over the
 vocabulary beforehand: xgrammar brings PyTorch, outlines-core knows regular expressions only.
 """
 
 from __future__ import annotations
 
+import bisect
 import copy
+import itertools
 import json
 import math
 import random
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, StructTag, TokenizerWrapper
 
 from workers.text.tokenizer import Tokenizer
 
@@ -24,6 +27,8 @@ MAX_SOURCE = 64 * 1024
 _LIMITS = LLParserLimits(max_items_in_row=50_000, step_max_items=200_000, verbose_errors=False)
 #: A grammar is tried by completions drawn at random: so many, of so many tokens, for so many seconds of a processor.
 _TRIALS, _TRIAL_TOKENS, _TRIAL_SECONDS = 4, 24, 0.1
+#: Begins what `barring` makes.
+_BARRING = "%barring "
 #: Whole numbers beyond these may be rounded.
 _EXACT_INTEGERS = 2**53
 #: Longest problem that is reported; llguidance repeats whole grammars.
@@ -63,11 +68,43 @@ def regex(expression: str) -> str:
     return str(LLMatcher.grammar_from_regex(expression))
 
 
+def lark(source: str) -> str:
+    """The grammar that is written down in Lark's notation."""
+    return str(LLMatcher.grammar_from_lark(source))
+
+
 def choice(texts: Sequence[str]) -> str:
     """The grammar of exactly these texts. Raises GrammarError."""
     if not texts or not all(texts):
         raise GrammarError("must have texts, none of them empty")
     return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in texts)))
+
+
+def structural_tags(tags: Sequence[dict[str, str]]) -> str:
+    """The grammar of texts of which parts fit schemas, each given by `trigger`, `begin`, `json_schema` and `end`.
+
+    Raises GrammarError.
+    """
+    made = []
+    for tag in tags:
+        if not tag["trigger"] or not tag["begin"].startswith(tag["trigger"]):
+            raise GrammarError(
+                f"has a tag whose begin {tag['begin']!r} does not begin with its trigger {tag['trigger']!r}"
+            )
+        json_schema(tag["json_schema"])
+        schema = json.loads(tag["json_schema"])
+        schema = {"x-guidance": {"whitespace_flexible": False}, **(schema if isinstance(schema, dict) else {})}
+        made.append(StructTag(trigger=tag["trigger"], begin=tag["begin"], grammar=schema, end=tag["end"]))
+    if not made:
+        raise GrammarError("must have tags")
+    return StructTag.to_grammar(made, assume_special=False)
+
+
+def barring(texts: Sequence[str], grammar: str) -> str:
+    """A grammar, or any text if it is empty, without these texts anywhere. Raises GrammarError."""
+    if not all(texts):
+        raise GrammarError("must be texts, none of them empty")
+    return f"{_BARRING}{json.dumps(list(texts))}\n{grammar}" if texts else grammar
 
 
 def _check_numbers(schema: Any) -> None:
@@ -117,11 +154,13 @@ class Grammars:
         self._vocab_size = vocab_size
         pieces = [tokenizer.spelled(id) for id in range(vocab_size)]
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Pieces(pieces, eos_token)), n_vocab=vocab_size)
+        self._spelling = Spelling(pieces)
 
     def check(self, grammar: str, allowed: Collection[int] = ()) -> None:
         """Raises GrammarError if no completion can follow `grammar` with the tokens `allowed`, or if one of some that are drawn
         at random gets into a state from which nothing follows."""
-        problem = LLMatcher.validate_grammar(grammar, self._tokenizer)
+        followed = _parts(grammar)[1]
+        problem = LLMatcher.validate_grammar(followed, self._tokenizer) if followed else ""
         if problem:
             raise GrammarError(str(problem))
         rng, began, start = random.Random(0), time.process_time(), self.matcher(grammar, allowed)
@@ -135,8 +174,18 @@ class Grammars:
 
     def matcher(self, grammar: str, allowed: Collection[int] = ()) -> Matcher:
         """Follows one completion of the tokens `allowed`; all are if there are none."""
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
-        return Matcher(matcher, self._vocab_size, self._eos, allowed)
+        texts, followed = _parts(grammar)
+        matcher = LLMatcher(self._tokenizer, followed, log_level=0, limits=_LIMITS) if followed else None
+        barred = BarredTexts([text.encode() for text in texts], self._spelling)
+        return Matcher(matcher, self._vocab_size, self._eos, allowed, barred)
+
+
+def _parts(grammar: str) -> tuple[list[str], str]:
+    """What must not be there, and the grammar that is left; see `barring`."""
+    if not grammar.startswith(_BARRING):
+        return [], grammar
+    head, _, rest = grammar.removeprefix(_BARRING).partition("\n")
+    return json.loads(head), rest
 
 
 def _one_bit(mask: int, rng: random.Random) -> int:
@@ -150,36 +199,94 @@ def _one_bit(mask: int, rng: random.Random) -> int:
 class Matcher:
     """Which tokens a completion may go on with. Once the grammar allows nothing more, that is the end token alone."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int, eos_token: int, allowed: Collection[int] = ()) -> None:
+    def __init__(
+        self, matcher: LLMatcher | None, vocab_size: int, eos_token: int, allowed: Collection[int], barred: BarredTexts
+    ) -> None:
         self._matcher = matcher
+        self._barred = barred
         self._size = -(-vocab_size // 32) * 4
         self._only_eos = (1 << eos_token).to_bytes(self._size, "little")
-        self._allowed = sum(1 << token for token in {*allowed, eos_token}) if allowed else None
+        ends = {eos_token} if matcher is not None else set()
+        self._allowed = sum(1 << token for token in {*allowed, *ends}) if allowed else (1 << vocab_size) - 1
 
     def copy(self) -> Matcher:
         """Another one in the same state."""
         twin = copy.copy(self)
-        twin._matcher = self._matcher.deep_copy()
+        twin._matcher = self._matcher and self._matcher.deep_copy()
+        twin._barred = copy.copy(self._barred)
         return twin
 
     def mask(self) -> bytes:
         """A bit for each token, in little-endian words of 32; at least one is set. Raises GrammarError where nothing may
         follow."""
-        if self._matcher.is_stopped() and not self._matcher.is_error():
-            return self._only_eos
-        mask = bytes(self._matcher.compute_bitmask())[: self._size].ljust(self._size, b"\0")
-        if self._matcher.is_error():
-            raise GrammarError(str(self._matcher.get_error()))
-        if self._allowed is not None:
-            mask = (int.from_bytes(mask, "little") & self._allowed).to_bytes(self._size, "little")
-        if any(mask):
-            return mask
-        if self._matcher.is_accepting():
-            return self._only_eos
-        raise GrammarError("none of the tokens that may be drawn can follow")
+        matcher, tokens = self._matcher, self._allowed & ~self._barred.tokens()
+        if matcher is not None:
+            if matcher.is_stopped() and not matcher.is_error():
+                return self._only_eos
+            tokens &= int.from_bytes(bytes(matcher.compute_bitmask())[: self._size], "little")
+            if matcher.is_error():
+                raise GrammarError(str(matcher.get_error()))
+            if not tokens and matcher.is_accepting():
+                return self._only_eos
+        if not tokens:
+            raise GrammarError("none of the tokens that may be drawn can follow")
+        return tokens.to_bytes(self._size, "little")
 
     def accept(self, token: int) -> None:
-        self._matcher.consume_token(token)
+        if self._matcher is not None:
+            self._matcher.consume_token(token)
+        self._barred.accept(token)
+
+
+class Spelling:
+    """Tokens by the bytes that they spell. Sets of tokens are numbers with a bit for each."""
+
+    def __init__(self, pieces: Sequence[bytes | None]) -> None:
+        self.pieces = pieces
+        self._sorted = sorted((piece, id) for id, piece in enumerate(pieces) if piece)
+
+    def beginning(self, text: bytes) -> int:
+        """The tokens that begin with a text."""
+        first = bisect.bisect_left(self._sorted, (text, 0))
+        following = itertools.islice(self._sorted, first, None)
+        return self._set(id for _, id in itertools.takewhile(lambda entry: entry[0].startswith(text), following))
+
+    def holding(self, text: bytes) -> int:
+        """The tokens that hold a text anywhere."""
+        return self._set(id for piece, id in self._sorted if text in piece)
+
+    def _set(self, ids: Iterable[int]) -> int:
+        bits = bytearray(len(self.pieces) // 8 + 1)
+        for id in ids:
+            bits[id // 8] |= 1 << id % 8
+        return int.from_bytes(bits, "little")
+
+
+class BarredTexts:
+    """Which tokens would complete one of some texts in what has been written."""
+
+    def __init__(self, texts: Sequence[bytes], spelling: Spelling) -> None:
+        self._spelling = spelling
+        #: Of each text and each part of it that may have been written: the tokens that complete it.
+        self._completing = [
+            (text[:count], spelling.beginning(text[count:]) if count else spelling.holding(text))
+            for text in texts
+            for count in range(len(text))
+        ]
+        self._kept = max(map(len, texts), default=1) - 1
+        self._written = b""
+
+    def tokens(self) -> int:
+        """Those that must not come next."""
+        barred = 0
+        for written, completing in self._completing:
+            if self._written.endswith(written):
+                barred |= completing
+        return barred
+
+    def accept(self, token: int) -> None:
+        written = self._written + (self._spelling.pieces[token] or b"")
+        self._written = written[max(len(written) - self._kept, 0) :]
 
 
 class _Pieces:

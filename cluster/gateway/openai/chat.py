@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -18,11 +18,12 @@ from cluster.gateway.openai.schema import (
     JsonSchemaFormat,
     Message,
     NamedTool,
+    StructuralTagFormat,
     TextPart,
     Tool,
 )
 from cluster.gateway.openai.sessions import Sessions
-from cluster.gateway.openai.translate import Spelling, finish_of, to_completion, usage_of
+from cluster.gateway.openai.translate import Spelling, finish_of, so_far, to_completion, usage_of
 from grok.serving.v1 import generation_pb2
 from workers.text.tokenizer import Tokenizer
 
@@ -55,7 +56,9 @@ class ChatCompletions:
         if called:
             self.completion.json_schema = json.dumps(_call_schema(self._tools))
         elif isinstance(request.response_format, JsonObjectFormat):
-            self.completion.json_schema = json.dumps({"type": "object"})
+            self.completion.json_object = True
+        elif isinstance(request.response_format, StructuralTagFormat):
+            self.completion.structural_tags.tags.extend(_tags(request.response_format))
         elif isinstance(request.response_format, JsonSchemaFormat):
             self.completion.json_schema = json.dumps(request.response_format.json_schema.json_schema)
 
@@ -96,7 +99,7 @@ class ChatCompletions:
                 usages[part.index] = part.usage
             logprobs = self._logprobs(part.tokens)
             if delta or finish or logprobs:
-                yield {**head, "choices": [_delta(part.index, delta, finish, logprobs)]}
+                yield {**head, "choices": [_delta(part.index, delta, finish, logprobs)], **so_far(part, options)}
         if options is not None and options.include_usage:
             yield {**head, "choices": [], "usage": usage_of([usages[index] for index in sorted(usages)], len(usages))}
 
@@ -122,7 +125,7 @@ def _check(request: ChatRequest, n: int, *, called: bool) -> None:
         name
         for name, is_set in (
             ("tool_choice", called),
-            ("response_format", isinstance(request.response_format, (JsonObjectFormat, JsonSchemaFormat))),
+            ("response_format", request.response_format is not None and request.response_format.type != "text"),
             ("structured_outputs", request.structured_outputs is not None),
         )
         if is_set
@@ -144,6 +147,14 @@ def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
                 call["function"]["arguments"] = json.loads(call["function"]["arguments"])
         found.append(plain)
     return found
+
+
+def _tags(wanted: StructuralTagFormat) -> Iterator[generation_pb2.StructuralTag]:
+    """Each structure with the trigger that it begins with, if there is one: else the service names what is wrong."""
+    for one in wanted.structures:
+        trigger = next((trigger for trigger in wanted.triggers if trigger and one.begin.startswith(trigger)), "")
+        schema = json.dumps(one.json_schema)
+        yield generation_pb2.StructuralTag(trigger=trigger, begin=one.begin, json_schema=schema, end=one.end)
 
 
 def _text(content: str | Sequence[TextPart] | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from cluster.gateway.errors import Violation, invalid
 from cluster.gateway.openai.schema import MAX_PROMPTS, CompletionRequest
 from cluster.gateway.openai.sessions import Sessions
-from cluster.gateway.openai.translate import Shown, Spelling, finish_of, prompts_of, to_completion, usage_of
+from cluster.gateway.openai.translate import Shown, Spelling, finish_of, prompts_of, so_far, to_completion, usage_of
 from cluster.gateway.validation import MAX_COMPLETIONS
 from grok.serving.v1 import generation_pb2
 from workers.text.tokenizer import Tokenizer
@@ -71,7 +71,7 @@ class TextCompletions:
             if part.HasField("usage"):
                 usages[index] = part.usage
             if part.text or part.finish_reason or "logprobs" in choice:
-                yield {**head, "choices": [choice]}
+                yield {**head, "choices": [choice], **so_far(part, options)}
         if options is not None and options.include_usage:
             yield {**head, "choices": [], "usage": usage_of([usages[index] for index in sorted(usages)], self._n)}
 

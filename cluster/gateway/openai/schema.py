@@ -22,9 +22,10 @@ class _Model(pydantic.BaseModel):
 
 
 class StreamOptions(_Model):
-    """What a stream carries besides: usage in a last chunk."""
+    """What a stream carries besides: usage in a last chunk, or in each."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class StructuredOutputs(_Model):
@@ -33,11 +34,13 @@ class StructuredOutputs(_Model):
     json_schema: dict[str, Any] | str | None = pydantic.Field(None, alias="json")
     regex: str | None = None
     choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: Literal[True] | None = None
 
     @pydantic.model_validator(mode="after")
     def _one(self) -> StructuredOutputs:
-        if sum(value is not None for value in (self.json_schema, self.regex, self.choice)) != 1:
-            raise ValueError("must have one of json, regex and choice")
+        if sum(value is not None for _, value in self) != 1:
+            raise ValueError("must have one of json, regex, choice, grammar and json_object")
         return self
 
 
@@ -67,6 +70,8 @@ class _Request(_Model):
     min_tokens: Int32 | None = None
     stop_token_ids: Tokens | None = None
     allowed_token_ids: Tokens | None = None
+    bad_words: list[str] | None = None
+    cache_salt: str | None = None
     priority: Int32 | None = None
     structured_outputs: StructuredOutputs | None = None
 
@@ -171,6 +176,22 @@ class JsonObjectFormat(_Model):
     type: Literal["json_object"]
 
 
+class Structure(_Model):
+    """A part of a text: it begins with `begin`, fits a schema, and ends with `end`."""
+
+    begin: str
+    json_schema: dict[str, Any] = pydantic.Field(alias="schema")
+    end: str
+
+
+class StructuralTagFormat(_Model):
+    """Any text; what comes behind one of the triggers is one of the parts that begin with it."""
+
+    type: Literal["structural_tag"]
+    structures: list[Structure]
+    triggers: list[str]
+
+
 class JsonSchemaFormat(_Model):
     """JSON that fits a schema."""
 
@@ -186,7 +207,11 @@ class ChatRequest(_Request):
     logprobs: bool | None = None
     top_logprobs: Int32 | None = None
     response_format: (
-        Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, pydantic.Field(discriminator="type")] | None
+        Annotated[
+            TextFormat | JsonObjectFormat | JsonSchemaFormat | StructuralTagFormat,
+            pydantic.Field(discriminator="type"),
+        ]
+        | None
     ) = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None

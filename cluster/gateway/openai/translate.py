@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from cluster.gateway.openai.schema import CompletionRequest, StructuredOutputs, Tokens, _Request
+from cluster.gateway.openai.schema import CompletionRequest, StreamOptions, StructuredOutputs, Tokens, _Request
 from grok.serving.v1 import generation_pb2
 from workers.text.tokenizer import Tokenizer
 
@@ -45,7 +45,11 @@ def to_completion(request: _Request, prompt: str | Tokens, max_tokens: int | Non
     completion.stop_token_ids.extend(request.stop_token_ids or ())
     completion.ignore_eos = bool(request.ignore_eos)
     completion.min_tokens = request.min_tokens or 0
+    completion.bad_words.extend(request.bad_words or ())
+    completion.cache_salt = request.cache_salt or ""
     completion.priority = request.priority or 0
+    options = request.stream_options
+    completion.usage_in_parts = options is not None and bool(options.continuous_usage_stats)
     if request.structured_outputs is not None:
         _set_format(completion, request.structured_outputs)
     return completion
@@ -57,6 +61,10 @@ def _set_format(completion: generation_pb2.Completion, wanted: StructuredOutputs
         completion.json_schema = schema if isinstance(schema, str) else json.dumps(schema)
     elif wanted.regex is not None:
         completion.regex = wanted.regex
+    elif wanted.grammar is not None:
+        completion.grammar = wanted.grammar
+    elif wanted.json_object is not None:
+        completion.json_object = True
     else:
         completion.choice.texts.extend(wanted.choice or ())
 
@@ -86,6 +94,12 @@ def usage_of(usages: Sequence[generation_pb2.Usage], n: int) -> dict[str, Any]:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(usage.cached_prompt_tokens for usage in usages[::n])},
     }
+
+
+def so_far(part: generation_pb2.GenerateResponse, options: StreamOptions | None) -> dict[str, Any]:
+    """The usage of the completion that a part of a stream belongs to, where that is wanted."""
+    wanted = options is not None and options.continuous_usage_stats
+    return {"usage": usage_of([part.usage], 1)} if wanted else {}
 
 
 class Spelling:

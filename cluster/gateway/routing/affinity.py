@@ -22,11 +22,11 @@ BOUND = 1.25
 Cause = Literal["prefix", "load", "only"]
 
 
-def prefix_key(prompt: Sequence[int]) -> bytes | None:
-    """Names the prefix of a prompt; None if it is too short to matter."""
+def prefix_key(prompt: Sequence[int], salt: str = "") -> bytes | None:
+    """Names the prefix of a prompt, shared by requests of the same salt; None if it is too short to matter."""
     if len(prompt) < PREFIX_TOKENS:
         return None
-    return hashlib.blake2b(array.array("I", prompt[:PREFIX_TOKENS]).tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(array.array("I", prompt[:PREFIX_TOKENS]).tobytes() + salt.encode(), digest_size=16).digest()
 
 
 def ranked(key: bytes, replicas: Iterable[int]) -> list[int]:

@@ -231,7 +231,8 @@ class Router:
         outstanding = {link.leader.replica: link.outstanding for link in self._open()}
         if not outstanding:
             return None
-        chosen, cause = choose(prefix_key(session.request.prompt), session.owed, outstanding)
+        key = prefix_key(session.request.prompt, session.request.salt)
+        chosen, cause = choose(key, session.owed, outstanding)
         metrics.ROUTED.labels(cause).inc()
         return self._links[chosen]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import math
 import urllib.parse
 from typing import Unpack
@@ -401,6 +402,17 @@ def test_a_status_carries_its_details() -> None:
     assert (info.reason, info.domain) == ("OVERLOADED", "grokmesh")
     assert packed[1].Unpack(retry)
     assert retry.retry_delay.ToMilliseconds() == 2500
+
+
+def test_keys_find_nothing_of_each_others_prompts_unless_they_may() -> None:
+    def salt(name: str, limits: Limits, **options: Unpack[Options]) -> str:
+        completion = completion_request("x", **options)
+        return now(to_request(completion, limits, TEXTS, Caller(name), "r", whole=False)).salt
+
+    assert salt("a", LIMITS) == salt("a", LIMITS) != salt("b", LIMITS)
+    assert salt("a", LIMITS, cache_salt="s") != salt("a", LIMITS)
+    shared = dataclasses.replace(LIMITS, share_prefixes=True)
+    assert salt("a", shared) == salt("b", shared) != salt("b", shared, cache_salt="s")
 
 
 def test_a_client_that_leaves_at_its_deadline_has_met_it() -> None:

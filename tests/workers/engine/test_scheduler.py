@@ -542,9 +542,9 @@ def test_a_flood_of_requests_that_will_share_a_prompt_is_not_looked_through_with
     looked = []
     will_be_shared = Scheduler._will_be_shared
 
-    def counted(self: Scheduler, prefix: tuple[int, ...], cached: int) -> bool:
+    def counted(self: Scheduler, prefix: tuple[int, ...], cached: int, salt: str) -> bool:
         looked.append(prefix)
-        return will_be_shared(self, prefix, cached)
+        return will_be_shared(self, prefix, cached, salt)
 
     monkeypatch.setattr(Scheduler, "_will_be_shared", counted)
     scheduler = Scheduler(dataclasses.replace(EXACT, slots=8, pages=99), VOCAB, 5000)
@@ -624,3 +624,22 @@ def test_a_mask_that_comes_while_a_plan_is_made_lets_nobody_decode_without_a_pag
             assert position < pages[slot] * SHAPE.page_size, "there is a page for what it writes"
         scheduler.complete(_answer(plan, [7] * 8))
     assert position > 20
+
+
+def test_requests_of_different_salts_share_no_pages() -> None:
+    scheduler = Scheduler(dataclasses.replace(EXACT, slots=8, pages=99), VOCAB, 10)
+
+    def computed(name: str, salt: str) -> int:
+        before = scheduler.counts.prompt_tokens_computed
+        scheduler.submit(dataclasses.replace(_request(name, 30, 2), salt=salt))
+        while (plan := scheduler.plan()) is not None:
+            scheduler.complete(_answer(plan, [7] * 16))
+        return scheduler.counts.prompt_tokens_computed - before
+
+    assert [computed("a", "x"), computed("b", "y")] == [30, 30]
+    assert computed("c", "x") < 30
+    for name, salt in (("d", "x"), ("e", "z"), ("f", "z")):  # of two that come together, the second waits for the first
+        scheduler.submit(dataclasses.replace(_request(name, 30, 2), salt=salt))
+    plan = scheduler.plan()
+    assert plan is not None
+    assert len(plan.starts) == 2

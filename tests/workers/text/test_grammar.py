@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 
 from tests.conftest import DEMO
-from workers.text.grammar import GrammarError, Grammars, Matcher, choice, json_schema, regex
+from workers.text.grammar import (
+    GrammarError,
+    Grammars,
+    Matcher,
+    barring,
+    choice,
+    json_schema,
+    lark,
+    regex,
+    structural_tags,
+)
 from workers.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(DEMO / "tokenizer.model")
@@ -19,6 +30,16 @@ def _allowed(matcher: Matcher) -> set[int]:
     mask = matcher.mask()
     assert len(mask) == TOKENIZER.vocab_size // 8
     return {id for id in range(TOKENIZER.vocab_size) if mask[id // 8] >> (id % 8) & 1}
+
+
+def _drawn(matcher: Matcher, rng: random.Random, longest: int) -> bytes:
+    """What a completion spells of tokens drawn at random among those that are allowed."""
+    text = b""
+    for _ in range(longest):
+        id = rng.choice(sorted(_allowed(matcher)))
+        matcher.accept(id)
+        text += TOKENIZER.spelled(id) or b""
+    return text
 
 
 def _texts(matcher: Matcher, longest: int) -> list[str]:
@@ -139,3 +160,58 @@ def test_problems_are_short() -> None:
         GRAMMARS.check(regex("a" * 983 + "("))
     assert len(str(raised.value)) < 300
     assert "invalid regex" in str(raised.value)
+
+
+def test_what_is_barred_never_comes_however_tokens_spell_it() -> None:
+    rng = random.Random(0)
+    barred = ["e", " t", "ab", "\N{SNOWMAN}", "aba"]
+    for _ in range(5):
+        text = _drawn(GRAMMARS.matcher(barring(barred, "")), rng, 200)
+        assert not any(word.encode() in text for word in barred)
+    written = GRAMMARS.matcher(barring(["the"], ""))
+    free = _allowed(written)
+    assert {TOKENIZER.spelled(id) for id in set(range(TOKENIZER.vocab_size)) - free} >= {b" the", b" them"}
+    assert EOS in free
+    written.accept(next(id for id in free if TOKENIZER.spelled(id) == b"t"))
+    written.accept(next(id for id in free if TOKENIZER.spelled(id) == b"h"))
+    assert b"e" in {TOKENIZER.spelled(id) for id in free - _allowed(written)}
+
+
+def test_a_grammar_goes_on_without_what_is_barred() -> None:
+    matcher = GRAMMARS.matcher(barring(["b"], regex("(a|b)c")))
+    assert {TOKENIZER.spelled(id) for id in _allowed(matcher)} <= {b"a", b"ac"}
+    with pytest.raises(GrammarError, match="can follow"):
+        GRAMMARS.check(barring(["x"], choice(["axe"])))
+    with pytest.raises(GrammarError, match="none of them empty"):
+        barring([""], "")
+
+
+def test_a_grammar_in_larks_notation_is_followed() -> None:
+    grammar = lark('start: "(" start ")" | "x"')
+    GRAMMARS.check(grammar)
+    matcher = GRAMMARS.matcher(grammar)
+    for text in (b"(", b"x", b")"):
+        matcher.accept(next(id for id in _allowed(matcher) if TOKENIZER.spelled(id) == text))
+    assert _allowed(matcher) == {EOS}
+    with pytest.raises(GrammarError):
+        GRAMMARS.check(lark("start: nowhere"))
+
+
+def test_only_what_a_tag_begins_must_fit_its_schema() -> None:
+    schema = json.dumps({"type": "object", "properties": {"n": {"const": 7}}, "required": ["n"]})
+    tag = {"trigger": "<f", "begin": "<f>", "json_schema": schema, "end": "</f>"}
+    grammar = structural_tags([tag])
+    GRAMMARS.check(grammar)
+    matcher = GRAMMARS.matcher(grammar)
+    spelled: dict[bytes | None, int] = {TOKENIZER.spelled(id): id for id in range(TOKENIZER.vocab_size)}
+    for byte in b"So <f":
+        matcher.accept(spelled[bytes([byte])])
+    for byte in b'>{"n":7}</f>':
+        assert [TOKENIZER.spelled(id) for id in _allowed(matcher) if bytes([byte]) == TOKENIZER.spelled(id)]
+        assert b"Q" not in {TOKENIZER.spelled(id) for id in _allowed(matcher)}
+        matcher.accept(spelled[bytes([byte])])
+    assert spelled[b"Q"] in _allowed(matcher)
+    with pytest.raises(GrammarError, match="does not begin with its trigger"):
+        structural_tags([{**tag, "trigger": "<g"}])
+    with pytest.raises(GrammarError, match="must have tags"):
+        structural_tags([])

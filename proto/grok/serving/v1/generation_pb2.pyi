@@ -217,6 +217,64 @@ class Choice(_message.Message):
 Global___Choice: _TypeAlias = Choice  # noqa: Y015
 
 @_typing.final
+class StructuralTag(_message.Message):
+    """A part of a text that must fit a schema."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRIGGER_FIELD_NUMBER: _builtins.int
+    BEGIN_FIELD_NUMBER: _builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    trigger: _builtins.str
+    """What must follow where the text holds it: the rest of `begin`. Not empty."""
+    begin: _builtins.str
+    """Begins the part. Begins with `trigger`."""
+    json_schema: _builtins.str
+    """The JSON schema of what comes then."""
+    end: _builtins.str
+    """Ends the part."""
+    def __init__(
+        self,
+        *,
+        trigger: _builtins.str = ...,
+        begin: _builtins.str = ...,
+        json_schema: _builtins.str = ...,
+        end: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "end", b"end", "json_schema", b"json_schema", "trigger", b"trigger"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StructuralTag: _TypeAlias = StructuralTag  # noqa: Y015
+
+@_typing.final
+class StructuralTags(_message.Message):
+    """Parts of a text that must fit schemas; what lies between them may be anything."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedCompositeFieldContainer[Global___StructuralTag]:
+        """At least one."""
+
+    def __init__(
+        self,
+        *,
+        tags: _abc.Iterable[Global___StructuralTag] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tags", b"tags"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StructuralTags: _TypeAlias = StructuralTags  # noqa: Y015
+
+@_typing.final
 class Completion(_message.Message):
     """A completion to make."""
 
@@ -232,6 +290,9 @@ class Completion(_message.Message):
     JSON_SCHEMA_FIELD_NUMBER: _builtins.int
     REGEX_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
+    JSON_OBJECT_FIELD_NUMBER: _builtins.int
+    STRUCTURAL_TAGS_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
@@ -239,6 +300,9 @@ class Completion(_message.Message):
     MIN_TOKENS_FIELD_NUMBER: _builtins.int
     INCLUDE_STOP_TEXT_FIELD_NUMBER: _builtins.int
     SCORE_FROM_FIELD_NUMBER: _builtins.int
+    BAD_WORDS_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    USAGE_IN_PARTS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """As text."""
     max_tokens: _builtins.int
@@ -251,6 +315,10 @@ class Completion(_message.Message):
     """A JSON value that fits this JSON schema."""
     regex: _builtins.str
     """A text that matches this regular expression from beginning to end (Rust's syntax, without look-around)."""
+    grammar: _builtins.str
+    """A text of this grammar, which says `start: ...` in Lark's notation as llguidance takes it: EBNF with regular expressions."""
+    json_object: _builtins.bool
+    """Any JSON object, if true."""
     n: _builtins.int
     """How many completions to make of the prompt, from 1 to 16, which is computed once. The first has the seed, the second the
     next one, and so on. 0 is 1.
@@ -267,6 +335,12 @@ class Completion(_message.Message):
     """Return the text of `stop` that has ended the completion, too."""
     score_from: _builtins.int
     """Score the prompt's tokens, too, from this one on, counted from 0. Of several completions only the first brings scores."""
+    cache_salt: _builtins.str
+    """What the prefix cache keeps of prompts is found only by requests of the same salt, of up to 256 bytes. For tenants that share
+    an API key and must not find out what others ask.
+    """
+    usage_in_parts: _builtins.bool
+    """Counts in every response of a stream, not in the last one alone."""
     @_builtins.property
     def tokens(self) -> Global___TokenIds:
         """As tokens."""
@@ -286,6 +360,10 @@ class Completion(_message.Message):
         """One of some texts."""
 
     @_builtins.property
+    def structural_tags(self) -> Global___StructuralTags:
+        """Any text, of which parts that begin so fit schemas."""
+
+    @_builtins.property
     def resume(self) -> Global___TokenIds:
         """The completion's first tokens, which a stream that broke has brought already: any gateway goes on after them. All else must
         be as it was, the seed of the responses included; `max_tokens` counts these too. Not with `n`.
@@ -296,6 +374,10 @@ class Completion(_message.Message):
         """Tokens that end the completion besides the model's end token, up to 64. The one that did is the last of its tokens; it has no
         text.
         """
+
+    @_builtins.property
+    def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Up to 16 texts of up to 256 bytes that the completion does not hold: a token that would complete one is not sampled."""
 
     def __init__(
         self,
@@ -310,6 +392,9 @@ class Completion(_message.Message):
         json_schema: _builtins.str = ...,
         regex: _builtins.str = ...,
         choice: Global___Choice | None = ...,
+        grammar: _builtins.str = ...,
+        json_object: _builtins.bool = ...,
+        structural_tags: Global___StructuralTags | None = ...,
         n: _builtins.int = ...,
         priority: _builtins.int = ...,
         resume: Global___TokenIds | None = ...,
@@ -317,16 +402,19 @@ class Completion(_message.Message):
         min_tokens: _builtins.int = ...,
         include_stop_text: _builtins.bool = ...,
         score_from: _builtins.int | None = ...,
+        bad_words: _abc.Iterable[_builtins.str] | None = ...,
+        cache_salt: _builtins.str = ...,
+        usage_in_parts: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_score_from", b"_score_from", "choice", b"choice", "format", b"format", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "prompt", b"prompt", "regex", b"regex", "resume", b"resume", "sampling", b"sampling", "score_from", b"score_from", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_score_from", b"_score_from", "choice", b"choice", "format", b"format", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "prompt", b"prompt", "regex", b"regex", "resume", b"resume", "sampling", b"sampling", "score_from", b"score_from", "structural_tags", b"structural_tags", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_score_from", b"_score_from", "choice", b"choice", "format", b"format", "ignore_eos", b"ignore_eos", "include_stop_text", b"include_stop_text", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "n", b"n", "priority", b"priority", "prompt", b"prompt", "regex", b"regex", "resume", b"resume", "sampling", b"sampling", "score_from", b"score_from", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_score_from", b"_score_from", "bad_words", b"bad_words", "cache_salt", b"cache_salt", "choice", b"choice", "format", b"format", "grammar", b"grammar", "ignore_eos", b"ignore_eos", "include_stop_text", b"include_stop_text", "json_object", b"json_object", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "n", b"n", "priority", b"priority", "prompt", b"prompt", "regex", b"regex", "resume", b"resume", "sampling", b"sampling", "score_from", b"score_from", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "structural_tags", b"structural_tags", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs", "usage_in_parts", b"usage_in_parts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
     _WhichOneofReturnType__score_from: _TypeAlias = _typing.Literal["score_from"]  # noqa: Y015
     _WhichOneofArgType__score_from: _TypeAlias = _typing.Literal["_score_from", b"_score_from"]  # noqa: Y015
-    _WhichOneofReturnType_format: _TypeAlias = _typing.Literal["json_schema", "regex", "choice"]  # noqa: Y015
+    _WhichOneofReturnType_format: _TypeAlias = _typing.Literal["json_schema", "regex", "choice", "grammar", "json_object", "structural_tags"]  # noqa: Y015
     _WhichOneofArgType_format: _TypeAlias = _typing.Literal["format", b"format"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -523,7 +611,7 @@ class GenerateResponse(_message.Message):
 
     @_builtins.property
     def usage(self) -> Global___Usage:
-        """Set in the last response."""
+        """Set in the last response, or in all; see `usage_in_parts`."""
 
     @_builtins.property
     def prompt(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoredToken]:
@@ -673,6 +761,7 @@ class Scoring(_message.Message):
     SCORE_FROM_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """As text."""
     score_from: _builtins.int
@@ -682,6 +771,8 @@ class Scoring(_message.Message):
     top_logprobs: _builtins.int
     """How many of the most likely tokens to return with each token, up to 8."""
     priority: _builtins.int
+    """See Completion."""
+    cache_salt: _builtins.str
     """See Completion."""
     @_builtins.property
     def tokens(self) -> Global___TokenIds:
@@ -700,10 +791,11 @@ class Scoring(_message.Message):
         score_from: _builtins.int | None = ...,
         top_logprobs: _builtins.int = ...,
         priority: _builtins.int = ...,
+        cache_salt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_score_from", b"_score_from", "context", b"context", "score_from", b"score_from", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_score_from", b"_score_from", "context", b"context", "continuations", b"continuations", "priority", b"priority", "score_from", b"score_from", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_score_from", b"_score_from", "cache_salt", b"cache_salt", "context", b"context", "continuations", b"continuations", "priority", b"priority", "score_from", b"score_from", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__score_from: _TypeAlias = _typing.Literal["score_from"]  # noqa: Y015
     _WhichOneofArgType__score_from: _TypeAlias = _typing.Literal["_score_from", b"_score_from"]  # noqa: Y015

@@ -74,7 +74,11 @@ def test_formats_become_schemas() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     named = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     assert json.loads(_made(response_format=named).completion.json_schema) == schema
-    assert json.loads(_made(response_format={"type": "json_object"}).completion.json_schema) == {"type": "object"}
+    assert _made(response_format={"type": "json_object"}).completion.json_object
+    part = {"begin": "<call>", "schema": schema, "end": "</call>"}
+    tags = {"type": "structural_tag", "structures": [part], "triggers": ["<call"]}
+    (tag,) = _made(response_format=tags).completion.structural_tags.tags
+    assert (tag.trigger, tag.begin, json.loads(tag.json_schema), tag.end) == ("<call", "<call>", schema, "</call>")
     assert not _made(response_format={"type": "text"}).completion.WhichOneof("format")
     assert _made(structured_outputs={"regex": "[a-c]+"}).completion.regex == "[a-c]+"
     assert list(_made(structured_outputs={"choice": ["a", "b"]}).completion.choice.texts) == ["a", "b"]

@@ -102,6 +102,13 @@ def test_streams_come_to_what_whole_answers_are(service: _Service) -> None:
     assert whole["usage"]["completion_tokens"] == 36
 
 
+def test_usage_comes_with_every_chunk_that_asks_for_it(service: _Service) -> None:
+    counted = {"continuous_usage_stats": True}
+    chunks = service.complete(max_tokens=5, ignore_eos=True, stream=True, stream_options=counted)
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks][-1] == 5
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {service.count("And it came")}
+
+
 def test_logprobs_stand_beside_their_tokens(service: _Service) -> None:
     (choice,) = service.complete(max_tokens=5, logprobs=1, ignore_eos=True)["choices"]
     found = choice["logprobs"]
@@ -167,7 +174,7 @@ def test_best_of_returns_as_many_as_are_wanted(service: _Service) -> None:
         ({"prompt": "x", "n": 2, "max_tokens": 0, "echo": True}, "n", "nothing is drawn"),
         ({"prompt": "x", "logit_bias": {"x": 1}}, "logit_bias", "'x'"),
         ({"prompt": "x", "seed": -1}, "seed", "greater than or equal to 0"),
-        ({"prompt": "x", "structured_outputs": {}}, "structured_outputs", "one of json, regex and choice"),
+        ({"prompt": "x", "structured_outputs": {}}, "structured_outputs", "one of json, regex, choice"),
         ({}, "prompt", "required"),
     ],
 )
