@@ -9,7 +9,15 @@ from typing import Any, Generic, TypeVar, Unpack
 from google.protobuf.message import Message
 
 from grok.serving.v1 import cluster_pb2, generation_pb2
-from grokmesh.completions import Completion, Options, ScoredText, completion_of, completion_request, scored
+from grokmesh.completions import (
+    Completion,
+    Options,
+    ScoredText,
+    ScoreOptions,
+    completion_of,
+    completion_request,
+    scored,
+)
 
 Result = TypeVar("Result")
 _GENERATION, _CLUSTER = "/grok.serving.v1.GenerationService/", "/grok.serving.v1.ClusterService/"
@@ -41,13 +49,10 @@ def complete(prompt: str | Sequence[int], **options: Unpack[Options]) -> Call[Co
 def score(
     context: str | Sequence[int],
     continuations: Sequence[str | Sequence[int]] = (),
-    *,
-    score_from: int | None = None,
-    top_logprobs: int = 0,
-    priority: int = 0,
+    **options: Unpack[ScoreOptions],
 ) -> Call[list[ScoredText]]:
     """The probabilities of given text."""
-    scoring = generation_pb2.Scoring(score_from=score_from, top_logprobs=top_logprobs, priority=priority)
+    scoring = generation_pb2.Scoring(**options)
     _give(scoring, context)
     for continuation in continuations:
         _give(scoring.continuations.add(), continuation)
@@ -89,6 +94,18 @@ def model() -> Call[generation_pb2.GetModelResponse]:
     """The served model."""
     request = generation_pb2.GetModelRequest()
     return Call(f"{_GENERATION}GetModel", request, generation_pb2.GetModelResponse, lambda response: response)
+
+
+def cancel(request_id: str) -> Call[None]:
+    """Ends a completion, wherever it runs."""
+    request = generation_pb2.CancelRequest(request_id=request_id)
+    return Call(f"{_GENERATION}Cancel", request, generation_pb2.CancelResponse, lambda _: None)
+
+
+def load() -> Call[generation_pb2.GetLoadResponse]:
+    """How busy the replicas are."""
+    request = generation_pb2.GetLoadRequest()
+    return Call(f"{_GENERATION}GetLoad", request, generation_pb2.GetLoadResponse, lambda response: response)
 
 
 def status() -> Call[cluster_pb2.GetStatusResponse]:

@@ -16,7 +16,7 @@ from grok.serving.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, gener
 from grokmesh import calls
 from grokmesh.calls import Call
 from grokmesh.channel import DEFAULT_ADDRESS, Tls, channel_options, key_metadata
-from grokmesh.completions import Completion, Options, ScoredText, completion_request
+from grokmesh.completions import Completion, Options, ScoredText, ScoreOptions, completion_request
 from grokmesh.resuming import ResumingStream
 
 Result = TypeVar("Result")
@@ -75,15 +75,12 @@ class Client:
         context: str | Sequence[int],
         continuations: Sequence[str | Sequence[int]] = (),
         *,
-        score_from: int | None = None,
-        top_logprobs: int = 0,
-        priority: int = 0,
         timeout: float | None = None,
+        **options: Unpack[ScoreOptions],
     ) -> list[ScoredText]:
         """How probable the model finds each token of given text: of each continuation of the context, in their order, or of the
         context if there is none."""
-        call = calls.score(context, continuations, score_from=score_from, top_logprobs=top_logprobs, priority=priority)
-        return self._answer(call, timeout)
+        return self._answer(calls.score(context, continuations, **options), timeout)
 
     def tokenize(self, text: str, *, timeout: float | None = None) -> list[int]:
         """The tokens of a text."""
@@ -100,6 +97,14 @@ class Client:
     def model(self, *, timeout: float | None = None) -> generation_pb2.GetModelResponse:
         """The served model."""
         return self._answer(calls.model(), timeout)
+
+    def cancel(self, request_id: str, *, timeout: float | None = None) -> None:
+        """Ends a completion that another call has begun, wherever it runs; that call raises ABORTED."""
+        self._answer(calls.cancel(request_id), timeout)
+
+    def load(self, *, timeout: float | None = None) -> generation_pb2.GetLoadResponse:
+        """How busy the replicas are."""
+        return self._answer(calls.load(), timeout)
 
     def status(self, *, timeout: float | None = None) -> cluster_pb2.GetStatusResponse:
         """Replicas, hosts and load."""
@@ -192,14 +197,11 @@ class AsyncClient:
         context: str | Sequence[int],
         continuations: Sequence[str | Sequence[int]] = (),
         *,
-        score_from: int | None = None,
-        top_logprobs: int = 0,
-        priority: int = 0,
         timeout: float | None = None,
+        **options: Unpack[ScoreOptions],
     ) -> list[ScoredText]:
         """As Client.score."""
-        call = calls.score(context, continuations, score_from=score_from, top_logprobs=top_logprobs, priority=priority)
-        return await self._answer(call, timeout)
+        return await self._answer(calls.score(context, continuations, **options), timeout)
 
     async def tokenize(self, text: str, *, timeout: float | None = None) -> list[int]:
         """As Client.tokenize."""
@@ -216,6 +218,14 @@ class AsyncClient:
     async def model(self, *, timeout: float | None = None) -> generation_pb2.GetModelResponse:
         """As Client.model."""
         return await self._answer(calls.model(), timeout)
+
+    async def cancel(self, request_id: str, *, timeout: float | None = None) -> None:
+        """As Client.cancel."""
+        await self._answer(calls.cancel(request_id), timeout)
+
+    async def load(self, *, timeout: float | None = None) -> generation_pb2.GetLoadResponse:
+        """As Client.load."""
+        return await self._answer(calls.load(), timeout)
 
     async def status(self, *, timeout: float | None = None) -> cluster_pb2.GetStatusResponse:
         """As Client.status."""

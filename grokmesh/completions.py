@@ -110,6 +110,15 @@ class Options(TypedDict, total=False):
     priority: int
 
 
+class ScoreOptions(TypedDict, total=False):
+    """How to score; see Options."""
+
+    score_from: int
+    top_logprobs: int
+    priority: int
+    cache_salt: str
+
+
 def completion_request(prompt: str | Sequence[int], **options: Unpack[Options]) -> generation_pb2.Completion:
     """The request for a completion of a text or of tokens."""
     sampling = set(generation_pb2.SamplingParams.DESCRIPTOR.fields_by_name)

@@ -120,6 +120,11 @@ def failed(message: str) -> GatewayError:
     return GatewayError(grpc.StatusCode.FAILED_PRECONDITION, "COMPLETION_FAILED", message)
 
 
+def cancelled() -> GatewayError:
+    """ABORTED: another call has ended this one."""
+    return GatewayError(grpc.StatusCode.ABORTED, "CANCELLED", "it was cancelled by its request id")
+
+
 #: Reason of errors that a key's own limits cause.
 KEY_LIMIT = "KEY_LIMIT"
 

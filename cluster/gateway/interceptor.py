@@ -19,6 +19,7 @@ from cluster.gateway.auth.api_keys import Keys
 from cluster.gateway.call import CURRENT
 from cluster.gateway.errors import GatewayError, exhausted, malformed
 from cluster.gateway.outcome import Outcome
+from cluster.gateway.scoring import MAX_CONTINUATIONS
 from cluster.gateway.texts import INLINE_BYTES
 
 _OURS = "/grok.serving.v1."
@@ -46,7 +47,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """`completion_bytes` is the most that a request for a completion may have."""
         self._keys = keys
         self._tracer = tracer
-        self._completion_bytes = completion_bytes
+        scoring_bytes = (1 + MAX_CONTINUATIONS) * completion_bytes
+        self._most_bytes = {
+            "Generate": completion_bytes, "GenerateOnce": completion_bytes,
+            "Score": scoring_bytes, "ScoreStream": scoring_bytes,
+        }  # fmt: skip
         self._places = asyncio.Semaphore(RECEIVING)
         self._own: dict[str, asyncio.Semaphore] = collections.defaultdict(lambda: asyncio.Semaphore(RECEIVING_OF_A_KEY))
         self._open_places = asyncio.Semaphore(RECEIVING_OPEN)
@@ -78,7 +83,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         def parse(data: bytes) -> Any:
             if name in _TEXTS:
                 return data if len(data) > INLINE_BYTES else handler.request_deserializer(data)
-            most = self._completion_bytes if name.startswith("Generate") else _SMALL_BYTES
+            most = self._most_bytes.get(name, _SMALL_BYTES)
             if len(data) > most:
                 raise malformed(f"the request has {len(data)} bytes; no valid one has more than {most}")
             return handler.request_deserializer(data)

@@ -31,6 +31,8 @@ from workers.messages.plan import Token
 
 #: Continuations of a context that are scored at the same time.
 SCORED_TOGETHER = 8
+#: How calls end that nobody waits for any more.
+_GIVEN_UP = ("CANCELLED", "DEADLINE_EXCEEDED", "ABORTED")
 #: Seconds that a client may leave a part of its stream unread.
 UNREAD_SECONDS = 60.0
 
@@ -173,6 +175,25 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> generation_pb2.GetModelResponse:
         return self._model
 
+    async def Cancel(
+        self, request: generation_pb2.CancelRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> generation_pb2.CancelResponse:
+        if not request.request_id:
+            raise invalid([Violation("request_id", "is missing")])
+        self._router.abort(request.request_id)
+        return generation_pb2.CancelResponse()
+
+    async def GetLoad(
+        self, request: generation_pb2.GetLoadRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> generation_pb2.GetLoadResponse:
+        names = [field.name for field in generation_pb2.ReplicaLoad.DESCRIPTOR.fields if field.name != "replica"]
+        loads = sorted(self._router.loads.items())
+        replicas = [
+            generation_pb2.ReplicaLoad(replica=index, **{name: getattr(load, name) for name in names})
+            for index, load in loads
+        ]
+        return generation_pb2.GetLoadResponse(replicas=replicas)
+
     @contextlib.asynccontextmanager
     async def _sessions(
         self,
@@ -233,7 +254,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Counts, traces and notes for the log what became of a session that ended with `code`."""
         ended, count, prompt = time.monotonic(), len(session.tokens), session.request.prompt
         labels = ("text_completion", self._model.name)
-        cancelled = code in ("CANCELLED", "DEADLINE_EXCEEDED")
+        cancelled = code in _GIVEN_UP
         reason = _reason(session) if session.finish else "cancelled" if cancelled else "error"
         metrics.COMPLETIONS.labels(call.caller.name, reason).inc()
         metrics.TOKENS.labels(call.caller.name, "prompt").inc(len(prompt))
@@ -292,7 +313,7 @@ def _charged(session: Session, code: str, *, whole: bool, first: bool) -> int:
     if session.timing is not None:
         return session.timing.computed + session.generated
     # Of one that its caller gave up before, it is not known how far it was.
-    given_up = first and code in ("CANCELLED", "DEADLINE_EXCEEDED")
+    given_up = first and code in _GIVEN_UP
     return session.generated + (len(session.request.prompt) if given_up else 0)
 
 

@@ -431,6 +431,20 @@ def test_cancellation_frees_slot_and_pages(service: Service) -> None:
         service.wait_for(_idle, seconds=2)
 
 
+def test_a_completion_is_cancelled_by_its_name(service: Service, client: Client) -> None:
+    streams = [client.generate(PROMPT, max_tokens=400, ignore_eos=True, n=2) for _ in range(2)]
+    name = next(streams[0]).request_id.removesuffix("-1")  # of whichever of the two this is a part
+    next(streams[1])
+    (load,) = client.load().replicas
+    assert (load.running, load.pages_used > 0, load.pages_total) == (4, True, service.status().replicas[0].pages_total)
+    client.cancel(name)
+    with pytest.raises(grpc.RpcError) as raised:
+        list(streams[0])
+    assert raised.value.code() is grpc.StatusCode.ABORTED
+    assert len([part for part in streams[1] if part.finish_reason]) == 2
+    service.wait_for(_idle, seconds=5)
+
+
 def test_a_deadline_frees_slot_and_pages(service: Service, client: Client) -> None:
     with pytest.raises(grpc.RpcError) as raised:
         client.complete(PROMPT, max_tokens=400, ignore_eos=True, timeout=0.5)

@@ -20,7 +20,7 @@ from workers.host.streams import GatewayLink, Incoming, LeaderServer, LinkError
 from workers.host.watchdog import Watchdog
 from workers.messages.frames import LayerGroup, LeaderOutput, Refusal, RefusalKind, Status
 from workers.messages.plan import ALTERNATIVES, Plan, Sampling, StepTokens
-from workers.messages.request import Ahead, Failure, Refused, Request, ScoreEvent, Timing, TokenEvent
+from workers.messages.request import Ahead, Failure, Refused, Request, ScoreEvent, Timing, TokenEvent, belongs
 from workers.model.config import GrokConfig
 from workers.runtime.profiler import Profiler
 from workers.runtime.runtime import Pending, Runtime
@@ -256,6 +256,8 @@ class Leader:
                 self._submit(gateway, message.submit)
             elif message.cancel:
                 self._cancel(message.cancel)
+            elif message.abort:
+                self._abort(message.abort)
 
     def _next(self, seconds: float) -> Incoming | Nothing | None:
         try:
@@ -329,6 +331,13 @@ class Leader:
             opening[1].close()
         self._scheduler.cancel(request_id)
         self._forget(request_id)
+
+    def _abort(self, call: str) -> None:
+        """Cancels a call's requests, and has their gateway know."""
+        for request_id, gateway in [(id, owner) for id, owner in self._owners.items() if belongs(id, call)]:
+            self._cancel(request_id)
+            refusal = Refusal(request_id, "it was cancelled", RefusalKind.FAILED, cancelled=True)
+            self._refusals.setdefault(gateway, []).append(refusal)
 
     def _forget(self, request_id: str) -> None:
         self._owners.pop(request_id, None)

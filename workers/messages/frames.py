@@ -43,10 +43,12 @@ class Done:
 
 @dataclasses.dataclass(frozen=True)
 class LeaderInput:
-    """From a gateway to the leader: a request, or the id of one that is cancelled. Without either it is only a sign of life."""
+    """From a gateway to the leader: a request; or the id of one of its own that is forgotten, or of a call, of whichever
+    gateway, whose requests are cancelled. Without any it is only a sign of life."""
 
     submit: Request | None = None
     cancel: str = ""
+    abort: str = ""
 
 
 class RefusalKind(enum.Enum):
@@ -59,11 +61,12 @@ class RefusalKind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """The leader does not take a request, or can't go on with it."""
+    """The leader does not take a request, or can't go on with it; `cancelled` if it was told to."""
 
     request_id: str
     reason: str
     kind: RefusalKind
+    cancelled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ class Request:
     """A prompt to be continued.
 
     Attributes:
-      id: unique among the engine's current requests.
+      id: unique among the engine's current requests; see `belongs`.
       prompt: token ids, at least one.
       max_tokens: most tokens to draw; prompt and these must fit the context. None only if prompt tokens are scored.
       sampling: how to draw.
@@ -51,6 +51,11 @@ class Request:
     def context(self) -> tuple[int, ...]:
         """The prompt tokens that are computed: of the last one only the probability is wanted if none is drawn behind it."""
         return self.prompt if self.max_tokens else self.prompt[:-1]
+
+
+def belongs(request_id: str, call: str) -> bool:
+    """Whether a request is a call's, or one of several: they have its name and a number behind it."""
+    return request_id == call or request_id.startswith((f"{call}-", f"{call}."))
 
 
 class Constraint(Protocol):

@@ -11,6 +11,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from google.protobuf import json_format
 from starlette.exceptions import HTTPException
 
 from cluster.gateway.call import CURRENT
@@ -19,7 +20,13 @@ from cluster.gateway.openai.chat import ChatCompletions
 from cluster.gateway.openai.chat_template import ChatTemplate
 from cluster.gateway.openai.completions import TextCompletions
 from cluster.gateway.openai.errors import body_of, field_name, no_model, response_of
-from cluster.gateway.openai.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from cluster.gateway.openai.schema import (
+    CancelRequest,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from cluster.gateway.openai.sessions import Deadline, Sessions
 from cluster.gateway.service import GenerationService
 from cluster.gateway.texts import INLINE_BYTES
@@ -122,11 +129,27 @@ def make_app(served: Served) -> FastAPI:
         found = await _texts("Detokenize", asked, generation_pb2.DetokenizeResponse)
         return {"prompt": found.text}
 
+    async def _asked(method: str, message: Any) -> Any:
+        return await getattr(served.service, method)(message, Deadline(None))
+
     async def _texts(method: str, asked: Any, kind: Any) -> Any:
         """An answer of the service about texts: large requests travel as bytes, and so do their answers."""
-        message = asked.SerializeToString() if asked.ByteSize() > INLINE_BYTES else asked
-        found = await getattr(served.service, method)(message, Deadline(None))
+        found = await _asked(method, asked.SerializeToString() if asked.ByteSize() > INLINE_BYTES else asked)
         return kind.FromString(found) if isinstance(found, bytes) else found
+
+    @app.post("/cancel")
+    async def cancel(body: CancelRequest) -> dict[str, Any]:
+        """Ends a completion, wherever it runs: its own call ends with an error."""
+        await _asked("Cancel", generation_pb2.CancelRequest(request_id=body.request_id))
+        return {}
+
+    @app.get("/load")
+    async def load() -> dict[str, Any]:
+        """How busy the replicas are."""
+        found = await _asked("GetLoad", generation_pb2.GetLoadRequest())
+        return json_format.MessageToDict(
+            found, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        )
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:

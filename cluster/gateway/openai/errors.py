@@ -23,6 +23,7 @@ _STATUS: Mapping[grpc.StatusCode, tuple[int, str]] = {
     _CODES.RESOURCE_EXHAUSTED: (429, "rate_limit_error"),
     _CODES.UNAVAILABLE: (503, "server_error"),
     _CODES.DEADLINE_EXCEEDED: (504, "server_error"),
+    _CODES.ABORTED: (409, "invalid_request_error"),
     _CODES.CANCELLED: (499, "invalid_request_error"),
     _CODES.INTERNAL: (500, "server_error"),
 }

@@ -221,6 +221,12 @@ class ChatRequest(_Request):
     store: bool | None = None
 
 
+class CancelRequest(_Model):
+    """Of `/cancel`: the request's name, as its answer's header `x-request-id` has it."""
+
+    request_id: str
+
+
 class TokenizeRequest(_Model):
     """Of `/tokenize`."""
 

@@ -58,6 +58,10 @@ class ReplicaLink:
         if self.sessions.pop(session.request.id, None) is not None:
             self._stream.send(LeaderInput(cancel=session.request.id))
 
+    def abort(self, call: str) -> None:
+        """Has the leader end a call's requests, of whichever gateway."""
+        self._stream.send(LeaderInput(abort=call))
+
     async def run(self, on_proven: Callable[[], None]) -> None:
         """Delivers what the leader sends; see `LeaderStream.run`."""
         await self._stream.run(self._deliver, on_proven)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from cluster.controller.view import ServiceView
 from cluster.gateway.admission.forecast import Capacity, Forecast
-from cluster.gateway.errors import Violation, breaking, exhausted, failed, invalid, unavailable
+from cluster.gateway.errors import Violation, breaking, cancelled, exhausted, failed, invalid, unavailable
 from cluster.gateway.routing.affinity import choose, prefix_key
 from cluster.gateway.routing.replica_link import ReplicaLink
 from cluster.gateway.session import Session
@@ -18,7 +18,7 @@ from cluster.network import REAL, Network
 from cluster.telemetry import metrics
 from grok.serving.v1 import cluster_pb2
 from workers.messages.frames import Refusal, RefusalKind
-from workers.messages.request import Ahead
+from workers.messages.request import Ahead, Load, belongs
 
 #: Seconds until a session is sent again that a replica could not take, as it had too many.
 REFUSED_SECONDS = 0.5
@@ -193,6 +193,19 @@ class Router:
             if link is not None and link.sessions.get(session.request.id) is session:
                 link.cancel(session)
 
+    def abort(self, call: str) -> None:
+        """Ends a call's sessions, on replicas those of whichever gateway."""
+        for link in self._links.values():
+            link.abort(call)
+        for session in [s for s, _ in self._waiting.values() if belongs(s.request.id, call)]:
+            self.cancel(session)
+            session.deliver(cancelled())
+
+    @property
+    def loads(self) -> dict[int, Load]:
+        """How busy the replicas are that take sessions."""
+        return {link.leader.replica: link.load for link in self._links_that_take()}
+
     def end(self, reason: str) -> None:
         """Ends all sessions; their clients may go on elsewhere."""
         for session in self._everywhere():
@@ -270,7 +283,7 @@ class Router:
             self._wait(session, REFUSED_SECONDS, self._send)
             return
         if refusal.kind is RefusalKind.FAILED:
-            session.deliver(failed(refusal.reason))
+            session.deliver(cancelled() if refusal.cancelled else failed(refusal.reason))
         elif full:
             metrics.REJECTIONS.labels("engine_full").inc()
             session.deliver(exhausted(refusal.reason, retry_seconds=1.0))

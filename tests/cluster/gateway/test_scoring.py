@@ -176,6 +176,12 @@ def test_what_can_not_be_scored_is_refused(
     assert problem in (raised.value.details() or "")
 
 
+def test_many_long_continuations_are_taken(client: Client) -> None:
+    many = [" " + "word " * 240 + str(i) for i in range(64)]
+    assert sum(map(len, many)) > 65536
+    assert len(client.score("x", many)) == 64
+
+
 def test_an_answer_that_would_be_too_large_is_to_be_streamed() -> None:
     limits = Limits(MODEL, 8192, TOKENIZER.longest_piece)
     many = [generation_pb2.Continuation(tokens=_tokens(9))] * 64

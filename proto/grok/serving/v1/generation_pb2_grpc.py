@@ -75,6 +75,16 @@ class GenerationServiceStub:
                 request_serializer=grok_dot_serving_dot_v1_dot_generation__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=grok_dot_serving_dot_v1_dot_generation__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/grok.serving.v1.GenerationService/Cancel',
+                request_serializer=grok_dot_serving_dot_v1_dot_generation__pb2.CancelRequest.SerializeToString,
+                response_deserializer=grok_dot_serving_dot_v1_dot_generation__pb2.CancelResponse.FromString,
+                _registered_method=True)
+        self.GetLoad = channel.unary_unary(
+                '/grok.serving.v1.GenerationService/GetLoad',
+                request_serializer=grok_dot_serving_dot_v1_dot_generation__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=grok_dot_serving_dot_v1_dot_generation__pb2.GetLoadResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer:
@@ -138,6 +148,20 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Cancel(self, request, context):
+        """Ends a completion, or the scoring of text, wherever it runs: its own call gets ABORTED. Of one that is not known nothing comes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLoad(self, request, context):
+        """How busy the replicas are, for routers before several services.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -180,6 +204,16 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=grok_dot_serving_dot_v1_dot_generation__pb2.GetModelRequest.FromString,
                     response_serializer=grok_dot_serving_dot_v1_dot_generation__pb2.GetModelResponse.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=grok_dot_serving_dot_v1_dot_generation__pb2.CancelRequest.FromString,
+                    response_serializer=grok_dot_serving_dot_v1_dot_generation__pb2.CancelResponse.SerializeToString,
+            ),
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=grok_dot_serving_dot_v1_dot_generation__pb2.GetLoadRequest.FromString,
+                    response_serializer=grok_dot_serving_dot_v1_dot_generation__pb2.GetLoadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -399,6 +433,60 @@ class GenerationService:
             '/grok.serving.v1.GenerationService/GetModel',
             grok_dot_serving_dot_v1_dot_generation__pb2.GetModelRequest.SerializeToString,
             grok_dot_serving_dot_v1_dot_generation__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grok.serving.v1.GenerationService/Cancel',
+            grok_dot_serving_dot_v1_dot_generation__pb2.CancelRequest.SerializeToString,
+            grok_dot_serving_dot_v1_dot_generation__pb2.CancelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grok.serving.v1.GenerationService/GetLoad',
+            grok_dot_serving_dot_v1_dot_generation__pb2.GetLoadRequest.SerializeToString,
+            grok_dot_serving_dot_v1_dot_generation__pb2.GetLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

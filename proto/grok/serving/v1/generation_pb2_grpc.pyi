@@ -55,6 +55,10 @@ class GenerationServiceStub:
     """Counts the tokens of a prompt."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetModelRequest, _generation_pb2.GetModelResponse]
     """Describes the served model."""
+    Cancel: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CancelRequest, _generation_pb2.CancelResponse]
+    """Ends a completion, or the scoring of text, wherever it runs: its own call gets ABORTED. Of one that is not known nothing comes."""
+    GetLoad: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetLoadRequest, _generation_pb2.GetLoadResponse]
+    """How busy the replicas are, for routers before several services."""
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
@@ -79,6 +83,10 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Counts the tokens of a prompt."""
     GetModel: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetModelRequest, _generation_pb2.GetModelResponse]  # type: ignore[assignment]
     """Describes the served model."""
+    Cancel: _aio.UnaryUnaryMultiCallable[_generation_pb2.CancelRequest, _generation_pb2.CancelResponse]  # type: ignore[assignment]
+    """Ends a completion, or the scoring of text, wherever it runs: its own call gets ABORTED. Of one that is not known nothing comes."""
+    GetLoad: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetLoadRequest, _generation_pb2.GetLoadResponse]  # type: ignore[assignment]
+    """How busy the replicas are, for routers before several services."""
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Completes prompts with the served model."""
@@ -148,5 +156,21 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.GetModelResponse, _abc.Awaitable[_generation_pb2.GetModelResponse]]:
         """Describes the served model."""
+
+    @_abc_1.abstractmethod
+    def Cancel(
+        self,
+        request: _generation_pb2.CancelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.CancelResponse, _abc.Awaitable[_generation_pb2.CancelResponse]]:
+        """Ends a completion, or the scoring of text, wherever it runs: its own call gets ABORTED. Of one that is not known nothing comes."""
+
+    @_abc_1.abstractmethod
+    def GetLoad(
+        self,
+        request: _generation_pb2.GetLoadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.GetLoadResponse, _abc.Awaitable[_generation_pb2.GetLoadResponse]]:
+        """How busy the replicas are, for routers before several services."""
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -224,6 +224,18 @@ def test_texts_become_tokens_and_back(service: _Service) -> None:
     assert "messages" in about["chat_template"]
 
 
+def test_a_completion_is_ended_by_its_name() -> None:
+    with _running(seconds=0.1) as service, contextlib.closing(service.connect()) as connection:
+        body = {"model": "demo", "prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+        stream = connection.getresponse()
+        stream.readline()
+        assert service.call("/load")[2]["replicas"][0]["running"] == 1
+        assert service.call("/cancel", {"request_id": stream.headers["x-request-id"]})[0] == 200
+        *_, last = stream.read().split(b"data: ")
+        assert json.loads(last)["error"]["code"] == "cancelled"
+
+
 def test_a_client_that_leaves_ends_its_completion() -> None:
     """All slots are taken by streams whose clients leave; another completion then has one at once."""
     with _running(seconds=0.1) as service:
