@@ -1,4 +1,4 @@
-"""Pictures of the dashboards for docs/: python -m tools.pictures
+"""Pictures of the dashboards and the playground for docs/: python -m tools.pictures [playground]
 
 There is no Grafana in this: a two-host service runs under load, a real Prometheus scrapes it, and this program asks it the
 queries of every panel, as the JSON of the dashboards has them, draws the answers as SVG into a page laid out like the
@@ -7,6 +7,7 @@ dashboard, and lets headless Chromium make a PNG of it.
 
 from __future__ import annotations
 
+import asyncio
 import html
 import json
 import math
@@ -17,8 +18,10 @@ import tempfile
 import time
 from typing import Any
 
-from tests.support.chromium import chromium
+from tests.support.chromium import browsing, chromium
 from tests.support.monitored import Stage, filled, monitored
+from tests.support.ports import free_port
+from tests.support.service import running
 from tools.dashboards.build import FOLDER
 
 OUTPUT = pathlib.Path(__file__).parent.parent / "docs" / "images"
@@ -30,8 +33,12 @@ Points = list[tuple[float, float]]
 
 
 def main() -> int:
-    """Draws all dashboards into docs/images."""
+    """Draws all dashboards, and the playground, into docs/images."""
     OUTPUT.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(_playground(pathlib.Path(folder)))
+    if sys.argv[1:] == ["playground"]:
+        return 0
     with tempfile.TemporaryDirectory() as folder, monitored(pathlib.Path(folder)) as stage:
         time.sleep(SECONDS + 15)
         for path in sorted(FOLDER.glob("*.json")):
@@ -44,6 +51,22 @@ def main() -> int:
             )
             print(f"{shot}: {shot.stat().st_size:,} bytes")
     return 0
+
+
+async def _playground(folder: pathlib.Path) -> None:
+    """The page of a two-host service, with a completion of which one token is looked at."""
+    address = f"127.0.0.1:{free_port('127.0.0.1')}"
+    mesh = {"hosts": 2, "devices_per_host": 2, "data": 2, "model": 2}
+    with running(folder, mesh=mesh, gateway={"http_address": address}):
+        async with browsing(folder / "chromium", f"http://{address}/", height=1150) as page:
+            await page.until("typeof model !== 'undefined' && model")
+            await page.do("at('prompt').value = 'And it came to pass'; at('seed').value = '7'; at('run').click()")
+            await page.until("!running && tokens.length > 40")
+            await page.do("show(12)")
+            await page.until("[...at('experts').querySelectorAll('td')].some(cell => /[1-9]/.test(cell.textContent))")
+            assert await page.do("at('token').querySelectorAll('tr').length") == 5
+            await page.picture(OUTPUT / "playground.png")
+            print(f"{OUTPUT / 'playground.png'}")
 
 
 def draw(stage: Stage, dashboard: dict[str, Any], page: pathlib.Path) -> tuple[int, int]:

@@ -6,11 +6,18 @@ import contextvars
 import dataclasses
 import secrets
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from opentelemetry import trace
 
 from cluster.gateway.auth.api_keys import ANONYMOUS, Caller
+
+
+class Placed(Protocol):
+    """What is on a replica, in an epoch."""
+
+    replica: int
+    epoch: int
 
 
 @dataclasses.dataclass
@@ -22,7 +29,7 @@ class Call:
       request_id: names it everywhere.
       caller: whose API key it brings.
       span: of its trace.
-      replica, epoch: that compute it, once known.
+      session: that computes it, or one of several.
       details: more for its line in the log.
       failure: what its client was told instead of an answer, or within one.
     """
@@ -31,8 +38,7 @@ class Call:
     request_id: str = dataclasses.field(default_factory=lambda: f"r-{secrets.token_hex(8)}")
     caller: Caller = ANONYMOUS
     span: trace.Span = trace.INVALID_SPAN
-    replica: int | None = None
-    epoch: int | None = None
+    session: Placed | None = None
     began: float = dataclasses.field(default_factory=time.monotonic)
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
     failure: Exception | None = None
@@ -40,7 +46,8 @@ class Call:
     def log_fields(self) -> dict[str, Any]:
         """For a log line's `extra`."""
         return {
-            "request_id": self.request_id, "key": self.caller.name, "replica": self.replica, "epoch": self.epoch,
+            "request_id": self.request_id, "key": self.caller.name,
+            "replica": self.session and self.session.replica, "epoch": self.session and self.session.epoch,
             **self.details,
         }  # fmt: skip
 

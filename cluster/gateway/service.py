@@ -27,7 +27,9 @@ from cluster.gateway.validation import Limits, to_request
 from cluster.telemetry import metrics, traces
 from cluster.together import together
 from grok.serving.v1 import generation_pb2, generation_pb2_grpc
+from workers.messages.frames import Status
 from workers.messages.plan import Token
+from workers.messages.request import Load
 
 #: Continuations of a context that are scored at the same time.
 SCORED_TOGETHER = 8
@@ -186,13 +188,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def GetLoad(
         self, request: generation_pb2.GetLoadRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> generation_pb2.GetLoadResponse:
-        names = [field.name for field in generation_pb2.ReplicaLoad.DESCRIPTOR.fields if field.name != "replica"]
-        loads = sorted(self._router.loads.items())
-        replicas = [
-            generation_pb2.ReplicaLoad(replica=index, **{name: getattr(load, name) for name in names})
-            for index, load in loads
-        ]
-        return generation_pb2.GetLoadResponse(replicas=replicas)
+        def one(index: int, load: Load, status: Status) -> generation_pb2.ReplicaLoad:
+            names = ("slots", "running", "waiting", "pages_used", "pages_total")
+            counts = zip(*(group.expert_tokens for group in status.layer_groups), strict=True)
+            numbers: dict[str, Any] = {name: getattr(load, name) for name in names}
+            return generation_pb2.ReplicaLoad(replica=index, **numbers, expert_tokens=map(sum, counts))
+
+        return generation_pb2.GetLoadResponse(replicas=[one(*load) for load in self._router.loads])
 
     @contextlib.asynccontextmanager
     async def _sessions(
@@ -238,6 +240,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """A session, sent to a replica; however the block ends, the replica forgets it and times are counted."""
         call = CURRENT.get()
         self._router.start(session)
+        call.session = session
         code = "OK"
         try:
             yield session
@@ -246,7 +249,6 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             raise
         finally:
             self._router.cancel(session)
-            call.replica, call.epoch = session.replica, session.epoch
             self._tell(call, session, code)
             self._admission.used(call.caller, _charged(session, code, whole=whole, first=first))
 

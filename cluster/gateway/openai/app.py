@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from google.protobuf import json_format
 from starlette.exceptions import HTTPException
 
@@ -20,6 +20,7 @@ from cluster.gateway.openai.chat import ChatCompletions
 from cluster.gateway.openai.chat_template import ChatTemplate
 from cluster.gateway.openai.completions import TextCompletions
 from cluster.gateway.openai.errors import body_of, field_name, no_model, response_of
+from cluster.gateway.openai.playground import Playground
 from cluster.gateway.openai.schema import (
     CancelRequest,
     ChatRequest,
@@ -87,6 +88,13 @@ def make_app(served: Served) -> FastAPI:
 
     def head(prefix: str) -> dict[str, Any]:
         return {"id": f"{prefix}-{CURRENT.get().request_id}", "created": int(time.time()), "model": served.model.name}
+
+    page = Playground.read()
+
+    @app.get("/", include_in_schema=False)
+    async def playground() -> Response:
+        """A page to try the model with."""
+        return HTMLResponse(page.text, headers={"content-security-policy": page.policy})
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

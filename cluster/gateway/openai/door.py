@@ -13,13 +13,14 @@ from opentelemetry import trace
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.gateway.auth.api_keys import Keys
+from cluster.gateway.call import Call
 from cluster.gateway.errors import GatewayError, malformed
 from cluster.gateway.interceptor import RECEIVE_SECONDS, RECEIVING, RECEIVING_OF_A_KEY
 from cluster.gateway.openai.errors import response_of
 from cluster.gateway.outcome import Outcome
 
-#: Paths that want no key: probes do not have one.
-_OPEN = ("/health",)
+#: Paths that want no key: probes do not have one, and people give theirs to the page.
+_OPEN = ("/health", "/")
 #: Names of calls in logs and metrics; all others have one, so that strangers do not make more.
 _NAMES = {
     "/v1/completions": "Completions",
@@ -28,6 +29,14 @@ _NAMES = {
     "/detokenize": "Detokenize",
 }
 _OTHER = "Http"
+
+
+def _headers(call: Call) -> list[tuple[bytes, bytes]]:
+    """What an answer says of its call: its name, and the replica and the epoch that have begun to compute it."""
+    named = {"x-request-id": call.request_id}
+    if call.session is not None:
+        named |= {"x-grokmesh-replica": str(call.session.replica), "x-grokmesh-epoch": str(call.session.epoch)}
+    return [(name.encode(), value.encode()) for name, value in named.items()]
 
 
 class Door:
@@ -55,8 +64,7 @@ class Door:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                name = (b"x-request-id", outcome.call.request_id.encode())
-                message = {**message, "headers": [*message.get("headers", ()), name]}
+                message = {**message, "headers": [*message.get("headers", ()), *_headers(outcome.call)]}
             await send(message)
 
         error: BaseException | None = None

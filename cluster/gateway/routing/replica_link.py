@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from cluster.gateway.session import Session
 from cluster.leader_stream import LeaderAddress, LeaderStream
-from workers.messages.frames import LeaderInput, LeaderOutput, Refusal
+from workers.messages.frames import LeaderInput, LeaderOutput, Refusal, Status
 from workers.messages.request import Ahead, Load
 
 
@@ -27,6 +27,11 @@ class ReplicaLink:
         return self._stream.load
 
     @property
+    def status(self) -> Status:
+        """What the leader said about a second ago."""
+        return self._stream.status
+
+    @property
     def suspect(self) -> bool:
         """Whether it is being found out if the leader is lost."""
         return self._stream.suspect
@@ -39,7 +44,7 @@ class ReplicaLink:
     @property
     def others(self) -> tuple[Ahead, ...]:
         """Requests of other gateways on the replica, a second ago at the most."""
-        return self._stream.status.others
+        return self.status.others
 
     @property
     def outstanding(self) -> int:

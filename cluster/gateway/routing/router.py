@@ -17,7 +17,7 @@ from cluster.leader_stream import LeaderAddress, LeaderStream
 from cluster.network import REAL, Network
 from cluster.telemetry import metrics
 from grok.serving.v1 import cluster_pb2
-from workers.messages.frames import Refusal, RefusalKind
+from workers.messages.frames import Refusal, RefusalKind, Status
 from workers.messages.request import Ahead, Load, belongs
 
 #: Seconds until a session is sent again that a replica could not take, as it had too many.
@@ -202,9 +202,10 @@ class Router:
             session.deliver(cancelled())
 
     @property
-    def loads(self) -> dict[int, Load]:
-        """How busy the replicas are that take sessions."""
-        return {link.leader.replica: link.load for link in self._links_that_take()}
+    def loads(self) -> list[tuple[int, Load, Status]]:
+        """How busy the replicas are that take sessions, by their numbers."""
+        links = sorted(self._links_that_take(), key=lambda link: link.leader.replica)
+        return [(link.leader.replica, link.load, link.status) for link in links]
 
     def end(self, reason: str) -> None:
         """Ends all sessions; their clients may go on elsewhere."""

@@ -1160,6 +1160,7 @@ class ReplicaLoad(_message.Message):
     WAITING_FIELD_NUMBER: _builtins.int
     PAGES_USED_FIELD_NUMBER: _builtins.int
     PAGES_TOTAL_FIELD_NUMBER: _builtins.int
+    EXPERT_TOKENS_FIELD_NUMBER: _builtins.int
     replica: _builtins.int
     """Its number."""
     slots: _builtins.int
@@ -1172,6 +1173,10 @@ class ReplicaLoad(_message.Message):
     """Pages of the KV cache that belong to running requests."""
     pages_total: _builtins.int
     """All pages."""
+    @_builtins.property
+    def expert_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens that each expert has computed since the mesh began, in all layers together."""
+
     def __init__(
         self,
         *,
@@ -1181,10 +1186,11 @@ class ReplicaLoad(_message.Message):
         waiting: _builtins.int = ...,
         pages_used: _builtins.int = ...,
         pages_total: _builtins.int = ...,
+        expert_tokens: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pages_total", b"pages_total", "pages_used", b"pages_used", "replica", b"replica", "running", b"running", "slots", b"slots", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_tokens", b"expert_tokens", "pages_total", b"pages_total", "pages_used", b"pages_used", "replica", b"replica", "running", b"running", "slots", b"slots", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
