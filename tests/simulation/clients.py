@@ -16,8 +16,9 @@ from tests.simulation.service import GoneError, SimGateway
 from tests.simulation.workers import CONTEXT
 from tests.simulation.world import World
 
-#: Virtual seconds within which gateways know of each other's requests, while there is a controller.
-KNOWN_SECONDS = 1.0
+#: Virtual seconds within which gateways know of each other's requests, while there is a controller, and between looks at what
+#: they have: a request may be over, and the next one there, between two of them, while a gateway reports.
+KNOWN_SECONDS, LOOK_SECONDS = 1.0, 0.002
 #: Virtual seconds after which many clients come together; others come when they like.
 TOGETHER = (3.0, 12.0)
 
@@ -176,7 +177,7 @@ class Clients:
 
         async def count() -> None:
             """What others have had for a while, a gateway knows when it admits one more."""
-            history: collections.deque[dict[str, int]] = collections.deque(maxlen=round(KNOWN_SECONDS / 0.05))
+            history: collections.deque[dict[str, int]] = collections.deque(maxlen=round(KNOWN_SECONDS / LOOK_SECONDS))
             while True:
                 own = {g.name: g.admission._by_key[caller.name] for g in self._gateways}
                 for name, held in own.items():
@@ -187,7 +188,7 @@ class Clients:
                     if held + known > most:
                         world.defects.append(f"a key that may have {most} requests has {held}, and {known} elsewhere")
                 history.append(own)
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(LOOK_SECONDS)
 
         counting = asyncio.ensure_future(count()) if counts else None
         await asyncio.gather(*(one() for _ in range(rng.randint(5, 40))))
