@@ -98,6 +98,7 @@ alarms: install ## SECONDS=3600 of load beside busy loops, with workers stopped 
 fuzz: install build/fuzz/.installed ## millions of mutated messages, checkpoints, configurations and streams
 	PYTHONPATH=build/fuzz:. $(BIN)/python -m tests.fuzz.run gateway -runs=2000000
 	PYTHONPATH=build/fuzz:. $(BIN)/python -m tests.fuzz.run streams -runs=1000000
+	PYTHONPATH=build/fuzz:. $(BIN)/python -m tests.fuzz.run http -runs=1000000
 	PYTHONPATH=build/fuzz:. $(BIN)/python -m tests.fuzz.run checkpoint -runs=200000
 	PYTHONPATH=build/fuzz:. $(BIN)/python -m tests.fuzz.run config -runs=20000
 

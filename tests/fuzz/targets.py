@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import pathlib
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from cluster.gateway.validation import Limits, to_request
 from grok.serving.v1 import cluster_pb2, generation_pb2
 from grokmesh import completion_request
 from tests.conftest import DEMO, GOLDEN
+from tests.fuzz.http_requests import Connections, requests
 from tests.support.constraints import LocalConstraint
 from tests.support.fake_service import MODEL, TOKENIZER, InlineTexts, now
 from workers.checkpoint.errors import CheckpointError
@@ -42,6 +44,7 @@ _FOLDER = pathlib.Path(tempfile.mkdtemp(prefix="fuzz"))
 _LIMITS = Limits(MODEL, 512, TOKENIZER.longest_piece)
 _TEXTS = InlineTexts()
 _GRAMMARS = Grammars(TOKENIZER, MODEL.vocab_size, MODEL.eos_token)
+_CONNECTIONS = Connections()
 _SHAPE = EngineShape(slots=2, groups=1, pages=64, page_size=16, chunk=64, context=512, batch_invariant=True)
 _REQUESTS: tuple[type[Message], ...] = (
     generation_pb2.GenerateRequest, generation_pb2.GenerateOnceRequest, generation_pb2.TokenizeRequest,
@@ -146,6 +149,14 @@ class _Received:
         return self._data.read(count)
 
 
+def http(data: bytes) -> None:
+    """What a connection of the HTTP interface carries. A body that has changed is as long as its head says."""
+    head, end, body = data.partition(b"\r\n\r\n")
+    head = re.sub(rb"content-length: \d+", b"content-length: %d" % len(body), head, count=1)
+    written = _CONNECTIONS.answers(head + end + body)
+    assert not re.search(rb"^HTTP/1.1 5(?!03)", written, re.MULTILINE), written
+
+
 def _hear(frame: bytes) -> None:
     for kind in (Hello, Done, LeaderInput, LeaderOutput, PlanFrame):
         try:
@@ -184,6 +195,8 @@ def seeds(target: str) -> Iterator[bytes]:
     elif target == "checkpoint":
         files = sorted((GOLDEN / "nano-s1" / "ckpt-0").iterdir(), key=lambda path: path.stat().st_size)
         yield from (path.read_bytes() for path in (files[0], files[1], *files[6:9]))
+    elif target == "http":
+        yield from requests()
     elif target == "config":
         for path in ("ray_config.yaml", "deploy/ray_config.yaml", "models/demo/config.json"):
             yield (DEMO.parent.parent / path).read_bytes()
@@ -205,4 +218,5 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "checkpoint": checkpoint,
     "config": config,
     "streams": streams,
+    "http": http,
 }
