@@ -47,6 +47,8 @@ PROVE_SECONDS = 60.0
 REASON_SECONDS = 0.5
 #: A replica that drains is empty when it has had no request for so long: gateways may not know at once that it drains.
 EMPTY_SECONDS = 0.5
+#: Seconds in which no host of a mesh that is being formed gets on until it is found out whether they reach each other.
+QUIET_SECONDS = 10.0
 #: Seconds that a replica which has lost a host waits for another one before it goes on with fewer.
 HOSTS_SECONDS = 10.0
 #: How often it looks where workers should stand by: hosts come and go.
@@ -428,11 +430,17 @@ class Replica:
         return next((config for config in self._configs if config.mesh.hosts == hosts), self._config)
 
     async def _watch_progress(self, placement: Placement) -> None:
-        """Asks again and again what the hosts do. Raises HostError for one that does not answer, or does not get on."""
-        stalls = Stalls()
+        """Asks again and again what the hosts do. Raises HostError for one that does not answer, or does not get on, and when
+        none gets on for one that others can't reach: else they may wait for each other for long."""
+        stalls, loop = Stalls(), asyncio.get_running_loop()
+        looked = loop.time()
         while True:
             await self._poll(placement)
-            stalls.note([view.progress for view in self.hosts], asyncio.get_running_loop().time())
+            now = loop.time()
+            stalls.note([view.progress for view in self.hosts], now)
+            if len(self.hosts) > 1 and min(stalls.quiet(now), now - looked) > QUIET_SECONDS:
+                await placement.check_reachable([view.endpoint for view in self.hosts])
+                looked = loop.time()
             await asyncio.sleep(POLL_SECONDS)
 
     async def _poll(self, placement: Placement) -> None:

@@ -35,3 +35,7 @@ class Stalls:
             _, rank = min(stalled)  # the others may wait for the one that is furthest behind
             progress, began = self._since[rank]
             raise HostError(rank, TimeoutError(f"{progress.phase} for {now - began:.0f} s without progress"))
+
+    def quiet(self, now: float) -> float:
+        """Seconds in which no host has made progress."""
+        return min((now - began for _, began in self._since.values()), default=0.0)

@@ -29,12 +29,14 @@ from workers.messages.specs import LOADING, READY, Assignment, Endpoint, MeshSpe
 
 class _Host:
     """A worker on a node whose calls do what the node's kind says: `dead` ones fail, also when asked how they are; on `sick`
-    ones forming a mesh raises; on `stuck` ones it never ends; others form it, and serve for ever."""
+    ones forming a mesh raises; on `stuck` ones it never ends, nor on `cut` ones, which reach each other at first only; others
+    form it, and serve for ever."""
 
     def __init__(self, node: str) -> None:
         self._node = node
         self.endpoint = self._method(lambda: _done(Endpoint("127.0.0.1", 1, node, 1, 2, 3, "same")))
-        self.unreachable = self._method(lambda: _done([]))
+        self.unreachable = self._method(lambda: _done(self._unreachable()))
+        self._looked = False
         phase = LOADING if node.startswith("stuck") else "compiled"
         self.progress = self._method(lambda: _done(Progress(phase, 0.5)))
         self.form = self._method(self._form)
@@ -49,7 +51,11 @@ class _Host:
     def _form(self) -> asyncio.Future[Any]:
         if self._node.startswith("sick"):
             return _failed(ray.exceptions.RayTaskError("form", "the device is broken", ValueError("broken")))
-        return _never() if self._node.startswith("stuck") else _done({})
+        return _never() if self._node.startswith(("stuck", "cut")) else _done({})
+
+    def _unreachable(self) -> list[int]:
+        before, self._looked = self._looked, True
+        return [1 - int(self._node[-1])] if before and self._node.startswith("cut") else []
 
 
 def _never() -> asyncio.Future[Any]:
@@ -236,6 +242,13 @@ def test_a_host_that_raises_or_hangs_is_left_for_a_spare_one(monkeypatch: pytest
     assert sum(line.startswith(("create", "renew")) for line in log) <= TOO_MANY + 1
     if kind == "sick":
         assert log[:4] == ["create good0 sick", "renew good0 sick", "remove good0 sick", "create good0 good2"]
+
+
+def test_hosts_that_lose_each_other_while_they_form_a_mesh_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica, "QUIET_SECONDS", 0.02)
+    monkeypatch.setattr(replica, "POLL_SECONDS", 0.005)
+    log = _life(monkeypatch, ["cut0", "cut1"], "good", until="renew cut0 cut1")
+    assert log[:2] == ["create cut0 cut1", "renew cut0 cut1"]
 
 
 def test_a_failure_of_which_nobody_can_be_blamed_is_tried_on_other_hosts_in_the_end(
