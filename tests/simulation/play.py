@@ -158,7 +158,8 @@ class _Play:
         return SimGateway(self.world, self._controllers, self._config, name)
 
     async def _until_well(self, seconds: float) -> None:
-        """Returns once all replicas serve, all gateways know, and the controller knows them."""
+        """Returns once all replicas serve, all gateways know, the controller knows them, and no step hangs: it may be of a kind
+        of which it is not known how long it takes."""
         async with asyncio.timeout(seconds):
             while not self._well():
                 await asyncio.sleep(0.25)
@@ -172,6 +173,7 @@ class _Play:
                 for gateway in self._gateways
             )
             and all(view.mesh == self._config.mesh for view in self._controllers.controller._fleet.view().replicas)
+            and not any(leader.hung for leader in self._conditions.leaders if leader.runs)
         )
 
     @property

@@ -342,7 +342,7 @@ class SimLeader:
         self.leader = Leader(
             devices, self.scheduler, server, spec.epoch, lambda: 0, UNUSED, UNUSED, stalls, engine.prefill_slowdown
         )
-        self._stepped = 0.0
+        self._stepped, self.hung = 0.0, False
         conditions.leaders.append(self)
 
     @property
@@ -388,7 +388,9 @@ class SimLeader:
             raise RuntimeError("XlaRuntimeError: INTERNAL")
         hangs, conditions.hangs = conditions.hangs, False
         while hangs or not self.worker.computes():
+            self.hung = True
             await asyncio.sleep(0.05)
+        self.hung = False
         self._stepped = self.worker.world.loop.time()
 
     async def _watch(self) -> None:
