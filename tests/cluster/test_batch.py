@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import random
 import subprocess
 import sys
 import time
@@ -15,6 +17,10 @@ from cluster.batch import BatchError, open_results, read_requests
 from cluster.cli import main
 from tests.support.fake_service import serving
 from tests.support.ports import free_port
+
+
+#: Of a batch, how often it is killed, and bytes that a result has at least.
+LINES, KILLS, LINE_BYTES = int(os.environ.get("GROKMESH_BATCH_LINES", "60")), 5, 300
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +42,16 @@ def _write(folder: pathlib.Path, lines: list[str]) -> tuple[pathlib.Path, pathli
     return requests, folder / "results.jsonl"
 
 
+def _size(path: pathlib.Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def _results(path: pathlib.Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_a_batch_that_is_killed_goes_on_and_answers_every_line_once(url: str, tmp_path: pathlib.Path) -> None:
-    names = [f"line-{i}" for i in range(60)]
+    names, rng = [f"line-{i}" for i in range(LINES)], random.Random(0)
     requests, results = _write(tmp_path, [_line(name) for name in names])
     command = [
         sys.executable,
@@ -56,10 +66,10 @@ def test_a_batch_that_is_killed_goes_on_and_answers_every_line_once(url: str, tm
         "4",
     ]
     kills = 0
-    while kills < 3:
+    while kills < KILLS:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        before = results.stat().st_size if results.exists() else 0
-        while process.poll() is None and (not results.exists() or results.stat().st_size == before):
+        enough = _size(results) + rng.randrange(1, LINES * LINE_BYTES // (KILLS + 1))
+        while process.poll() is None and _size(results) < enough:
             time.sleep(0.01)
         assert process.poll() is None, "it has ended before it could be killed"
         process.kill()
