@@ -18,7 +18,6 @@ from cluster.cli import main
 from tests.support.fake_service import serving
 from tests.support.ports import free_port
 
-
 #: Of a batch, how often it is killed, and bytes that a result has at least.
 LINES, KILLS, LINE_BYTES = int(os.environ.get("GROKMESH_BATCH_LINES", "60")), 5, 300
 
