@@ -60,12 +60,14 @@ build/coverage/.installed:
 test-rayup: install ## `ray up` onto three hosts in namespaces of this machine; part of make test (needs root)
 	$(BIN)/python -m pytest tests/rayup
 
-test-clients: install build/clients/.installed ## OpenAI's client, LangChain, LiteLLM and lm-eval against the demo on two hosts
+test-clients: install build/clients/.installed ## OpenAI's client, LangChain, LiteLLM, lm-eval and Node.js against the demo on two hosts
 	$(BIN)/python -m tests.clients
 
-build/clients/.installed: requirements-clients.lock
+build/clients/.installed: requirements-clients.lock tests/clients/node/package-lock.json tests/clients/node/client.mjs
 	$(PYTHON) -m venv build/clients
 	build/clients/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-clients.lock
+	cp -r tests/clients/node build/clients
+	! command -v npm || npm ci --prefix build/clients/node --ignore-scripts --no-audit --no-fund
 	@touch $@
 
 determinism: install ## two thousand random schedules, each against what its requests get alone

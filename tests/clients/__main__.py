@@ -32,7 +32,7 @@ def main() -> int:
             (model / file.name).symlink_to(file)
         (model / "chat_template.jinja").write_text(TEMPLATE)
         served = {"name": "demo", "checkpoint": str(model)}
-        with running(folder, mesh=mesh, model=served, gateway={"http_address": address}):
+        with running(folder, mesh=mesh, model=served, gateway={"http_address": address}) as service:
             command = [
                 str(PYTHON),
                 "-m",
@@ -46,7 +46,8 @@ def main() -> int:
                 *sys.argv[1:],
             ]
             tests = map(str, sorted(pathlib.Path(__file__).parent.glob("*_client.py")))
-            environment = {**os.environ, "GROKMESH_HTTP": f"http://{address}", "OPENAI_API_KEY": "none"}
+            environment = {**os.environ, "GROKMESH_HTTP": f"http://{address}", "GROKMESH_GRPC": service.address}
+            environment["OPENAI_API_KEY"] = "none"
             return subprocess.run([*command, *tests], env=environment, check=False).returncode
 
 

@@ -102,3 +102,32 @@ def test_extra_fields_go_in_the_body():
     asked = {"model": "demo", "prompt": PROMPT, "max_tokens": 8}
     answer = CLIENT.completions.create(**asked, extra_body={"structured_outputs": {"choice": ["yes", "no"]}})
     assert answer.choices[0].text in ("yes", "no")
+
+
+def test_responses_stream_to_what_whole_ones_are():
+    asked = {"model": "demo", "input": "Who goes there?", "max_output_tokens": 16, "extra_body": {"seed": 3}}
+    whole = CLIENT.responses.create(**asked)
+    chat = CLIENT.chat.completions.create(model="demo", messages=CHAT, max_completion_tokens=16, seed=3)
+    assert whole.output_text == chat.choices[0].message.content
+    assert (whole.status, whole.usage.output_tokens) == ("incomplete", 16)
+    with CLIENT.responses.stream(**asked) as stream:
+        streamed = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        assert streamed == whole.output_text
+        assert stream.get_final_response().output_text == whole.output_text
+
+
+def test_a_response_may_be_an_object_or_a_call():
+    class Person(pydantic.BaseModel):
+        age: int
+
+    parsed = CLIENT.responses.parse(model="demo", input="How old?", text_format=Person, extra_body={"seed": 1})
+    assert isinstance(parsed.output_parsed, Person)
+    tool = {"type": "function", "name": "weather", "parameters": Person.model_json_schema(), "strict": True}
+    asked = {"model": "demo", "input": "Is it warm?", "tools": [tool], "tool_choice": "required"}
+    (called,) = CLIENT.responses.create(**asked).output
+    assert called.name == "weather"
+    assert isinstance(json.loads(called.arguments)["age"], int)
+    said = [{"role": "user", "content": "Is it warm?"}, called.model_dump(exclude_none=True)]
+    said.append({"type": "function_call_output", "call_id": called.call_id, "output": "20"})
+    told = CLIENT.responses.create(model="demo", input=said, max_output_tokens=4)
+    assert told.output[0].content[0].text == told.output_text

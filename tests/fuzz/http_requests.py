@@ -149,6 +149,8 @@ def requests() -> Iterator[bytes]:
             "/v1/chat/completions",
             chat | {"response_format": {"type": "structural_tag", "structures": [tag], "triggers": ["<"]}},
         ),
+        ("/v1/responses", {"model": "demo", "input": "Who?", "text": {"format": {"type": "json_object"}}}),
+        ("/v1/responses", {"model": "demo", "input": [{"role": "user", "content": "Who?"}], "stream": True}),
         ("/tokenize", {"prompt": "In the beginning"}),
         ("/detokenize", {"tokens": [5, 6]}),
         ("/cancel", {"request_id": "r-1"}),

@@ -19,6 +19,6 @@ def call(address: str, path: str, body: object = None, **headers: str) -> tuple[
     if found.get("content-type", "").startswith("text/event-stream"):
         *events, end = content.decode().removesuffix("\n\n").split("\n\n")
         if end == "data: [DONE]":
-            return answer.status, found, [json.loads(event.removeprefix("data: ")) for event in events]
+            return answer.status, found, [json.loads(event.partition("data: ")[2]) for event in events]
         return answer.status, found, json.loads(end.removeprefix("data: "))
     return answer.status, found, json.loads(content) if content else None

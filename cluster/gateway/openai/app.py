@@ -21,11 +21,13 @@ from cluster.gateway.openai.chat_template import ChatTemplate
 from cluster.gateway.openai.completions import TextCompletions
 from cluster.gateway.openai.errors import body_of, field_name, no_model, response_of
 from cluster.gateway.openai.playground import Playground
+from cluster.gateway.openai.responses import Responses
 from cluster.gateway.openai.schema import (
     CancelRequest,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    ResponsesRequest,
     TokenizeRequest,
 )
 from cluster.gateway.openai.sessions import Deadline, Sessions
@@ -77,7 +79,9 @@ def make_app(served: Served) -> FastAPI:
         if asked not in (None, served.model.name):
             raise no_model(asked or "", served.model.name)
 
-    async def answer(made: TextCompletions | ChatCompletions, request: Request, *, stream: bool | None) -> Response:
+    async def answer(
+        made: TextCompletions | ChatCompletions | Responses, request: Request, *, stream: bool | None
+    ) -> Response:
         sessions = Sessions(served.service, Deadline(_seconds(request)))
         if not stream:
             return JSONResponse(await made.whole(sessions))
@@ -118,6 +122,13 @@ def make_app(served: Served) -> FastAPI:
         """Answers in a chat, if the model has a chat template."""
         check_model(body.model)
         made = ChatCompletions(body, served.template, served.tokenizer, head("chatcmpl"))
+        return await answer(made, request, stream=body.stream)
+
+    @app.post("/v1/responses")
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        """Answers in a chat, in the form of OpenAI's newer interface."""
+        check_model(body.model)
+        made = Responses(body, served.template, served.tokenizer, head("resp"))
         return await answer(made, request, stream=body.stream)
 
     @app.post("/tokenize")
@@ -213,7 +224,9 @@ async def _events(first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]]) 
 
 
 def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+    """An event, with its type for `EventSource` where it has one."""
+    named = b"event: %s\n" % body["type"].encode() if "type" in body else b""
+    return named + b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
 def _seconds(request: Request) -> float | None:

@@ -25,6 +25,7 @@ _OPEN = ("/health", "/")
 _NAMES = {
     "/v1/completions": "Completions",
     "/v1/chat/completions": "ChatCompletions",
+    "/v1/responses": "ChatCompletions",
     "/tokenize": "Tokenize",
     "/detokenize": "Detokenize",
 }

@@ -221,6 +221,99 @@ class ChatRequest(_Request):
     store: bool | None = None
 
 
+class InputText(_Model):
+    """A part of what was said."""
+
+    type: Literal["input_text", "output_text"]
+    text: str
+    # Of an earlier answer, which comes back as it was.
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+
+
+class InputMessage(_Model):
+    """What was said."""
+
+    type: Literal["message"] | None = None
+    role: str
+    content: str | list[InputText]
+    id: str | None = None
+    status: str | None = None
+
+
+class InputCall(_Model):
+    """A call that the model has asked for; `arguments` is JSON."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    id: str | None = None
+    status: str | None = None
+
+
+class InputCallOutput(_Model):
+    """What came of a call."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str
+    id: str | None = None
+    status: str | None = None
+
+
+class ResponseJsonSchema(_Model):
+    """JSON that fits a schema."""
+
+    type: Literal["json_schema"]
+    name: str
+    description: str | None = None
+    json_schema: dict[str, Any] = pydantic.Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseText(_Model):
+    """What the text must be."""
+
+    format: (
+        Annotated[TextFormat | JsonObjectFormat | ResponseJsonSchema, pydantic.Field(discriminator="type")] | None
+    ) = None
+
+
+class ResponseTool(Function):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+
+
+class ResponseNamedTool(NamedFunction):
+    """The one function that is to be called."""
+
+    type: Literal["function"]
+
+
+class ResponsesRequest(_Model):
+    """Of `/v1/responses`."""
+
+    model: str
+    input: str | Annotated[list[InputMessage | InputCall | InputCallOutput], pydantic.Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: Int32 | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: Seed | None = None
+    stream: bool | None = None
+    text: ResponseText | None = None
+    tools: list[ResponseTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponseNamedTool | None = None
+    truncation: Literal["disabled"] | None = None
+    # What OpenAI keeps and reports; nothing comes of them.
+    parallel_tool_calls: bool | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    user: str | None = None
+
+
 class CancelRequest(_Model):
     """Of `/cancel`: the request's name, as its answer's header `x-request-id` has it."""
 
