@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import pathlib
 import sys
 import time
@@ -35,24 +36,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--regex", help="expression that the completion must match")
     form.add_argument("--grammar", type=pathlib.Path, help="file with the grammar that the completion must follow")
     form.add_argument("--json-object", action="store_true", default=None, help="the completion must be a JSON object")
+    form.add_argument(
+        "--structural-tags",
+        type=pathlib.Path,
+        help="file with a list of tags, whose parts of the text must fit schemas",
+    )
     form.add_argument("--choice", action="append", help="text that the completion may be; to be repeated")
     parser.add_argument("--bad-words", action="append", metavar="TEXT", help="that must not come; may be repeated")
+    parser.add_argument("--include-stop-text", action="store_true", default=None, help="show it, too")
+    parser.add_argument("--stop-token-ids", type=int, nargs="+", metavar="ID", help="tokens that end the completion")
+    parser.add_argument("--min-tokens", type=int, help="tokens that there must be before its end (default: 0)")
+    parser.add_argument("--ignore-eos", action="store_true", default=None, help="go on past the model's end token")
+    parser.add_argument("--priority", type=int, help="from -10 to 10; higher ones go first (default: 0)")
+    parser.add_argument("--cache-salt", help="share cached prompts with requests of the same one only")
     parser.add_argument("--timeout", type=float, help="seconds that an attempt of the request may take")
 
 
 def run(arguments: argparse.Namespace) -> int:
     names = (
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "seed",
-        "stop",
-        "regex",
-        "choice",
-        "json_object",
-        "bad_words",
-    )
+        "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "regex", "choice", "json_object", "bad_words",
+        "include_stop_text", "stop_token_ids", "min_tokens", "ignore_eos", "priority", "cache_salt",
+    )  # fmt: skip
     options: Options = {name: value for name in names if (value := getattr(arguments, name)) is not None}  # type: ignore[assignment]
     if arguments.json_schema:
         options["json_schema"] = _text(arguments.json_schema)
@@ -61,8 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.prompt and not arguments.interactive:
         raise access.UsageError("generate wants a prompt, or -i")
     try:
+        if arguments.structural_tags:
+            options["structural_tags"] = _tags(arguments.structural_tags)
         completion_request(arguments.prompt, **options)
-    except ValueError as error:  # a number that its field can't hold
+    except (ValueError, TypeError) as error:  # a number that its field can't hold, or what is no list of tags
         raise access.UsageError(str(error)) from error
     with access.client(arguments) as client:
         if arguments.interactive:
@@ -78,6 +84,14 @@ def _text(file: pathlib.Path) -> str:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise access.UsageError(f"{file}: {error}; it must be UTF-8") from error
+
+
+def _tags(file: pathlib.Path) -> list[dict[str, str]]:
+    try:
+        tags: list[dict[str, str]] = json.loads(_text(file))
+    except json.JSONDecodeError as error:
+        raise access.UsageError(f"{file}: {error}; it must be a JSON list of tags") from error
+    return tags
 
 
 def _shown(client: Client, prompt: str, timeout: float | None, options: Options) -> Iterator[str]:
