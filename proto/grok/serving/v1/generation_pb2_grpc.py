@@ -149,7 +149,8 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Ends a completion, or the scoring of text, wherever it runs: its own call gets ABORTED. Of one that is not known nothing comes.
+        """Ends a completion, or the scoring of text, wherever it runs: its own call gets ABORTED. Whoever knows the name of a request
+        may end it. Of one that is not known nothing comes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -56,7 +56,9 @@ class GenerationServiceStub:
     GetModel: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetModelRequest, _generation_pb2.GetModelResponse]
     """Describes the served model."""
     Cancel: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CancelRequest, _generation_pb2.CancelResponse]
-    """Ends a completion, or the scoring of text, wherever it runs: its own call gets ABORTED. Of one that is not known nothing comes."""
+    """Ends a completion, or the scoring of text, wherever it runs: its own call gets ABORTED. Whoever knows the name of a request
+    may end it. Of one that is not known nothing comes.
+    """
     GetLoad: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetLoadRequest, _generation_pb2.GetLoadResponse]
     """How busy the replicas are, for routers before several services."""
 
@@ -84,7 +86,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     GetModel: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetModelRequest, _generation_pb2.GetModelResponse]  # type: ignore[assignment]
     """Describes the served model."""
     Cancel: _aio.UnaryUnaryMultiCallable[_generation_pb2.CancelRequest, _generation_pb2.CancelResponse]  # type: ignore[assignment]
-    """Ends a completion, or the scoring of text, wherever it runs: its own call gets ABORTED. Of one that is not known nothing comes."""
+    """Ends a completion, or the scoring of text, wherever it runs: its own call gets ABORTED. Whoever knows the name of a request
+    may end it. Of one that is not known nothing comes.
+    """
     GetLoad: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetLoadRequest, _generation_pb2.GetLoadResponse]  # type: ignore[assignment]
     """How busy the replicas are, for routers before several services."""
 
@@ -163,7 +167,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.CancelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.CancelResponse, _abc.Awaitable[_generation_pb2.CancelResponse]]:
-        """Ends a completion, or the scoring of text, wherever it runs: its own call gets ABORTED. Of one that is not known nothing comes."""
+        """Ends a completion, or the scoring of text, wherever it runs: its own call gets ABORTED. Whoever knows the name of a request
+        may end it. Of one that is not known nothing comes.
+        """
 
     @_abc_1.abstractmethod
     def GetLoad(
