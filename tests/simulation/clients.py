@@ -29,7 +29,7 @@ class Report:
 
     Attributes:
       whole: streams that were as they should be.
-      left: streams that their clients have left.
+      left: streams that their clients have left, or cancelled by their names.
       resumed: how often one went on at another gateway.
       longest: virtual seconds that one took.
       errors: that reached a client.
@@ -67,6 +67,7 @@ class Clients:
         leaves = rng.randint(1, 40) if rng.random() < 0.15 else None
         slow = rng.uniform(0, 1.5) if rng.random() < 0.15 else 0.0
         breaks = rng.randint(1, 30) if rng.random() < 0.2 else None
+        cancels = rng.randint(1, 40) if rng.random() < 0.1 else None
         sampling = generation_pb2.SamplingParams(seed=seed, temperature=1.0)
         asked = generation_pb2.Completion(max_tokens=most, sampling=sampling)
         asked.tokens.ids.extend(prompt)
@@ -76,7 +77,7 @@ class Clients:
         seen = list[tuple[int, float]]()
         caller = Caller(rng.choice(("alice", "bob", "carol")))
         got: list[int] = []
-        finish, began = 0, world.loop.time()
+        finish, began, cancelled = 0, world.loop.time(), ""
         while not finish:
             running = [gateway for gateway in self._gateways if not gateway.process.dead.is_set()]
             if not running:
@@ -93,12 +94,19 @@ class Clients:
                         self.report.left += 1
                         self._on_left(part.request_id)
                         return
+                    if cancels is not None and len(got) >= cancels:
+                        cancels, cancelled = None, part.request_id
+                        rng.choice(running).cancel(cancelled)
                     if breaks is not None and len(got) >= breaks and not finish:
                         breaks = None
                         break
                     if slow:
                         await asyncio.sleep(slow)
             except GatewayError as error:
+                if error.reason == "CANCELLED" and cancelled:
+                    self.report.left += 1
+                    self._on_left(cancelled)
+                    return
                 waited = world.loop.time() - began
                 self.report.errors.append(f"{name} after {waited:.1f} s: {error.code.name}: {error}")
                 return

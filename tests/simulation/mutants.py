@@ -42,6 +42,12 @@ MUTANTS = (
         "None",
     ),
     Mutant(
+        "the gateway of a request that is cancelled by its name is not told",
+        "workers/host/leader.py",
+        "            self._refusals.setdefault(gateway, []).append(refusal)\n\n    def _forget",
+        "\n    def _forget",
+    ),
+    Mutant(
         "a key's requests in other gateways do not count",
         "cluster/gateway/admission/admission.py",
         "everywhere = own + self._elsewhere.get(caller.name, 0)",

@@ -117,6 +117,10 @@ class SimGateway:
     def begin(self, request: generation_pb2.GenerateRequest, caller: Caller) -> SimCall:
         return SimCall(self, self._service, request, caller)
 
+    def cancel(self, request_id: str) -> None:
+        """Ends a request, whichever gateway's it is."""
+        self.router.abort(request_id)
+
     def _follow(self, view: ServiceView, report: GatewayReport) -> None:
         self.router.follow(view)
         self.admission.learn(report.keys, view.keys)
