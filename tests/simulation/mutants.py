@@ -152,8 +152,8 @@ MUTANTS = (
     Mutant(
         "a page is published before it is full",
         "workers/engine/scheduler.py",
-        "pool.publish(sequence.request.id, sequence.prefix, sequence.prefilled)",
-        "pool.publish(sequence.request.id, sequence.prefix, len(sequence.prefix))",
+        "pool.publish(sequence.request.id, sequence.prefix, sequence.prefilled, ",
+        "pool.publish(sequence.request.id, sequence.prefix, len(sequence.prefix), ",
     ),
     Mutant(
         "a preempted sequence forgets a token",
