@@ -59,7 +59,7 @@ class Clients:
 
     async def one(self, name: str, seed: int) -> None:
         """A client that a seed describes."""
-        world, rng = self._world, random.Random(seed)
+        world, rng, whims = self._world, random.Random(seed), random.Random(seed + 1)
         await asyncio.sleep(rng.choice((*TOGETHER, rng.uniform(0, 25))))
         prompt = self._prompt(rng)
         most, seed = rng.randint(1, min(90, CONTEXT - len(prompt))), rng.getrandbits(31)
@@ -67,7 +67,7 @@ class Clients:
         leaves = rng.randint(1, 40) if rng.random() < 0.15 else None
         slow = rng.uniform(0, 1.5) if rng.random() < 0.15 else 0.0
         breaks = rng.randint(1, 30) if rng.random() < 0.2 else None
-        cancels = rng.randint(1, 40) if rng.random() < 0.1 else None
+        cancels = whims.randint(1, 40) if whims.random() < 0.05 else None
         sampling = generation_pb2.SamplingParams(seed=seed, temperature=1.0)
         asked = generation_pb2.Completion(max_tokens=most, sampling=sampling)
         asked.tokens.ids.extend(prompt)
@@ -96,7 +96,7 @@ class Clients:
                         return
                     if cancels is not None and len(got) >= cancels:
                         cancels, cancelled = None, part.request_id
-                        rng.choice(running).cancel(cancelled)
+                        whims.choice(running).cancel(cancelled)
                     if breaks is not None and len(got) >= breaks and not finish:
                         breaks = None
                         break

@@ -193,9 +193,9 @@ MUTANTS = (
     ),
     Mutant(
         "hosts that can't reach each other are not looked for",
-        "cluster/controller/replica.py",
-        "            await placement.check_reachable(endpoints)",
-        "            pass",
+        "cluster/controller/placement.py",
+        "        if cuts:\n",
+        "        if not pairs and cuts:\n",
     ),
     Mutant(
         "no mesh is adopted",
