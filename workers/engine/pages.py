@@ -111,8 +111,7 @@ class PagePool:
     def publish(self, owner: str, tokens: Tokens, count: int, salt: str = "") -> None:
         """Lets others of the same salt share the pages of `owner` that are full of the first `count` of `tokens`, its whole
         sequence."""
-        published = self._published.get(owner)
-        first, before = published or (0, salt)
+        first, before = self._published.get(owner) or (0, salt)
         for i in range(first, count // self._size):
             page, key = self._owned[owner][i], (before, tokens[i * self._size : (i + 1) * self._size])
             if page in self._unsound:

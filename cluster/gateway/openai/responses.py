@@ -15,7 +15,6 @@ from cluster.gateway.openai.schema import (
     InputCallOutput,
     InputMessage,
     JsonObjectFormat,
-    JsonSchema,
     JsonSchemaFormat,
     Message,
     NamedFunction,
@@ -183,7 +182,7 @@ def _chat(request: ResponsesRequest) -> ChatRequest:
 def _format(request: ResponsesRequest) -> TextFormat | JsonObjectFormat | JsonSchemaFormat | None:
     wanted = None if request.text is None else request.text.format
     if isinstance(wanted, ResponseJsonSchema):
-        return JsonSchemaFormat(type="json_schema", json_schema=JsonSchema(name=wanted.name, schema=wanted.json_schema))
+        return JsonSchemaFormat(type="json_schema", json_schema=wanted)
     return wanted
 
 

@@ -231,45 +231,42 @@ class InputText(_Model):
     logprobs: list[Any] | None = None
 
 
-class InputMessage(_Model):
+class _Item(_Model):
+    """A part of a chat. An answer's parts have a name and a state, and come back as they were."""
+
+    id: str | None = None
+    status: str | None = None
+
+
+class InputMessage(_Item):
     """What was said."""
 
     type: Literal["message"] | None = None
     role: str
     content: str | list[InputText]
-    id: str | None = None
-    status: str | None = None
 
 
-class InputCall(_Model):
+class InputCall(_Item):
     """A call that the model has asked for; `arguments` is JSON."""
 
     type: Literal["function_call"]
     call_id: str
     name: str
     arguments: str
-    id: str | None = None
-    status: str | None = None
 
 
-class InputCallOutput(_Model):
+class InputCallOutput(_Item):
     """What came of a call."""
 
     type: Literal["function_call_output"]
     call_id: str
     output: str
-    id: str | None = None
-    status: str | None = None
 
 
-class ResponseJsonSchema(_Model):
+class ResponseJsonSchema(JsonSchema):
     """JSON that fits a schema."""
 
     type: Literal["json_schema"]
-    name: str
-    description: str | None = None
-    json_schema: dict[str, Any] = pydantic.Field(alias="schema")
-    strict: bool | None = None
 
 
 class ResponseText(_Model):
