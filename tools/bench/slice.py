@@ -24,6 +24,7 @@ from tools.aot.release import release_headers
 from tools.bench.limits import best_of
 from tools.bench.steps import Steps, prompt_flops, step_bytes
 from workers.checkpoint.loader import Params, parameter_shapes
+from workers.host.kernel_selection import hold_to_promise
 from workers.kernels.cpu.kernels import native_kernels
 from workers.kernels.gpu.kernels import GPU
 from workers.kernels.interface import ACCELERATOR, Kernels
@@ -31,6 +32,7 @@ from workers.kernels.tpu.kernels import TPU
 from workers.messages.plan import EngineShape
 from workers.model.config import GrokConfig
 from workers.model.partition import Partition
+from workers.runtime.kv_cache import page_shapes
 from workers.runtime.mesh import AXES, TYPES
 from workers.runtime.program_set import ProgramSet
 from workers.runtime.runtime import Runtime
@@ -96,6 +98,8 @@ def make_steps(config: GrokConfig, kernels: Kernels, *, slots: int, past: int, p
     mesh = Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1), AXES, axis_types=TYPES)
     partition = Partition.create(config, mesh, "batch", kernels)
     shapes = parameter_shapes(release_headers(config), partition, dtype=dtype)
+    partition = hold_to_promise(partition, shapes, page_shapes(config, shape, partition, dtype))
+    shape = dataclasses.replace(shape, batch_invariant=partition.kernels.batch_invariant)
     runtime = Runtime(ProgramSet(config, shape, partition, shapes, dtype, dtype), partition)
     runtime.set_parameters(random_parameters(shapes))
     runtime.warm_up()

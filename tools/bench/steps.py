@@ -20,13 +20,13 @@ class Steps:
     """Gives a runtime one plan after the other."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+        self.runtime = runtime
         self._plans = 0
 
     def prefill(self, slot: int, pages: tuple[int, ...], length: int, known: int = 0, *, scored: bool = False) -> float:
         """Gives a slot `length` positions, of which pages hold the first `known`; seconds that it took. They are `scored`, or
         a token is drawn behind them."""
-        shape, vocab = self._runtime.shape, self._runtime.config.vocab_size
+        shape, vocab = self.runtime.shape, self.runtime.config.vocab_size
         known = min(known, length - 1)
         tokens = tuple(3 + (7 * i + (slot if i >= known else 0)) % (vocab - 3) for i in range(length))
         began = time.perf_counter()
@@ -38,7 +38,7 @@ class Steps:
             starts = (SlotStart(slot, pages, Sampling()),) if start == known else ()
             pending.append(self._run(Plan(0, starts, ((chunk,),), ())))
         for one in pending:
-            self._runtime.read(one)
+            self.runtime.read(one)
         return time.perf_counter() - began
 
     def decode(self, batch: int, positions: int, steps: int) -> tuple[float, int]:
@@ -47,7 +47,7 @@ class Steps:
         All sequences have the same past, on pages that they share; each has its own for what comes. Memory sees no difference,
         as the pages of one long sequence are more than caches hold.
         """
-        size = self._runtime.shape.page_size
+        size = self.runtime.shape.page_size
         past, own = positions // size, -(-(steps + size) // size)
         shared = tuple(range(1, 1 + past))
         for slot in range(batch):
@@ -60,16 +60,16 @@ class Steps:
             rows = tuple(DecodeRow(slot, positions + step) for slot in range(batch))
             dispatched.append(self._run(Plan(0, (), (), rows)))
             if step:
-                self._runtime.read(dispatched[-2])
+                self.runtime.read(dispatched[-2])
                 times.append(time.perf_counter() - began)
-        self._runtime.read(dispatched[-1])
+        self.runtime.read(dispatched[-1])
         counts = [count for pending in dispatched for count in pending.launched.result().expert_counts]
         experts = statistics.median(int((np.asarray(count) > 0).sum()) for count in counts)
         return statistics.median(times[_FIRST:]), int(experts)
 
     def _run(self, plan: Plan) -> Pending:
         self._plans += 1
-        return self._runtime.execute(dataclasses.replace(plan, number=self._plans))
+        return self.runtime.execute(dataclasses.replace(plan, number=self._plans))
 
 
 def step_bytes(config: GrokConfig, experts: int, cached: int, table_bytes: int, kv_bytes: int) -> int:

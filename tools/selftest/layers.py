@@ -14,6 +14,7 @@ import jax
 from tools.bench import limits
 from tools.bench.slice import kernels_of, layers_of, make_steps, read_bandwidth
 from tools.bench.steps import Steps, prompt_flops, step_bytes
+from tools.selftest import invariance
 from tools.selftest.findings import Finding, Outcome
 from workers.capacity.hardware import Hardware, cpu_hosts, device_of
 from workers.capacity.memory import Precision
@@ -123,6 +124,7 @@ def main() -> int:
     ).say()
     for finding in measure(steps, config, sizes, hardware, bandwidth):
         finding.say()
+    invariance.compare(steps.runtime).say()
     return 0
 
 

@@ -14,6 +14,7 @@ from workers.engine.queue import Waiting, WaitingQueue
 from workers.engine.sequence import NoNumbersError, Sequence
 from workers.messages.plan import (
     MAX_DRAFT,
+    MAX_VERIFIED,
     Chunk,
     Draft,
     EngineShape,
@@ -39,8 +40,6 @@ from workers.messages.request import (
 
 #: Waiting requests that a plan passes over, as their prompts will be shared, before it looks at no more.
 MAX_PASSED_OVER = 16
-#: Rows of a step above which guesses are not computed: the weights that they read are then read anyway, and arithmetic counts.
-MAX_DRAFT_ROWS = 8
 
 NO_NUMBERS = "the model gave no numbers"
 
@@ -170,7 +169,7 @@ class Scheduler:
         self._look_at_constraints()
         if self._in_flight and self._trial_can_begin():
             return None
-        self._few = len(self._running) <= MAX_DRAFT_ROWS // (1 + MAX_DRAFT)
+        self._few = len(self._running) <= MAX_VERIFIED
         grants = self._grow()
         starts = self._admit()
         computed = self._computed()
@@ -181,7 +180,7 @@ class Scheduler:
         ready = [s for s in computed if s.prompt_done and s.left > 0 and not self._awaited(s)]
         ready = [s for s in ready if not (s.forced and s in last)]  # a plan has one mask, or forced token, for a slot
         ready.sort(key=lambda sequence: sequence.slot)
-        drafts = list(self._draft(ready))
+        drafts = list(self._draft(ready)) if len(ready) <= MAX_VERIFIED else []
         decoding = [sequence for sequence in ready if not sequence.drafting]
         if not calls and not decoding and not drafts:
             assert not grants, "what grows decodes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import jax
@@ -9,11 +10,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from workers.checkpoint.checkpoint import Checkpoint
+from workers.checkpoint.loader import Params
 from workers.kernels.cpu.kernels import INSTRUCTION_SETS, NativeKernelsError, native_kernels, use_instruction_set
 from workers.kernels.gpu.kernels import GPU
 from workers.kernels.interface import ACCELERATOR, PORTABLE, Kernels
 from workers.kernels.tpu.kernels import TPU
 from workers.messages.specs import MeshSpec, ModelSpec
+from workers.model.partition import Partition
+from workers.runtime.kv_cache import Cache
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,6 +52,22 @@ def select_kernels(model: ModelSpec, mesh: MeshSpec, checkpoint: Checkpoint) -> 
     if model.weights == "int8-unrounded":
         raise ValueError(f"model.weights=int8-unrounded needs the native kernels: {problem}; use int8")
     return PORTABLE
+
+
+def hold_to_promise(partition: Partition, params: Params, pages: Cache) -> Partition:
+    """The partition, whose kernels promise batch invariance only if they cover a device's part of the parameters and pages."""
+
+    def part(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        assert array.sharding is not None
+        return jax.ShapeDtypeStruct(array.sharding.shard_shape(array.shape), array.dtype)
+
+    kernels = partition.kernels
+    if not kernels.batch_invariant or kernels.covers(*jax.tree.map(part, (params, pages[1]))):
+        return partition
+    _LOG.warning(
+        "sizes without whole tiles: plain XLA computes what the %s kernels leave, not batch-invariant", kernels.name
+    )
+    return dataclasses.replace(partition, kernels=dataclasses.replace(kernels, batch_invariant=False))
 
 
 def negotiate(kernels: Kernels) -> Kernels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -12,11 +13,12 @@ from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.loader import parameter_shapes
 from workers.checkpoint.storage import locate
 from workers.host.environment import share_devices
-from workers.host.kernel_selection import select_kernels
+from workers.host.kernel_selection import hold_to_promise, select_kernels
 from workers.kernels.interface import Kernels
 from workers.messages.plan import EngineShape
 from workers.messages.specs import EngineSpec, MeshSpec, ModelSpec
 from workers.model.partition import Partition
+from workers.runtime.kv_cache import page_shapes
 from workers.runtime.mesh import abstract_mesh
 from workers.runtime.program_set import ProgramSet
 
@@ -51,9 +53,12 @@ class StandbyEngine:
     def _draw(self) -> None:
         model, mesh, config, kernels = self._model, self._mesh, self.checkpoint.config, self.kernels
         partition = Partition.create(config, abstract_mesh(mesh.data, mesh.model), mesh.rules, kernels)
-        shape = engine_shape(self._engine, config.sequence_len, partition.batch_groups, kernels.batch_invariant)
         shapes = parameter_shapes(self.checkpoint, partition, weights=model.weights, dtype=self.dtype)
         kv_dtype = DTYPES[model.kv_cache or model.activations]
+        shape = engine_shape(self._engine, config.sequence_len, partition.batch_groups, kernels.batch_invariant)
+        partition = hold_to_promise(partition, shapes, page_shapes(config, shape, partition, kv_dtype))
+        self.kernels = partition.kernels
+        shape = dataclasses.replace(shape, batch_invariant=self.kernels.batch_invariant)
         self.program_set = ProgramSet(config, shape, partition, shapes, self.dtype, kv_dtype)
 
 

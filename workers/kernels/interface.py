@@ -52,6 +52,8 @@ class Kernels:
         decides rounding, not distribution.
       score: (logits [B, V], tokens [B]) -> packed scores [B, PACKED_WIDTH]: see `sampling.score`.
       batch_invariant: whether a row's bits are the same in programs of other shapes, so that prompts may be cut anywhere.
+      covers: (parameters, pages of values) -> whether they compute all of such parts of a model themselves, and leave nothing
+        to plain XLA: else they are not batch-invariant.
       accelerator: whether the devices are other processors than the host's, so that what crosses between devices costs
         otherwise.
       scatters: whether the devices write single elements of large arrays where they lie; TPUs turn the whole array round.
@@ -71,6 +73,7 @@ class Kernels:
     sample: Callable[[jax.Array, SamplingState, SamplingRows], jax.Array]
     score: Callable[[jax.Array, jax.Array], jax.Array]
     batch_invariant: bool
+    covers: Callable[[Any, Any], bool] = lambda _params, _pages: True
     accelerator: bool = False
     scatters: bool = True
     heads_first: bool = False

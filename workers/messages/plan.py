@@ -10,6 +10,8 @@ ALTERNATIVES = 8
 
 #: Tokens that a draft may guess beyond the one that is known.
 MAX_DRAFT = 3
+#: Slots of a plan with drafts. With more, the weights that guesses read are read anyway, and arithmetic counts.
+MAX_VERIFIED = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +169,8 @@ class Draft:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """One step: page grants, starts, masks and forced tokens, then prefill calls (each at most one chunk a group), then `steps`
-    tokens for each row of `decode` and what is right of each of `drafts`, whose slots are others.
+    tokens for each row of `decode` and what is right of each of `drafts`, whose slots are others. Where there are drafts, both
+    together are at most MAX_VERIFIED.
 
     Plans are carried out by all hosts in the order of their numbers.
     """

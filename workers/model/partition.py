@@ -19,6 +19,9 @@ from workers.model.config import GrokConfig
 from workers.model.layout import RULES, Layout, MeshAxes, units
 from workers.model.parameters import Axes
 
+#: Bytes that a device of an accelerator's mesh gathers for a sum; of more, each device adds up a part.
+_GATHERED = 4 << 20
+
 
 @dataclasses.dataclass(frozen=True)
 class Partition(Layout):
@@ -68,16 +71,21 @@ class Partition(Layout):
         """Within `on_parts`: the sum of all devices' `x` along mesh `axes`, on each of them.
 
         Exact kernels promise that a row's bits don't depend on its place. An all-reduce may add the devices in an order that
-        depends on the place in the buffer (gloo's ring does), so for them everything is gathered and added in rank order.
+        depends on the place in the buffer (gloo's and NCCL's rings do), so for them everything is added in rank order: of
+        few bytes everywhere; of many, each device of an accelerator's mesh adds some columns, for as many bytes as a ring.
         """
         if not axes:
             return x
         if not self.kernels.batch_invariant:
             summed: jax.Array = lax.psum(x, axes)
             return summed
-        parts = lax.all_gather(x, axes)  # [devices, ...]
-        total: jax.Array = functools.reduce(jnp.add, parts[1:], parts[0])
-        return total
+        ways, columns = self.ways(axes), x.shape[-1]
+        if self.kernels.accelerator and ways * x.size * x.dtype.itemsize > _GATHERED and columns % ways == 0:
+            split = x.reshape(*x.shape[:-1], ways, columns // ways)
+            own = _added(lax.all_to_all(split, axes, x.ndim - 1, 0))  # [..., columns / devices]
+            whole: jax.Array = lax.all_gather(own, axes, axis=x.ndim - 1, tiled=True)
+            return whole
+        return _added(lax.all_gather(x, axes))
 
     def weight_spec(self, weight: Weight, axes: Axes) -> Any:
         """The tree of specs that matches a weight."""
@@ -97,3 +105,9 @@ class Partition(Layout):
             values, scales = self.spec((None, "vocab", None)), self.spec(("vocab", None))
             return dataclasses.replace(table, values=values, scales=scales)
         return self.spec(("vocab", "table_embed"))
+
+
+def _added(parts: jax.Array) -> jax.Array:
+    """The sum of [devices, ...] in their order."""
+    total: jax.Array = functools.reduce(jnp.add, parts[1:], parts[0])
+    return total

@@ -83,15 +83,15 @@ class Programs:
         return self._next(state, output.cache, tokens, rows, samples[:, 0]), samples, self._count(output, packed, 1)
 
     def _verify(self, params: Params, state: State, packed: jax.Array) -> Step:
-        """One token for each active slot, and for a slot with a draft as many more as it guessed right.
+        """One token for each row, and for a draft as many more as it guessed right.
 
-        As `_decode`, but packed is [slots, PAGES + N + 1 + MAX_DRAFT], see `SlotTable.verify`, and the samples are
-        [slots, 1 + MAX_DRAFT, ...]: as if each guess before had been drawn.
+        As `_decode`, but packed is [R, PAGES + N + 1 + MAX_DRAFT], see `SlotTable.verify`, and the samples are
+        [R, 1 + MAX_DRAFT, ...]: as if each guess before had been drawn.
         """
         packed = self._replicate(packed)
         length = 1 + MAX_DRAFT
         given = packed[:, -length:]
-        given = given.at[:, 0].set(jnp.where(given[:, 0] < 0, state.tokens, given[:, 0]))
+        given = given.at[:, 0].set(jnp.where(given[:, 0] < 0, state.tokens[packed[:, SLOT]], given[:, 0]))
         output = self._forward(params, state.pages, given, packed, all_logits)
         where = positions(packed, length)
         flat = jnp.repeat(packed, length, axis=0)
@@ -104,7 +104,7 @@ class Programs:
         taken = jnp.sum(jnp.cumprod(right.astype(jnp.int32), axis=1), axis=1)
         last = jnp.take_along_axis(drawn, taken[:, None], axis=1)[:, 0]
         first = sampling_rows(packed, packed[:, POSITION] + 1, packed[:, DRAWS] == 1)
-        tokens = jnp.where(first.active, last, state.tokens)
+        tokens = self._set_tokens(state, first, last)
         return self._next(state, output.cache, tokens, first, drawn[:, 0]), samples, self._count(output, packed, length)
 
     def _prefill(self, params: Params, state: State, packed: jax.Array) -> Step:
@@ -155,10 +155,15 @@ class Programs:
         """What a prefill call returns, which drew from `logits` [groups, V]."""
         rows = sampling_rows(packed, packed[:, POSITION] + packed[:, LENGTH], packed[:, DRAWS] == 1)
         samples = self._replicate(_force(self._sample(logits, state.sampling, rows), packed))
-        target = jnp.where(rows.active, packed[:, SLOT], self._shape.slots)
-        tokens = state.tokens.at[target].set(samples[:, 0], mode="drop")
+        tokens = self._set_tokens(state, rows, samples[:, 0])
         count = self._count(output, packed, self._shape.chunk)
         return self._next(state, output.cache, tokens, rows, samples[:, 0]), samples, count
+
+    def _set_tokens(self, state: State, rows: SamplingRows, drawn: jax.Array) -> jax.Array:
+        """The last tokens [slots], of which active rows have `drawn` theirs [B]."""
+        target = jnp.where(rows.active, rows.slot, self._shape.slots)
+        tokens: jax.Array = state.tokens.at[target].set(drawn, mode="drop")
+        return tokens
 
     def _logits(self, params: Params, state: State, packed: jax.Array) -> tuple[State, jax.Array, jax.Array]:
         """A chunk as in `_prefill`, with the logits of all its positions.

@@ -23,7 +23,7 @@ from workers.model.partition import Partition
 from workers.runtime.compilation import compile_all
 from workers.runtime.program_set import ProgramSet
 from workers.runtime.programs import Programs, State
-from workers.runtime.slots import SlotTable
+from workers.runtime.slots import SlotTable, verified
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -35,7 +35,7 @@ class Launched:
     Attributes:
       prefills: packed samples of each prefill call.
       scores: packed scores of each prefill call that has any.
-      decodes: packed samples of each decode call, [slots, ...] or, with drafts, [slots, 1 + MAX_DRAFT, ...].
+      decodes: packed samples of each decode call, [slots, ...] or, with drafts, [R, 1 + MAX_DRAFT, ...] in `verified` places.
       expert_counts: [L, E] of each call.
     """
 
@@ -199,13 +199,14 @@ class Runtime:
         for chunks, packed in zip(scoring, launched.scores, strict=True):
             rows = _first(packed)
             scored += [_scores(c, rows[self.shape.group_of(c.slot)], top[c.slot]) for c in chunks if c.scored]
-        steps = [_first(packed) for packed in launched.decodes]  # [slots, ...] each
+        steps = [_first(packed) for packed in launched.decodes]
         if plan.drafts:
             (drawn,) = steps
+            places = iter(verified(self.shape, plan.decode, plan.drafts))
             decoded: tuple[tuple[Token, ...], ...] = tuple(
-                (_token(drawn[row.slot, 0], top[row.slot]),) for row in plan.decode
+                (_token(drawn[next(places), 0], top[row.slot]),) for row in plan.decode
             )
-            drafted = tuple(_right(draft, drawn[draft.slot], top[draft.slot]) for draft in plan.drafts)
+            drafted = tuple(_right(draft, drawn[next(places)], top[draft.slot]) for draft in plan.drafts)
         else:
             decoded = tuple(tuple(_token(rows[row.slot], top[row.slot]) for rows in steps) for row in plan.decode)
             drafted = ()

@@ -13,7 +13,17 @@ import numpy as np
 from jax import lax
 
 from workers.kernels.sampling import BIASED, MASKED, PENALIZED, SamplingRows
-from workers.messages.plan import MAX_DRAFT, Chunk, DecodeRow, Draft, EngineShape, Forced, PageGrant, SlotStart
+from workers.messages.plan import (
+    MAX_DRAFT,
+    MAX_VERIFIED,
+    Chunk,
+    DecodeRow,
+    Draft,
+    EngineShape,
+    Forced,
+    PageGrant,
+    SlotStart,
+)
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -84,17 +94,24 @@ class SlotTable:
         return packed
 
     def verify(self, rows: tuple[DecodeRow, ...], drafts: tuple[Draft, ...]) -> IntArray:
-        """The packed rows [slots, PAGES + N + 1 + MAX_DRAFT] of a call that decodes `rows` and verifies `drafts`. A token of -1
-        stands for the slot's last one, which the device knows."""
+        """The packed rows [groups * MAX_VERIFIED, PAGES + N + 1 + MAX_DRAFT] of a call that decodes `rows` and verifies
+        `drafts`, see `verified`. A token of -1 stands for the slot's last one, which the device knows."""
         width = self._rows.shape[1]
-        packed = np.zeros((self._shape.slots, width + 1 + MAX_DRAFT), np.int32)
-        packed[:, :width] = self.decode(rows)
-        packed[:, width] = -1
-        for draft in drafts:
-            row = packed[draft.slot]
+        packed = np.zeros((self._shape.groups * MAX_VERIFIED, width + 1 + MAX_DRAFT), np.int32)
+        asked = (*(Draft(slot, position, (-1,)) for slot, position in rows), *drafts)
+        for place, draft in zip(verified(self._shape, rows, drafts), asked, strict=True):
+            row = packed[place]
+            row[:width] = self._rows[draft.slot]
             row[POSITION], row[LENGTH], row[DRAWS] = draft.position, len(draft.tokens), 1
             row[width : width + len(draft.tokens)] = draft.tokens
         return packed
+
+
+def verified(shape: EngineShape, rows: tuple[DecodeRow, ...], drafts: tuple[Draft, ...]) -> list[int]:
+    """Where a verifying call has each of `rows`, then each of `drafts`: MAX_VERIFIED rows are a group's."""
+    slots = [row.slot for row in rows] + [draft.slot for draft in drafts]
+    groups = list(map(shape.group_of, slots))
+    return [group * MAX_VERIFIED + groups[:i].count(group) for i, group in enumerate(groups)]
 
 
 def positions(packed: jax.Array, length: int) -> jax.Array:

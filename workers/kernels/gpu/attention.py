@@ -52,8 +52,7 @@ def attend(
     kv_heads = key.shape[2]
     grouped = heads // kv_heads
     rotated = rotate(query, positions, rope_base)
-    tiled = all(size >= 16 and not size & (size - 1) for size in (width, kv_pages.page_size(value_pages)))
-    if not (tiled and addressable(jax.tree.leaves(key_pages)[0])):
+    if not fits_pages(value_pages):
         mixed = heads_first.attend(rotated, key_pages, value_pages, table, positions, scale=scale, cap=cap)
         return mixed, key_pages, value_pages
     rotated = rotated.astype(jnp.bfloat16)
@@ -65,6 +64,12 @@ def attend(
     mixed = _attend(form, rows, key_pages, value_pages, table, positions, interpret)  # [B, K, T * H/K, C]
     mixed = mixed.reshape(batch, kv_heads, length, grouped, width).swapaxes(1, 2)
     return mixed.reshape(query.shape), key_pages, value_pages
+
+
+def fits_pages(pages: Pages) -> bool:
+    """Whether `attend` reads pages [K, P, page, C] itself."""
+    values = jax.tree.leaves(pages)[0]
+    return all(size >= 16 and not size & (size - 1) for size in values.shape[2:]) and addressable(values)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,7 +57,7 @@ def experts(
 ) -> jax.Array:
     """As `portable.experts`."""
     stacks = [tiles.stack(weight) for weight in (gate, up, down)]
-    if reduce is not None or not all(tiles.fits(stack) for stack in stacks):
+    if reduce is not None or not all(tiles.fits(stack.values, stack.scales) for stack in stacks):
         return portable.experts(x, gates, experts, valid, gate, up, down, reduce)
     few = tiles.tile_of(x.shape[0]) is FEW
     blocks = (_blocks_of_all if few else _sorted_blocks)(gates, experts, valid, gate.shape[0])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from workers.kernels.gpu import attention, experts, matmul, rows
+from workers.kernels.gpu import attention, experts, matmul, rows, tiles
 from workers.kernels.interface import ACCELERATOR, Kernels
+from workers.kernels.kv_pages import Pages
+from workers.kernels.weights import QuantizedWeight
 
 
 def gpu_kernels(interpret: bool = False) -> Kernels:
@@ -24,7 +26,26 @@ def gpu_kernels(interpret: bool = False) -> Kernels:
     bound: dict[str, Any] = {
         name: functools.partial(operation, interpret=interpret) for name, operation in operations.items()
     }
-    return dataclasses.replace(ACCELERATOR, name="gpu", scatters=True, heads_first=True, **bound)
+    return dataclasses.replace(
+        ACCELERATOR, name="gpu", batch_invariant=True, covers=covers, scatters=True, heads_first=True, **bound
+    )
+
+
+def covers(params: Mapping[str, Mapping[str, Any]], pages: Pages) -> bool:
+    """Whether everything has whole tiles, so that nothing is left to plain XLA. Shapes are those of one device's parts."""
+
+    def fits(module: str, name: str, array: Any) -> bool:
+        if name == "embeddings":
+            return matmul.fits_table(array)
+        if module.endswith("router"):
+            return rows.fits_router(*array.shape[1:])
+        if name != "w":
+            return True
+        values, scales = (array.weight, array.scales) if isinstance(array, QuantizedWeight) else (array, None)
+        return tiles.fits(values, scales)
+
+    each = (fits(module, name, array) for module, own in params.items() for name, array in own.items())
+    return attention.fits_pages(pages) and all(each)
 
 
 GPU = gpu_kernels()

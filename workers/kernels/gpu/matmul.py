@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from workers.kernels.gpu import tiles
-from workers.kernels.gpu.tiles import Tile
+from workers.kernels.gpu.tiles import FEW, Tile
 from workers.kernels.weights import Weight
 from workers.kernels.xla import portable
 
@@ -23,15 +23,15 @@ def project(
 ) -> tuple[jax.Array, ...]:
     """As `portable.project`, all weights in one kernel."""
     stacks = tuple(tiles.stack(weight) for weight in weights)
-    if not all(tiles.fits(stack) for stack in stacks):
+    if not all(tiles.fits(stack.values, stack.scales) for stack in stacks):
         return portable.project(x, valid, weights)
     rows, depth = x.shape
     tile = tiles.tile_of(rows)
     widths = [stack.values.shape[2] for stack in stacks]
     ends = list(itertools.accumulate(width // tile.columns for width in widths))
-    parts = tiles.splits(depth, sum(widths) // tiles.FEW.columns, min(stack.group_rows for stack in stacks))
+    parts = tiles.splits(depth, sum(widths) // FEW.columns, min(stack.group_rows for stack in stacks))
     # With few rows, programs share the depth. With many, each adds up the same parts in the same order.
-    apart = tile is tiles.FEW
+    apart = tile is FEW
     lead = parts if apart else 1
     kernel = functools.partial(
         _project,
@@ -89,11 +89,16 @@ def _project(
             )
 
 
+def fits_table(table: Any) -> bool:
+    """Whether `logits` takes a table itself."""
+    fits: bool = table.shape[0] % FEW.columns == 0 and table.shape[1] % 128 == 0 and table.dtype == jnp.bfloat16
+    return fits
+
+
 def logits(hidden: jax.Array, valid: jax.Array, table: jax.Array, *, interpret: bool = False) -> jax.Array:
     """As `portable.logits`."""
-    rows, depth = hidden.shape
-    tile = tiles.FEW
-    if table.shape[0] % tile.columns or depth % 128 or table.dtype != jnp.bfloat16:
+    rows, tile = hidden.shape[0], FEW
+    if not fits_table(table):
         return portable.logits(hidden, valid, table)
     out: jax.Array = pl.pallas_call(
         functools.partial(_logits, tile=tile),

@@ -52,13 +52,18 @@ def norm(
     return out
 
 
+def fits_router(width: int, experts: int) -> bool:
+    """Whether `route` takes a matrix of this shape itself."""
+    return not experts & (experts - 1) and width % 128 == 0
+
+
 def route(
     x: jax.Array, valid: jax.Array, weight: Weight, selected: int, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `portable.route`."""
     rows, width = x.shape
     count = weight.shape[1]
-    if count & (count - 1) or width % 128:
+    if not fits_router(width, count):
         return portable.route(x, valid, weight, selected)
     step = next(size for size in (2048, 1024, 512, 256, 128) if width % size == 0)
 

@@ -102,12 +102,12 @@ def addressable(array: jax.Array) -> bool:
     return right
 
 
-def fits(found: Stack) -> bool:
-    """Whether the kernels can read a stack: bytes or bfloat16, in whole tiles."""
-    values = found.values
-    _, depth, columns = values.shape
-    kinds = (jnp.bfloat16,) if found.scales is None else (jnp.int8,)
-    whole = columns % 128 == 0 and depth % 32 == 0 and found.group_rows % 32 == 0
+def fits(values: Any, scales: Any | None) -> bool:
+    """Whether the kernels can read a stack [..., K, N], perhaps with scales [..., S, N]: bytes or bfloat16, in whole tiles."""
+    depth, columns = values.shape[-2:]
+    group_rows = depth if scales is None else depth // scales.shape[-2]
+    kinds = (jnp.bfloat16,) if scales is None else (jnp.int8,)
+    whole = columns % 128 == 0 and depth % 32 == 0 and group_rows % 32 == 0
     return values.dtype in kinds and whole and addressable(values)
 
 
