@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ CANDIDATES = 64
 
 #: What of the state a row's draw depends on: bits of `SamplingRows.flags`.
 BIASED, PENALIZED, MASKED = 1, 2, 4
+
+#: Numbers that one operation adds up.
+_ADDED = 64
 
 #: In `SamplingState.counts`: set for tokens of the prompt; the bits below count how often a token was generated.
 IN_PROMPT = 1 << 30
@@ -100,7 +104,7 @@ def sample(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.A
     Returns:
       packed samples, [B, PACKED_WIDTH] int32.
     """
-    logprobs = jax.nn.log_softmax(logits)
+    logprobs = _log_softmax(logits)
     adjusted = lax.cond(jnp.any(rows.flags != 0), lambda: _adjust(logits, state, rows), lambda: logits)
     greedy = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
 
@@ -133,9 +137,25 @@ def score(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     Returns:
       as `sample`, [B, PACKED_WIDTH] int32, with the token's place among all in its stead: 1 for the most likely one.
     """
-    logprobs = jax.nn.log_softmax(logits)
+    logprobs = _log_softmax(logits)
     own = _taken(logprobs, tokens)
     return _packed(1 + jnp.sum(logprobs > own[:, None], axis=-1, dtype=jnp.int32), own, logprobs)
+
+
+def _sum(values: jax.Array) -> jax.Array:
+    """The sums [B] of rows [B, n], added in an order that depends on n alone: that of XLA's reductions depends on B too."""
+    while (width := values.shape[-1]) > 1:
+        ways = min(width, _ADDED)
+        columns = -(-width // ways)
+        parts = jnp.pad(values, ((0, 0), (0, ways * columns - width))).reshape(-1, ways, columns)
+        values = functools.reduce(jnp.add, [parts[:, i] for i in range(ways)])
+    return values[:, 0]
+
+
+def _log_softmax(logits: jax.Array) -> jax.Array:
+    """[B, V]."""
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    return shifted - jnp.log(_sum(jnp.exp(shifted)))[:, None]
 
 
 def _taken(values: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -189,7 +209,7 @@ def _draw_among_all(weights: jax.Array, total: jax.Array, uniform: jax.Array, ro
     """Tokens [B] drawn in the order of the vocabulary from all that are kept, which are found without sorting."""
     limit = jnp.where(rows.top_k > 0, rows.top_k, weights.shape[-1])
     kept = _largest(weights, jnp.ones_like(weights), limit.astype(jnp.float32))
-    among = jnp.where(rows.top_k > 0, jnp.sum(jnp.where(kept, weights, 0.0), axis=-1), total)
+    among = jnp.where(rows.top_k > 0, _sum(jnp.where(kept, weights, 0.0)), total)
     kept = kept & _largest(weights, jnp.where(kept, weights, 0.0), rows.top_p * among)
     most = jnp.arange(weights.shape[-1]) == jnp.argmax(weights, axis=-1)[:, None]
     kept = (kept & (weights >= rows.min_p[:, None]) & (weights > 0)) | most
@@ -215,11 +235,11 @@ def _largest(weights: jax.Array, amounts: jax.Array, wanted: jax.Array) -> jax.A
 
     def refine(i: jax.Array, least: jax.Array) -> jax.Array:
         tried = least | (1 << (30 - i))
-        reached = jnp.sum(jnp.where(bits >= tried[:, None], amounts, 0), axis=-1) >= wanted
+        reached = _sum(jnp.where(bits >= tried[:, None], amounts, 0)) >= wanted
         return jnp.where(reached, tried, least)
 
     least = lax.fori_loop(0, 31, refine, jnp.zeros(weights.shape[0], jnp.int32))[:, None]
-    before = jnp.sum(jnp.where(bits > least, amounts, 0), axis=-1, keepdims=True)
+    before = _sum(jnp.where(bits > least, amounts, 0))[:, None]
     equal = jnp.where(bits == least, amounts, 0)
     taken: jax.Array = (bits > least) | (
         (bits == least) & (before + jnp.cumsum(equal, axis=-1) - equal < wanted[:, None])
@@ -234,7 +254,7 @@ def _draw_sorted(
     rank = jnp.arange(ordered.shape[-1])
     limit = jnp.where(rows.top_k > 0, rows.top_k, vocab_size)[:, None]
     among_k = jnp.where(rank < limit, ordered, 0.0)
-    among = jnp.where(limit < vocab_size, jnp.sum(among_k, axis=-1, keepdims=True), total[:, None])
+    among = jnp.where(limit < vocab_size, _sum(among_k)[:, None], total[:, None])
     before = jnp.cumsum(among_k, axis=-1) - among_k
     kept = (rank < limit) & (before < rows.top_p[:, None] * among) & (ordered >= rows.min_p[:, None]) & (ordered > 0)
     kept = kept | (rank == 0)

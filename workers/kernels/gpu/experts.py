@@ -1,4 +1,4 @@
-"""The experts' networks: gate, up and their product in one kernel, down and the gates in another, the sum in a third."""
+"""The experts' networks: gate, up and their product in one kernel, down in another, the gates and the sum in a third."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from workers.kernels.gpu import tiles
-from workers.kernels.gpu.tiles import FEW, MANY, Tile
+from workers.kernels.gpu.tiles import FEW, Tile
 from workers.kernels.weights import Weight
 from workers.kernels.xla import portable
 
-#: Within a kernel: references and a block's number -> its expert, the rows [tile.rows] of x that it takes, M for none, and
-#: their gates.
-_Read = Callable[[Any, Any], tuple[Any, jax.Array, jax.Array]]
+#: Within a kernel: references and a block's number -> its expert, and the rows [tile.rows] of x that it takes, M for none.
+_Read = Callable[[Any, Any], tuple[Any, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,53 +58,51 @@ def experts(
     stacks = [tiles.stack(weight) for weight in (gate, up, down)]
     if reduce is not None or not all(tiles.fits(stack.values, stack.scales) for stack in stacks):
         return portable.experts(x, gates, experts, valid, gate, up, down, reduce)
-    few = tiles.tile_of(x.shape[0]) is FEW
-    blocks = (_blocks_of_all if few else _sorted_blocks)(gates, experts, valid, gate.shape[0])
+    few = x.shape[0] <= FEW.rows
+    blocks = (_blocks_of_all if few else _sorted_blocks)(experts, valid, gate.shape[0])
     hidden = _widen(x, blocks, stacks[0], stacks[1], few, interpret)
-    return _sum(_narrow(hidden, blocks, stacks[2], x.shape[0], few, interpret), blocks.place, interpret)
+    return _sum(_narrow(hidden, blocks, stacks[2], x.shape[0], few, interpret), gates, blocks.place, interpret)
 
 
-def _blocks_of_all(gates: jax.Array, experts: jax.Array, valid: jax.Array, count: int) -> _Blocks:
+def _blocks_of_all(experts: jax.Array, valid: jax.Array, count: int) -> _Blocks:
     """A block for each expert, of all rows: few are so cheap that sorting them would cost more."""
     rows, selected = experts.shape
     place = jnp.where(valid[:, None], experts * rows + jnp.arange(rows)[:, None], -1)
 
-    def read(refs: Any, block: Any) -> tuple[Any, jax.Array, jax.Array]:
+    def read(refs: Any, block: Any) -> tuple[Any, jax.Array]:
         row = jnp.arange(FEW.rows, dtype=jnp.int32)
-        own, gate = jnp.full(FEW.rows, rows, jnp.int32), jnp.zeros(FEW.rows, jnp.float32)
+        own = jnp.full(FEW.rows, rows, jnp.int32)
         for i in map(jnp.int32, range(selected)):
             found = pltriton.load(refs[0].at[pl.ds(0, FEW.rows), i], mask=row < rows, other=-1)
-            ours = found == block * rows + row
-            own = jnp.where(ours, row, own)
-            gate = jnp.where(ours, pltriton.load(refs[1].at[pl.ds(0, FEW.rows), i], mask=row < rows, other=0.0), gate)
-        return block, own, gate
+            own = jnp.where(found == block * rows + row, row, own)
+        return block, own
 
-    return _Blocks(count, (place, gates), read, place, FEW, rows)
+    return _Blocks(count, (place,), read, place, FEW, rows)
 
 
-def _sorted_blocks(gates: jax.Array, experts: jax.Array, valid: jax.Array, count: int) -> _Blocks:
+def _sorted_blocks(experts: jax.Array, valid: jax.Array, count: int) -> _Blocks:
     """As many blocks for each expert as its rows fill."""
     rows, selected = experts.shape
+    tile = tiles.tile_of(rows)
     flat = jnp.where(jnp.repeat(valid, selected), experts.reshape(-1), count)  # [M * S]
     ours = flat[:, None] == jnp.arange(count)  # [M * S, E]
     before = jnp.cumsum(ours, axis=0, dtype=jnp.int32)  # [M * S, E]
-    blocks = -(-before[-1] // MANY.rows)  # [E]
+    blocks = -(-before[-1] // tile.rows)  # [E]
     last = jnp.cumsum(blocks)
-    total = -(-rows * selected // MANY.rows) + count - 1  # blocks at most: each expert may leave one partly empty
+    total = -(-rows * selected // tile.rows) + count - 1  # blocks at most: each expert may leave one partly empty
     within = jnp.sum(jnp.where(ours, before - 1, 0), axis=1)
-    place = jnp.where(flat < count, (last - blocks)[jnp.minimum(flat, count - 1)] * MANY.rows + within, -1)
-    target = jnp.where(place < 0, total * MANY.rows, place)
-    row = jnp.full(total * MANY.rows, rows, jnp.int32)
+    place = jnp.where(flat < count, (last - blocks)[jnp.minimum(flat, count - 1)] * tile.rows + within, -1)
+    target = jnp.where(place < 0, total * tile.rows, place)
+    row = jnp.full(total * tile.rows, rows, jnp.int32)
     row = row.at[target].set(jnp.arange(rows * selected, dtype=jnp.int32) // selected, mode="drop")
-    gate = jnp.zeros(total * MANY.rows).at[target].set(gates.reshape(-1), mode="drop")
     owner = jnp.searchsorted(last, jnp.arange(total), side="right", method="compare_all")
     owner = jnp.minimum(owner, count - 1).astype(jnp.int32)
 
-    def read(refs: Any, block: Any) -> tuple[Any, jax.Array, jax.Array]:
-        return refs[0][block], refs[1][block, :], refs[2][block, :]
+    def read(refs: Any, block: Any) -> tuple[Any, jax.Array]:
+        return refs[0][block], refs[1][block, :]
 
-    arrays = (owner, row.reshape(total, MANY.rows), gate.reshape(total, MANY.rows))
-    return _Blocks(total, arrays, read, place.reshape(rows, selected), MANY, MANY.rows)
+    arrays = (owner, row.reshape(total, tile.rows))
+    return _Blocks(total, arrays, read, place.reshape(rows, selected), tile, tile.rows)
 
 
 def _widen(
@@ -122,7 +119,7 @@ def _widen(
 
     def kernel(first: Any, *refs: Any) -> None:
         strip, block, part = (pl.program_id(i) for i in range(3))
-        expert, own = blocks.read(refs[:lead], block)[:2]
+        expert, own = blocks.read(refs[:lead], block)
         x, *weights = refs[lead : lead + 1 + len(gate.arrays) + len(up.arrays)]
         columns, target = pl.ds(strip * tile.columns, tile.columns), pl.ds(block * tile.rows, tile.rows)
 
@@ -201,7 +198,7 @@ def _step(width: int) -> int:
 def _narrow(
     hidden: jax.Array, blocks: _Blocks, down: tiles.Stack, rows: int, apart: bool, interpret: bool
 ) -> jax.Array:
-    """gate * down(hidden): [parts, B * kept, D] float32; one part, of which all others were added, unless `apart`."""
+    """down(hidden): [parts, B * kept, D] float32; one part, of which all others were added, unless `apart`."""
     tile = blocks.tile
     depth, width, lead = hidden.shape[1], down.values.shape[2], len(blocks.arrays)
     parts = _parts(down, blocks)
@@ -209,7 +206,7 @@ def _narrow(
 
     def kernel(first: Any, *refs: Any) -> None:
         strip, block, part = (pl.program_id(i) for i in range(3))
-        expert, own, gate = blocks.read(refs[:lead], block)
+        expert, own = blocks.read(refs[:lead], block)
         hidden, *weights = refs[lead:-1]
         columns, used = pl.ds(strip * tile.columns, tile.columns), own < rows
 
@@ -220,7 +217,7 @@ def _narrow(
 
             def product(part: Any) -> tuple[jax.Array, ...]:
                 start, matrix = part * (depth // parts), first[0] + expert
-                (found,) = tiles.products(
+                return tiles.products(
                     hidden,
                     source,
                     (tuple(weights),),
@@ -231,7 +228,6 @@ def _narrow(
                     start,
                     depth // parts,
                 )
-                return (found * gate[:, None],)
 
             (total,) = product(part) if apart else tiles.added(product, parts)
             target = pl.ds(block * blocks.kept, tile.rows)
@@ -248,18 +244,21 @@ def _narrow(
     return out
 
 
-def _sum(results: jax.Array, place: jax.Array, interpret: bool) -> jax.Array:
-    """[M, D] float32: a row's results, each the sum of all parts."""
+def _sum(results: jax.Array, gates: jax.Array, place: jax.Array, interpret: bool) -> jax.Array:
+    """[M, D] float32: a row's results, each the sum of all parts, times their gates.
+
+    Products are selected before they are added: else the compiler may round both at once, in one kernel and not in another.
+    """
     (rows, selected), (parts, _, width) = place.shape, results.shape
     step = _step(width)
 
-    def kernel(place: Any, results: Any, out: Any) -> None:
+    def kernel(place: Any, gates: Any, results: Any, out: Any) -> None:
         row, columns = pl.program_id(0), pl.ds(pl.program_id(1) * step, step)
 
         def result(i: int) -> jax.Array:
             at = place[row, i]
             found = functools.reduce(jnp.add, [results[part, jnp.maximum(at, 0), columns] for part in range(parts)])
-            return jnp.where(at >= 0, found, 0.0)
+            return jnp.where(at >= 0, found * gates[row, i], 0.0)
 
         out[row, columns] = functools.reduce(jnp.add, [result(i) for i in range(selected)])
 
@@ -270,5 +269,5 @@ def _sum(results: jax.Array, place: jax.Array, interpret: bool) -> jax.Array:
         compiler_params=FEW.compiler,
         interpret=interpret,
         name="experts_sum",
-    )(place, results)
+    )(place, gates, results)
     return out

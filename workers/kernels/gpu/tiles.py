@@ -51,8 +51,8 @@ PROGRAMS = 256
 
 
 def tile_of(rows: int) -> Tile:
-    """That for so many rows of x."""
-    return FEW if rows <= FEW.rows else MANY
+    """That for so many rows of x. Experts share out those of two small tiles, and few have more than one."""
+    return FEW if rows <= 2 * FEW.rows else MANY
 
 
 @dataclasses.dataclass(frozen=True)
