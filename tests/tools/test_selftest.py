@@ -67,6 +67,8 @@ def test_hosts_of_a_cluster_are_tested_from_memory_to_checkpoint_and_together(tm
         assert by_name["memory, read"].figures["bandwidth"] > 1e8
         assert by_name["sum of 64 KiB over 2 devices"].outcome == Outcome.OK
         assert by_name["prompt of 512"].figures["seconds"] > 0
+        assert by_name["bits, alone and in company"].outcome == Outcome.OK
+        assert by_name["bits, alone and in company"].figures["guesses"] > 0
         assert by_name[str(DEMO)].figures["bytes"] > 0
 
 

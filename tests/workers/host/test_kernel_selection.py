@@ -6,18 +6,24 @@ import dataclasses
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
 from tests.conftest import GOLDEN
 from workers.checkpoint.checkpoint import open_checkpoint
-from workers.host.kernel_selection import negotiate, select_kernels
+from workers.checkpoint.loader import parameter_shapes
+from workers.host.kernel_selection import hold_to_promise, negotiate, select_kernels
 from workers.kernels.cpu.kernels import INSTRUCTION_SETS, native_kernels, use_instruction_set
 from workers.kernels.gpu.kernels import GPU
 from workers.kernels.interface import ACCELERATOR, PORTABLE
 from workers.kernels.tpu.kernels import TPU
+from workers.messages.plan import EngineShape
 from workers.messages.specs import MeshSpec, ModelSpec
+from workers.model.partition import Partition
+from workers.runtime.kv_cache import page_shapes
+from workers.runtime.mesh import abstract_mesh
 
 CHECKPOINT = open_checkpoint(GOLDEN / "nano-s1")
 MODEL = ModelSpec("m", "", "int8", "float32")
@@ -47,6 +53,17 @@ def test_accelerators_have_kernels_of_their_own() -> None:
     gpu = dataclasses.replace(MESH, platform="gpu")
     assert select_kernels(MODEL, gpu, CHECKPOINT) is ACCELERATOR
     assert select_kernels(model, dataclasses.replace(gpu, rules="xai"), CHECKPOINT) is ACCELERATOR
+
+
+@pytest.mark.parametrize(("golden", "kept"), [("head128-s5", True), ("nano-s1", False)])
+def test_kernels_for_gpus_promise_batch_invariance_only_where_they_compute_everything(golden: str, kept: bool) -> None:
+    checkpoint = open_checkpoint(GOLDEN / golden)
+    partition = Partition.create(checkpoint.config, abstract_mesh(1, 1), "batch", GPU)
+    shape = EngineShape(2, 1, 9, 16, 32, 64, GPU.batch_invariant)
+    params = parameter_shapes(checkpoint, partition, dtype=jnp.bfloat16)
+    held = hold_to_promise(partition, params, page_shapes(checkpoint.config, shape, partition, jnp.bfloat16))
+    assert held.kernels.batch_invariant == kept
+    assert held.kernels.name == GPU.name
 
 
 def test_unrounded_weights_are_refused_where_nothing_computes_them() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -17,24 +20,26 @@ from tools.verify.golden import BFLOAT16, GoldenSet, judge_forward
 from tools.verify.verify import score
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.loader import load_parameters, parameter_shapes
+from workers.host.kernel_selection import hold_to_promise
 from workers.kernels.gpu.kernels import gpu_kernels
 from workers.kernels.interface import ACCELERATOR, Kernels
 from workers.messages.plan import Chunk, DecodeRow, EngineShape, Plan, Sampling, SlotStart, Token
 from workers.model.config import GrokConfig
 from workers.model.partition import Partition
+from workers.runtime.kv_cache import page_shapes
 from workers.runtime.program_set import ProgramSet
 from workers.runtime.runtime import Runtime
 
 pytestmark = pytest.mark.slow
 
-#: Heads as wide as Grok-1's; everything fits the kernels' tiles also where it is split in two.
+#: Heads as wide as Grok-1's; everything fits the kernels' tiles also where it is split in four.
 CONFIG = GrokConfig(
     emb_size=256,
     num_layers=2,
     num_q_heads=4,
     num_kv_heads=2,
     key_size=128,
-    ffn_size=256,
+    ffn_size=512,
     vocab_size=512,
     num_experts=4,
     sequence_len=128,
@@ -43,20 +48,25 @@ PROMPTS = (tuple(range(10, 50)), tuple(range(100, 107)), tuple(range(200, 260)))
 STEPS = 5
 
 
-def compute(kernels: Kernels, data: int, model: int, kv_dtype: Any) -> list[list[Token]]:
-    """What is drawn greedily after each of three prompts that are decoded together."""
+def make_runtime(kernels: Kernels, data: int, model: int, kv_dtype: Any) -> Runtime:
     mesh = Mesh(np.array(jax.devices()[: data * model]).reshape(data, model), ("data", "model"))
     partition = Partition.create(CONFIG, mesh, "batch", kernels)
     shapes = parameter_shapes(release_headers(CONFIG), partition, dtype=jnp.bfloat16)
     params = jax.tree.map(lambda value, shape: jax.device_put(value, shape.sharding), random_parameters(shapes), shapes)
-    groups = partition.batch_groups
-    shape = EngineShape(4, groups, 17, 16, 64, 128, kernels.batch_invariant)
+    shape = EngineShape(4, partition.batch_groups, 17, 16, 64, 128, kernels.batch_invariant)
+    assert hold_to_promise(partition, shapes, page_shapes(CONFIG, shape, partition, kv_dtype)) is partition
     runtime = Runtime(ProgramSet(CONFIG, shape, partition, params, jnp.bfloat16, kv_dtype), partition)
     runtime.set_parameters(params)
+    return runtime
+
+
+def compute(kernels: Kernels, data: int, model: int, kv_dtype: Any) -> list[list[Token]]:
+    """What is drawn greedily after each of three prompts that are decoded together."""
+    runtime = make_runtime(kernels, data, model, kv_dtype)
     plans = iter(range(1, 100))
     drawn: list[list[Token]] = []
     for slot, prompt in enumerate(PROMPTS):
-        first = 1 + 5 * (slot % 2 if groups == 2 else slot)
+        first = 1 + 5 * (slot % 2 if runtime.shape.groups == 2 else slot)
         start = SlotStart(slot, tuple(range(first, first + 5)), Sampling())
         chunk = Chunk(slot, 0, prompt, last=True)
         plan = Plan(next(plans), (start,), ((chunk,),), ())
@@ -77,6 +87,30 @@ def test_tokens_are_those_of_plain_jax(data: int, model: int, kv_dtype: Any) -> 
         np.testing.assert_allclose(
             [token.logprob for token in tokens], [token.logprob for token in expected], atol=0.05
         )
+
+
+#: For a process whose processors do not multiply and add at once: in which loops they would is up to the compiler for CPUs, and
+#: kernels that are interpreted are many loops, where a GPU has one.
+COMPARE = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+import jax.numpy as jnp
+from tests.workers.runtime.test_gpu_engine import gpu_kernels, make_runtime
+from tools.selftest import invariance
+invariance._REQUESTS = 4
+found = invariance.compare(make_runtime(gpu_kernels(interpret=True), *map(int, sys.argv[1:]), jnp.bfloat16))
+print(found.outcome, found.text)
+assert found.figures["guesses"] > 0
+"""
+
+
+@pytest.mark.parametrize(("data", "model"), [(1, 1), (2, 2)])
+def test_a_request_has_the_same_bits_alone_in_company_and_taken_up_again(data: int, model: int) -> None:
+    environment = {**os.environ, "XLA_FLAGS": "--xla_cpu_max_isa=AVX"}
+    command = [sys.executable, "-c", COMPARE, str(data), str(model)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("ok "), done.stdout + done.stderr
 
 
 def test_what_xais_code_has_computed_comes_out() -> None:
