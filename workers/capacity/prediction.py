@@ -13,7 +13,7 @@ from workers.model.parameters import parameter_table
 
 #: Shares of what the makers promise that programs reach: at best, and when all goes badly. Measured on an H100, an H200, CPUs.
 _BANDWIDTH = {"tpu": (0.9, 0.6), "gpu": (0.8, 0.5), "cpu": (0.95, 0.75)}
-#: Bytes a second beyond which more bandwidth does not help, as processors widen weights no faster: an H200 computes steps in the
+#: Bytes a second beyond which bandwidth does not help, as processors widen weights no faster: an H200 computes steps in the
 #: time of an H100, whose bandwidth this is.
 _WIDENED = {"gpu": 3.35e12}
 _FLOPS = {"tpu": (0.7, 0.35), "gpu": (0.4, 0.2), "cpu": (1.0, 0.85)}

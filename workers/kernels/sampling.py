@@ -143,13 +143,12 @@ def score(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def _sum(values: jax.Array) -> jax.Array:
-    """The sums [B] of rows [B, n], added in an order that depends on n alone: that of XLA's reductions depends on B too."""
-    while (width := values.shape[-1]) > 1:
-        ways = min(width, _ADDED)
-        columns = -(-width // ways)
-        parts = jnp.pad(values, ((0, 0), (0, ways * columns - width))).reshape(-1, ways, columns)
-        values = functools.reduce(jnp.add, [parts[:, i] for i in range(ways)])
-    return values[:, 0]
+    """The sums [B] of rows [B, n], added in an order that depends on n alone; that of XLA's reductions depends on B too."""
+    columns = -(-values.shape[-1] // _ADDED)
+    parts = [values[:, at : at + columns] for at in range(0, values.shape[-1], columns)]
+    parts[-1] = jnp.pad(parts[-1], ((0, 0), (0, columns - parts[-1].shape[-1])))
+    added: jax.Array = functools.reduce(jnp.add, parts)
+    return added[:, 0] if columns == 1 else _sum(added)
 
 
 def _log_softmax(logits: jax.Array) -> jax.Array:
