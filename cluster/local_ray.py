@@ -111,12 +111,23 @@ def _main() -> None:
     hosts, cpus_per_host = map(int, sys.argv[1:])
     cluster = Cluster()
     try:
-        for _ in range(hosts):
-            cluster.add_node(num_cpus=cpus_per_host, **_NODE)
+        try:
+            _add_nodes(cluster, hosts, cpus_per_host)
+        except (
+            Exception
+        ):  # Ray's own, which has no other class: a node may start for 30 s, and a busy machine takes longer
+            cluster.shutdown()
+            cluster = Cluster()
+            _add_nodes(cluster, hosts, cpus_per_host)
         print(f"{_READY}{cluster.address}", flush=True)
         sys.stdin.read()
     finally:
         cluster.shutdown()
+
+
+def _add_nodes(cluster: Any, hosts: int, cpus_per_host: int) -> None:
+    for _ in range(hosts):
+        cluster.add_node(num_cpus=cpus_per_host, **_NODE)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import pathlib
 import shutil
@@ -12,11 +13,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import yaml
 
-from cluster import daemon
+from cluster import daemon, local_ray
 from cluster.cli import main
 from cluster.config.reader import load_config
 from cluster.config.schema import ConfigError
@@ -116,6 +118,34 @@ def test_a_local_cluster_writes_nothing_to_the_services_log(
         with local_cluster(1, 1) as address:
             assert before.read_text() == address
     assert capfd.readouterr().err == ""
+
+
+def test_a_local_cluster_that_is_slow_to_start_is_started_once_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Ray gives a node 30 s, however busy the machine is."""
+    clusters: list[list[str]] = []
+
+    class Cluster:
+        address = "127.0.0.1:1"
+
+        def __init__(self) -> None:
+            clusters.append([])
+
+        def add_node(self, **_: Any) -> None:
+            if len(clusters) == 1:
+                raise Exception("The current node timed out during startup.")
+            clusters[-1].append("node")
+
+        def shutdown(self) -> None:
+            clusters[-1].append("shutdown")
+
+    monkeypatch.setattr("ray.cluster_utils.Cluster", Cluster)
+    monkeypatch.setattr("sys.argv", ["local_ray", "2", "1"])
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    local_ray._main()
+    assert clusters == [["shutdown"], ["node", "node", "shutdown"]]
+    assert capsys.readouterr().out == "local Ray cluster at 127.0.0.1:1\n"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no.such.host.invalid"])
