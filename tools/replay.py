@@ -39,6 +39,11 @@ def main() -> int:
         plans = 0
         for entry in entries:
             if entry.plan is not None:
+                if entry.plan.drafts and not runtime.shape.batch_invariant:
+                    print(
+                        f"plan {entry.plan.number} has guesses, which these kernels can't verify: go on where the log's own are"
+                    )
+                    return 2
                 computed[entry.plan.number] = runtime.read(runtime.execute(entry.plan))
             elif entry.tokens is not None:
                 plans += 1

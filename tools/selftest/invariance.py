@@ -30,7 +30,9 @@ def compare(runtime: Runtime) -> Finding:
     different = sorted(
         request.id
         for request in requests
-        if alone[request.id] != together[request.id] or alone[request.id][_TOKENS // 2 :] != later[request.id]
+        if len(alone[request.id]) != _TOKENS
+        or alone[request.id] != together[request.id]
+        or alone[request.id][_TOKENS // 2 :] != later[request.id]
     )
     guesses = counts.guesses_right + counts.guesses_wrong
     text = f"{len(requests)} requests of {_TOKENS} tokens, {counts.prompt_tokens_cached} positions shared, {guesses} guesses"
@@ -66,7 +68,8 @@ def _draw(
     runtime: Runtime, requests: list[Request], counts: Counts, rng: random.Random | None = None
 ) -> dict[str, list[Token]]:
     """All tokens of requests that come at once or, given `rng`, one after the other, their prompts cut anywhere."""
-    scheduler, tokens = Scheduler(runtime.shape, runtime.config.vocab_size, len(requests)), dict[str, list[Token]]()
+    scheduler = Scheduler(runtime.shape, runtime.config.vocab_size, len(requests))
+    tokens = {request.id: list[Token]() for request in requests}
     scheduler.counts, waiting = counts, list(requests)
     while waiting or scheduler.load.running or scheduler.load.waiting:
         while waiting and (rng is None or rng.random() < 0.5):
@@ -74,5 +77,5 @@ def _draw(
         plan = scheduler.plan(rng.randint(1, runtime.shape.chunk) if rng else runtime.shape.chunk)
         if plan is not None:
             for event in scheduler.complete(runtime.read(runtime.execute(plan))):
-                tokens.setdefault(event.request_id, []).append(event.token)
+                tokens[event.request_id].append(event.token)
     return tokens

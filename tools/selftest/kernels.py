@@ -26,8 +26,8 @@ from workers.kernels.xla import portable
 #: Sizes that all tiles fit: of a layer's parts, and of attention.
 LAYERS, EXPERTS, DEPTH, WIDTH, VOCABULARY, GROUPS = 3, 8, 512, 1024, 1024, 2
 BATCH, HEADS, GROUPED, SIZE, PAGE, TABLE = 3, 2, 6, 128, 64, 12
-#: One tile for few rows, the most of it, and more.
-ROWS = (1, 64, 150)
+#: Rows of one small tile, the most of it, those of two, and more.
+ROWS = (1, 64, 100, 150)
 #: Of the largest value. Kernels of accelerators multiply in bfloat16, those of CPUs in integers of 16 bits a block.
 CLOSE, ROUNDED = 2e-3, 1e-2
 

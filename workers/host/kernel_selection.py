@@ -65,7 +65,8 @@ def hold_to_promise(partition: Partition, params: Params, pages: Cache) -> Parti
     if not kernels.batch_invariant or kernels.covers(*jax.tree.map(part, (params, pages[1]))):
         return partition
     _LOG.warning(
-        "sizes without whole tiles: plain XLA computes what the %s kernels leave, not batch-invariant", kernels.name
+        "no whole tiles, or an array of 2 to 4 GiB: plain XLA computes what the %s kernels leave, not batch-invariant",
+        kernels.name,
     )
     return dataclasses.replace(partition, kernels=dataclasses.replace(kernels, batch_invariant=False))
 

@@ -111,6 +111,7 @@ def verified(shape: EngineShape, rows: tuple[DecodeRow, ...], drafts: tuple[Draf
     """Where a verifying call has each of `rows`, then each of `drafts`: MAX_VERIFIED rows are a group's."""
     slots = [row.slot for row in rows] + [draft.slot for draft in drafts]
     groups = list(map(shape.group_of, slots))
+    assert len(groups) <= MAX_VERIFIED, "a row of another group's"
     return [group * MAX_VERIFIED + groups[:i].count(group) for i, group in enumerate(groups)]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from workers.engine.scheduler import MAX_PASSED_OVER, Scheduler
-from workers.messages.plan import DecodeRow, Draft, EngineShape, Plan, Sampling, StepTokens, Token
+from workers.messages.plan import MAX_VERIFIED, DecodeRow, Draft, EngineShape, Plan, Sampling, StepTokens, Token
 from workers.messages.request import TRIAL_TOKENS, Finish, Refused, Request, TokenEvent
 
 EOS = 2
@@ -89,6 +89,7 @@ class _Mesh:
                 self.prompt_done[chunk.slot] = chunk.last
         written = [*(row.slot for row in plan.decode), *(draft.slot for draft in plan.drafts)]
         assert len(set(written)) == len(written)
+        assert not plan.drafts or len(written) <= MAX_VERIFIED
         for row in plan.decode:
             assert self.prompt_done[row.slot]
             assert self.position[row.slot] <= row.position <= self.position[row.slot] + self.guessed.pop(row.slot, 0)

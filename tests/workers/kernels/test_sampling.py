@@ -194,6 +194,25 @@ def test_a_row_is_not_touched_by_the_others(sampler: str) -> None:
     assert alone.token[0] == SAMPLERS[sampler](logits, _state(), rows).token[0]
 
 
+@both
+@pytest.mark.parametrize("vocab", [VOCAB, 131072])
+def test_a_row_has_the_same_bits_in_batches_of_any_size(sampler: str, vocab: int) -> None:
+    count = 70
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((count, vocab)), jnp.float32) * 2
+    rows = dataclasses.replace(
+        _rows(count, top_p=0.9),
+        position=jnp.arange(count, dtype=jnp.int32),
+        top_k=jnp.arange(count, dtype=jnp.int32) % 3 * 30,
+        temperature=jnp.arange(count) % 4 / 2,
+    )
+    state = _state(vocab=vocab)
+    every = SAMPLERS[sampler](logits, state, rows)
+    for some in (1, 8, 64):
+        got = SAMPLERS[sampler](logits[:some], state, jax.tree.map(lambda row, some=some: row[:some], rows))
+        for own, all_own in zip(got, every, strict=True):
+            np.testing.assert_array_equal(own, all_own[:some])
+
+
 def _token(sampler: str, **values: float) -> int:
     drawn = SAMPLERS[sampler](jnp.zeros((1, 4096)), _state(vocab=4096), _rows(1, **values))
     return int(drawn.token[0])
