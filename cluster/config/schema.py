@@ -187,8 +187,13 @@ def _mesh_problems(config: Config) -> Iterator[tuple[str, str]]:
         )
     if mesh.rules != "tensor" and config.engine.slots % mesh.data:
         yield "engine.slots", f"engine.slots={config.engine.slots} must be a multiple of mesh.data={mesh.data}"
-    if config.model.weights == "int4" and mesh.platform != "tpu":
-        yield "model.weights", "model.weights=int4 is for TPUs: elsewhere nothing would be saved; use int8"
+    paired = mesh.platform == "gpu" and config.model.activations == "bfloat16" and mesh.rules != "xai"
+    if config.model.weights == "int4" and mesh.platform != "tpu" and not paired:
+        yield (
+            "model.weights",
+            "model.weights=int4 is for TPUs, and GPUs with model.activations=bfloat16 and mesh.rules but xai: "
+            "elsewhere nothing would be saved; use int8",
+        )
 
 
 def check_model(config: Config, model: GrokConfig, path: pathlib.Path) -> None:

@@ -112,9 +112,9 @@ def plan(config: GrokConfig, hardware: Hardware, precision: Precision, workload:
     Raises:
       DoesNotFitError: there is no legal mesh, or on none of them even one sequence fits.
     """
-    if precision.weights == "int4" and hardware.device.platform != "tpu":
+    if precision.weights == "int4" and hardware.device.platform == "cpu":
         raise DoesNotFitError(
-            "int4 weights are for TPUs: elsewhere XLA unpacks them all before it computes, and nothing is saved; use int8"
+            "int4 weights are for TPUs and GPUs: on CPUs XLA unpacks all before it computes, and nothing is saved; use int8"
         )
     if precision.weights == "int8-unrounded" and hardware.device.platform != "cpu":
         raise DoesNotFitError(
@@ -229,7 +229,7 @@ def _what_would(config: GrokConfig, hardware: Hardware, precision: Precision, wo
             found.append(str(candidate))
             break
     fewer = {"float32": "bfloat16", "bfloat16": "int8", "int8": "int4"}.get(precision.weights)
-    possible = fewer is not None and (fewer != "int4" or hardware.device.platform == "tpu")
+    possible = fewer is not None and (fewer != "int4" or hardware.device.platform != "cpu")
     if fewer and possible and _fits(config, hardware, dataclasses.replace(precision, weights=fewer), workload):
         found.append(f"{fewer} weights")
     if (

@@ -14,8 +14,8 @@ from workers.model.parameters import parameter_table
 #: Shares of what the makers promise that programs reach: at best, and when all goes badly. Measured on an H100, an H200, CPUs.
 _BANDWIDTH = {"tpu": (0.9, 0.6), "gpu": (0.8, 0.5), "cpu": (0.95, 0.75)}
 #: Bytes a second beyond which bandwidth does not help, as processors widen weights no faster: an H200 computes steps in the
-#: time of an H100, whose bandwidth this is.
-_WIDENED = {"gpu": 3.35e12}
+#: time of an H100, whose bandwidth this is. Other devices were not measured.
+_WIDENED = {"H200": 3.35e12}
 _FLOPS = {"tpu": (0.7, 0.35), "gpu": (0.4, 0.2), "cpu": (1.0, 0.85)}
 #: Seconds of each layer's own that do not shrink with its size, the start of its operations, and those of the step.
 _LAYER_SECONDS = {"tpu": (0.0, 15e-6), "gpu": (30e-6, 90e-6), "cpu": (40e-6, 40e-6)}
@@ -83,6 +83,8 @@ def decode_seconds(
 ) -> Range:
     """One step of `batch` sequences that are `positions` long."""
     device, ways = hardware.device, hardware.devices
+    if device.platform == "gpu" and precision.weights == "int4":
+        precision = dataclasses.replace(precision, weights="int8")  # processors widen 4 bits no faster than 8
     read = decode_bytes(config, layout, precision, device.platform, batch, positions)
     operations = 2 * batch * (active_parameters(config) + config.vocab_size * config.emb_size) / ways
     rows = batch * config.emb_size * 4
@@ -128,7 +130,7 @@ def _fixed(config: GrokConfig, device: Device) -> Range:
 
 def _limits(device: Device, read: float, operations: float) -> tuple[Range, Range]:
     fast, slow = _BANDWIDTH[device.platform]
-    bandwidth = min(device.bandwidth, _WIDENED.get(device.platform, device.bandwidth))
+    bandwidth = min(device.bandwidth, _WIDENED.get(device.name, device.bandwidth))
     most, least = _FLOPS[device.platform]
     return (
         Range(read / bandwidth / fast, read / bandwidth / slow),

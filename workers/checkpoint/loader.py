@@ -26,7 +26,7 @@ from workers.checkpoint.twin import Twin, find_twin
 from workers.checkpoint.weights_cache import CacheError, WeightsCache, model_key
 from workers.kernels.packed import PackedTable, PackedWeight
 from workers.kernels.packing import Array, empty
-from workers.kernels.weights import QuantizedWeight, Table, Weight
+from workers.kernels.weights import PairedWeight, QuantizedWeight, Table, Weight
 from workers.messages.specs import WeightsAddress
 from workers.model.parameters import ParameterInfo
 from workers.model.partition import Partition
@@ -105,7 +105,7 @@ def load_parameters(
     Raises:
       CheckpointError: a file can't be read, or layers are stored in different forms.
     """
-    weight_format = WeightFormat(weights, jnp.dtype(dtype).name, partition.kernels.packed)
+    weight_format = WeightFormat(weights, jnp.dtype(dtype).name, partition.kernels.packed, partition.kernels.paired)
     places = list(_places(checkpoint, partition, weight_format))
     progress = LoadProgress(report)
     kept = _open_cache(cache, checkpoint, partition, weight_format, places) if cache else None
@@ -206,7 +206,7 @@ def parameter_shapes(
 ) -> Params:
     """The shapes, types and places of what `load_parameters` will return, for compiling before anything is loaded."""
     shapes: Params = {}
-    weight_format = WeightFormat(weights, jnp.dtype(dtype).name, partition.kernels.packed)
+    weight_format = WeightFormat(weights, jnp.dtype(dtype).name, partition.kernels.packed, partition.kernels.paired)
     for place in _places(checkpoint, partition, weight_format):
         module, name = place.tensors[0][0].place
         shapes.setdefault(module, {})[name] = place.tree(
@@ -380,4 +380,6 @@ class _Place:
         values, scales = arrays
         if form == "packed":
             return PackedWeight(values, scales, shape[-2], self._rounded)
-        return PackedTable(values, scales, shape[-1]) if form == "packed_table" else QuantizedWeight(values, scales)
+        if form == "packed_table":
+            return PackedTable(values, scales, shape[-1])
+        return PairedWeight(values, scales) if form == "paired" else QuantizedWeight(values, scales)

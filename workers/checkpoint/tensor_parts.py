@@ -63,10 +63,10 @@ class TensorParts:
         elif form == "packed_table":
             assert self._packing is not None
             self._packing.table(self._slice(values, bounds), out[0], out[1])
-        elif form == "int4":
-            out[0][...], out[1][...] = quantize_int4(
-                self._products(bounds), values.shape[-2] // self._stored.arrays[1].shape[-2]
-            )
+        elif form in ("int4", "paired"):
+            group_rows = values.shape[-2] // self._stored.arrays[1].shape[-2]
+            quantized, out[1][...] = quantize_int4(self._products(bounds), group_rows)
+            out[0][...] = pair(quantized, group_rows) if form == "paired" else quantized
         else:
             out[1][...] = scales = self._kept_scales(bounds, self._stored.arrays[1].shape[-2])
             if form == "packed":
@@ -146,3 +146,11 @@ def quantize_int4(values: Array, group_rows: int) -> tuple[Array, Array]:
     wide = scales.astype(np.float32)
     quantized = np.clip(np.rint(grouped / np.where(wide > 0, wide, 1.0)), -7, 7)
     return quantized.astype(jnp.int4).reshape(values.shape), scales[..., 0, :]
+
+
+def pair(values: Array, group_rows: int) -> Array:
+    """int4 [..., K, N] -> int8 [..., K / 2, N], two a byte; see `PairedWeight`."""
+    *lead, rows, columns = values.shape
+    grouped = values.astype(np.int8).reshape(*lead, rows // group_rows, 2, group_rows // 2, columns)
+    low, high = grouped[..., 0, :, :], grouped[..., 1, :, :]
+    return ((low + 8) | (high << 4)).reshape(*lead, rows // 2, columns)

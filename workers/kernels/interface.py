@@ -37,7 +37,7 @@ class Kernels:
     A row's results must not depend on the other rows. Weights are one layer's: `LayerWeight`s among those of all layers.
 
     Attributes:
-      name: the instruction set of native kernels, or `xla`.
+      name: the instruction set of native kernels, or gpu, tpu, xla, xla-accelerator.
       norm: (x [M, D], valid, scale [D], residual [M, D] or none, epsilon=) -> [M, D] float32: root-mean-square norm, added
         to `residual`.
       route: (x [M, D], valid, weight [D, E], S) -> gates [M, S], experts [M, S] int32, probabilities [M, E].
@@ -58,6 +58,7 @@ class Kernels:
         otherwise.
       scatters: whether the devices write single elements of large arrays where they lie; TPUs turn the whole array round.
       heads_first: whether both kinds of pages are [K, P, page, C]; else keys are [P, K, C, page], values [P, K, page, C].
+      paired: whether they read 4-bit weights two a byte, as `PairedWeight`s.
       packing: how `PackedWeight`s and the `PackedTable` are made, which the kernels then take. None where weights lie as
         they are.
     """
@@ -77,6 +78,7 @@ class Kernels:
     accelerator: bool = False
     scatters: bool = True
     heads_first: bool = False
+    paired: bool = False
     packing: Packing | None = None
 
     @property

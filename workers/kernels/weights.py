@@ -37,10 +37,42 @@ class QuantizedWeight:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class PairedWeight:
+    """A `QuantizedWeight` [..., K, N] of 4-bit values, two a byte.
+
+    Of each group's rows the first half lies, 8 added, in the low bits of `pairs` [..., K / 2, N] int8, the second in the high
+    ones. So a byte less its low bits is 16 times the second.
+    """
+
+    pairs: jax.Array
+    scales: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the values."""
+        *lead, rows, columns = self.pairs.shape
+        return (*lead, 2 * rows, columns)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """That of the values: int4."""
+        dtype: jnp.dtype = jnp.dtype(jnp.int4)
+        return dtype
+
+    def apart(self) -> QuantizedWeight:
+        """The values, a byte each."""
+        *lead, groups, columns = self.scales.shape
+        grouped = self.pairs.reshape(*lead, groups, -1, columns)
+        values = jnp.concatenate([(grouped & 15) - 8, grouped >> 4], axis=-2)
+        return QuantizedWeight(values.reshape(self.shape), self.scales)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LayerWeight:
     """One layer's weight among those of all layers, `stacked` [L, ...], from where kernels read it. `layer` [] int32."""
 
-    stacked: jax.Array | QuantizedWeight | PackedWeight
+    stacked: jax.Array | QuantizedWeight | PairedWeight | PackedWeight
     layer: jax.Array
 
     @property
@@ -53,15 +85,15 @@ class LayerWeight:
         """That of the values as stored."""
         return self.stacked.dtype
 
-    def taken(self) -> jax.Array | QuantizedWeight | PackedWeight:
+    def taken(self) -> jax.Array | QuantizedWeight | PairedWeight | PackedWeight:
         """The layer's weight as one of its own."""
-        found: jax.Array | QuantizedWeight | PackedWeight = jax.tree.map(
+        found: jax.Array | QuantizedWeight | PairedWeight | PackedWeight = jax.tree.map(
             lambda leaf: lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False), self.stacked
         )
         return found
 
 
-Weight = jax.Array | QuantizedWeight | PackedWeight | LayerWeight
+Weight = jax.Array | QuantizedWeight | PairedWeight | PackedWeight | LayerWeight
 Table = jax.Array | PackedTable
 
 
@@ -79,7 +111,7 @@ def group_of(weight: Weight, group: jax.Array) -> Weight:
     return found
 
 
-def taken(weight: Weight) -> jax.Array | QuantizedWeight | PackedWeight:
+def taken(weight: Weight) -> jax.Array | QuantizedWeight | PairedWeight | PackedWeight:
     """A weight that may be one layer's among those of all layers, as one of its own."""
     return weight.taken() if isinstance(weight, LayerWeight) else weight
 
@@ -100,6 +132,8 @@ def dequantize(weight: Weight, dtype: jnp.dtype | type = jnp.float32) -> jax.Arr
     weight = taken(weight)
     if isinstance(weight, PackedWeight):
         raise TypeError("a packed weight is for the native kernels")
+    if isinstance(weight, PairedWeight):
+        weight = weight.apart()
     if not isinstance(weight, QuantizedWeight):
         return weight.astype(dtype)
     *lead, rows, columns = weight.shape

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from workers.kernels.interface import PORTABLE, Kernels
 from workers.kernels.packed import PackedTable, PackedWeight
-from workers.kernels.weights import LayerWeight, QuantizedWeight, Table, Weight
+from workers.kernels.weights import LayerWeight, PairedWeight, QuantizedWeight, Table, Weight
 from workers.model.config import GrokConfig
 from workers.model.layout import RULES, Layout, MeshAxes, units
 from workers.model.parameters import Axes
@@ -94,6 +94,9 @@ class Partition(Layout):
         if isinstance(weight, PackedWeight):
             scales = self.scale_axes(weight.scales.shape[-2], axes)
             return dataclasses.replace(weight, values=self.spec((*axes, None)), scales=self.spec(scales))
+        if isinstance(weight, PairedWeight):
+            scales = self.scale_axes(weight.scales.shape[-2], axes)
+            return dataclasses.replace(weight, pairs=self.spec(axes), scales=self.spec(scales))
         if isinstance(weight, QuantizedWeight):
             scales = self.scale_axes(weight.scales.shape[-2], axes)
             return dataclasses.replace(weight, weight=self.spec(axes), scales=self.spec(scales))

@@ -37,11 +37,11 @@ class StoredWeight:
 
     Attributes:
       form: `array`: as the checkpoint has it, or cast; `products`: values times scales; `quantized`: both; `int4`: quantized
-        again; `packed` and `packed_table`: as native kernels read it.
+        again; `paired`: two of these a byte; `packed` and `packed_table`: as native kernels read it.
       arrays: values, and scales where the form has them.
     """
 
-    form: Literal["array", "products", "quantized", "int4", "packed", "packed_table"]
+    form: Literal["array", "products", "quantized", "int4", "paired", "packed", "packed_table"]
     arrays: tuple[StoredArray, ...]
 
 
@@ -53,11 +53,13 @@ class WeightFormat:
       weights: one of `workers.messages.specs.WEIGHTS`; unrounded ones are for native kernels only.
       activations: the type of activations, and of the embedding table.
       packed: whether native kernels read weights and table.
+      paired: whether kernels read 4-bit values two a byte.
     """
 
     weights: str
     activations: str
     packed: bool
+    paired: bool = False
 
     def stored(self, info: ParameterInfo, source: Source, layout: Layout) -> StoredWeight:
         """What devices keep of a parameter on a mesh of this layout."""
@@ -73,6 +75,8 @@ class WeightFormat:
         scale_dtype = "bfloat16" if int4 else source.scale_dtype
         *lead, rows, columns = info.shape
         scales = StoredArray((*lead, kept, columns), scale_dtype, layout.scale_axes(kept, info.axes))
+        if int4 and self.paired:
+            return StoredWeight("paired", (StoredArray((*lead, rows // 2, columns), "int8", info.axes), scales))
         if not self.packed:
             values = StoredArray(info.shape, "int4" if int4 else source.dtype, info.axes)
             return StoredWeight("int4" if int4 else "quantized", (values, scales))

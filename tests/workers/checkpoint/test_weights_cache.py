@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import pathlib
@@ -24,6 +25,7 @@ from workers.messages.specs import WeightsAddress
 from workers.model.partition import Partition
 
 NATIVE = native_kernels()
+PAIRED = dataclasses.replace(PORTABLE, paired=True)
 MESHES = {1: (1, 1), 8: (2, 4)}
 
 
@@ -59,8 +61,8 @@ def same(one: Params, other: Params) -> None:
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize(
     ("kernels", "weights"),
-    [(NATIVE, "int8"), (PORTABLE, "int8"), (PORTABLE, "int4"), (PORTABLE, "bfloat16")],
-    ids=["packed", "int8", "int4", "bfloat16"],
+    [(NATIVE, "int8"), (PORTABLE, "int8"), (PORTABLE, "int4"), (PAIRED, "int4"), (PORTABLE, "bfloat16")],
+    ids=["packed", "int8", "int4", "paired", "bfloat16"],
 )
 def test_the_second_load_reads_nothing(
     checkpoint: pathlib.Path, tmp_path: pathlib.Path, kernels: Kernels, weights: str, devices: int

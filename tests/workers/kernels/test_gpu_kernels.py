@@ -16,7 +16,7 @@ from workers.kernels.gpu import tiles
 from workers.kernels.gpu.kernels import GPU, gpu_kernels
 from workers.kernels.interface import ACCELERATOR
 from workers.kernels.kv_pages import QuantizedPages
-from workers.kernels.weights import LayerWeight, QuantizedWeight
+from workers.kernels.weights import LayerWeight, PairedWeight, QuantizedWeight
 from workers.kernels.xla import portable
 from workers.runtime.mesh import abstract_mesh
 
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.slow
 
 KERNELS = gpu_kernels(interpret=True)
 LAYERS, EXPERTS, DEPTH, WIDTH = 3, 4, 256, 512
-#: Rows of one tile for few, the most of it, and more.
-ROWS = (1, 64, 150)
+#: Rows of one small tile, the most of it, those of two, and more.
+ROWS = (1, 64, 100, 150)
 
 
 def weight(*shape: int, groups: int = 2, scale_dtype: Any = jnp.bfloat16) -> LayerWeight:
@@ -34,6 +34,15 @@ def weight(*shape: int, groups: int = 2, scale_dtype: Any = jnp.bfloat16) -> Lay
     values = jnp.asarray(rng.integers(-127, 128, (LAYERS, *shape)), jnp.int8)
     scales = rng.uniform(0.0005, 0.001, (LAYERS, *shape[:-2], groups, shape[-1]))
     return LayerWeight(QuantizedWeight(values, jnp.asarray(scales, scale_dtype)), jnp.int32(1))
+
+
+def paired_weight(*shape: int) -> LayerWeight:
+    """One of the layers' 4-bit weights, in groups of 128 rows."""
+    rng = np.random.default_rng(len(shape))
+    *lead, depth, width = shape
+    pairs = jnp.asarray(rng.integers(-128, 128, (LAYERS, *lead, depth // 2, width)), jnp.int8)
+    scales = jnp.asarray(rng.uniform(0.005, 0.01, (LAYERS, *lead, depth // 128, width)), jnp.bfloat16)
+    return LayerWeight(PairedWeight(pairs, scales), jnp.int32(1))
 
 
 def activations(rows: int, width: int = DEPTH) -> jax.Array:
@@ -53,6 +62,17 @@ def test_projections_are_those_of_plain_jax(rows: int, scale_dtype: Any) -> None
     weights = tuple(weight(DEPTH, width, scale_dtype=scale_dtype) for width in (384, 128, 128))
     for got, want in zip(KERNELS.project(x, valid, weights), portable.project(x, valid, weights), strict=True):
         assert_close(got, want, 1e-6)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_weights_of_4_bits_are_multiplied_as_by_plain_jax(rows: int) -> None:
+    x, valid, (gates, experts) = activations(rows), jnp.ones(rows, bool), routed(rows)
+    weights = tuple(paired_weight(DEPTH, width) for width in (384, 128))
+    for got, want in zip(KERNELS.project(x, valid, weights), portable.project(x, valid, weights), strict=True):
+        assert_close(got, want, 1e-6)
+    stacks = (*(paired_weight(EXPERTS, DEPTH, WIDTH),) * 2, paired_weight(EXPERTS, WIDTH, DEPTH))
+    got = KERNELS.experts(x, gates, experts, valid, *stacks, None)
+    assert_close(got, portable.experts(x, gates, experts, valid, *stacks, None), 1e-3)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -144,7 +164,7 @@ def test_stacks_whose_addresses_would_wrap_are_refused(layers: int, fits: bool) 
     """From 2 to 4 Gi elements of one byte, Pallas takes 32-bit offsets whose sign is wrong."""
     values: Any = jax.ShapeDtypeStruct((layers * 8, 6144, 4096), jnp.int8)
     scales: Any = jax.ShapeDtypeStruct((layers * 8, 8, 4096), jnp.bfloat16)
-    assert tiles.fits(values, scales) == fits
+    assert tiles.fits(QuantizedWeight(values, scales)) == fits
 
 
 BATCH, HEADS, GROUPED, TABLE = 3, 2, 3, 12
@@ -187,7 +207,7 @@ def test_attention_is_that_of_plain_jax(length: int, size: int, page: int, quant
 
 
 def test_attention_has_the_same_bits_wherever_a_sequence_is_cut() -> None:
-    total, page, settings = 90, 16, {"scale": 0.0884, "cap": 30.0, "rope_base": 1e4}
+    total, page, settings = 540, 16, {"scale": 0.0884, "cap": 30.0, "rope_base": 1e4}  # three parts
     rng = np.random.default_rng(0)
     rows = [
         jnp.asarray(rng.standard_normal((1, total, heads, 128)), jnp.float32)
@@ -206,7 +226,7 @@ def test_attention_has_the_same_bits_wherever_a_sequence_is_cut() -> None:
         return jnp.concatenate(mixed, axis=1)
 
     whole = attended()
-    for cuts in ((45,), (7, 40), (86,), (87, 88, 89)):
+    for cuts in ((255, 256, 257), (7, 300, 511), (537, 538, 539)):
         np.testing.assert_array_equal(attended(*cuts), whole)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -17,7 +18,7 @@ from tests.conftest import GOLDEN
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.loader import Params, load_parameters, parameter_shapes
 from workers.kernels.cpu.kernels import native_kernels
-from workers.kernels.interface import PORTABLE
+from workers.kernels.interface import ACCELERATOR, PORTABLE
 from workers.kernels.weights import QuantizedWeight, dequantize
 from workers.model.config import GrokConfig
 from workers.model.grok import Output, causal_forward
@@ -121,6 +122,21 @@ def test_a_loaded_weight_has_the_files_values_on_any_mesh(data: int, model: int,
         raw = QuantizedWeight(jnp.asarray(file.map(file.values)), jnp.asarray(file.map(file.scales)))
         assert isinstance(loaded, QuantizedWeight)
         np.testing.assert_array_equal(np.asarray(dequantize(loaded)), np.asarray(dequantize(raw)))
+
+
+def test_4_bit_weights_have_the_same_values_two_a_byte() -> None:
+    checkpoint = open_checkpoint(GOLDEN / "head128-s5")
+    kept: list[Any] = []
+    for paired in (False, True):
+        kernels = dataclasses.replace(ACCELERATOR, paired=paired)
+        partition = Partition.create(checkpoint.config, _mesh(2, 2), "batch", kernels)
+        kept.append(load_parameters(checkpoint, partition, weights="int4", dtype=jnp.bfloat16)[0])
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(params)) for params in kept]
+    assert sizes[1] < 0.7 * sizes[0]
+    for module, own in kept[0].items():
+        for name, weight in own.items():
+            if name == "w":
+                np.testing.assert_array_equal(dequantize(kept[1][module][name]), dequantize(weight))
 
 
 def test_each_device_holds_only_its_part() -> None:

@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from workers.kernels.gpu import tiles
 from workers.kernels.gpu.tiles import FEW, Tile
-from workers.kernels.weights import Weight
+from workers.kernels.weights import Weight, layered
 from workers.kernels.xla import portable
 
 #: Within a kernel: references and a block's number -> its expert, and the rows [tile.rows] of x that it takes, M for none.
@@ -55,9 +55,9 @@ def experts(
     interpret: bool = False,
 ) -> jax.Array:
     """As `portable.experts`."""
-    stacks = [tiles.stack(weight) for weight in (gate, up, down)]
-    if reduce is not None or not all(tiles.fits(stack.values, stack.scales) for stack in stacks):
+    if reduce is not None or not all(tiles.fits(layered(weight).stacked) for weight in (gate, up, down)):
         return portable.experts(x, gates, experts, valid, gate, up, down, reduce)
+    stacks = [tiles.stack(weight) for weight in (gate, up, down)]
     few = x.shape[0] <= FEW.rows
     blocks = (_blocks_of_all if few else _sorted_blocks)(experts, valid, gate.shape[0])
     hidden = _widen(x, blocks, stacks[0], stacks[1], few, interpret)
@@ -112,7 +112,7 @@ def _widen(
     tile = blocks.tile
     width, lead, depth = gate.values.shape[2], len(blocks.arrays), x.shape[1]
     group_rows = (gate.group_rows, up.group_rows)
-    parts = min(_parts(stack, blocks) for stack in (gate, up))
+    parts = min(_parts(stack, depth, blocks) for stack in (gate, up))
     shared = parts if apart else 1
     whole = shared == 1
     rows = blocks.count * tile.rows
@@ -155,10 +155,10 @@ def _widen(
     return found[0] if whole else _activate(found[0], found[1], blocks, x.shape[0], interpret)
 
 
-def _parts(stack: tiles.Stack, blocks: _Blocks) -> int:
+def _parts(stack: tiles.Stack, depth: int, blocks: _Blocks) -> int:
     """In how many parts a product's depth is added up; at least the selected experts' programs run."""
-    _, depth, width = stack.values.shape
-    return tiles.splits(depth, width // FEW.columns * blocks.place.shape[1], stack.group_rows)
+    strips = stack.values.shape[2] // FEW.columns
+    return tiles.splits(depth, strips * blocks.place.shape[1], (stack,))
 
 
 def _activated(gated: jax.Array, lifted: jax.Array) -> jax.Array:
@@ -198,10 +198,10 @@ def _step(width: int) -> int:
 def _narrow(
     hidden: jax.Array, blocks: _Blocks, down: tiles.Stack, rows: int, apart: bool, interpret: bool
 ) -> jax.Array:
-    """down(hidden): [parts, B * kept, D] float32; one part, of which all others were added, unless `apart`."""
+    """down(hidden): [parts, B * kept, D] float32; one part, to which all others were added, unless `apart`."""
     tile = blocks.tile
     depth, width, lead = hidden.shape[1], down.values.shape[2], len(blocks.arrays)
-    parts = _parts(down, blocks)
+    parts = _parts(down, depth, blocks)
     shared = parts if apart else 1
 
     def kernel(first: Any, *refs: Any) -> None:

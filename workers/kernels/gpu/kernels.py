@@ -10,7 +10,6 @@ from typing import Any
 from workers.kernels.gpu import attention, experts, matmul, rows, tiles
 from workers.kernels.interface import ACCELERATOR, Kernels
 from workers.kernels.kv_pages import Pages
-from workers.kernels.weights import QuantizedWeight
 
 
 def gpu_kernels(interpret: bool = False) -> Kernels:
@@ -27,7 +26,14 @@ def gpu_kernels(interpret: bool = False) -> Kernels:
         name: functools.partial(operation, interpret=interpret) for name, operation in operations.items()
     }
     return dataclasses.replace(
-        ACCELERATOR, name="gpu", batch_invariant=True, covers=covers, scatters=True, heads_first=True, **bound
+        ACCELERATOR,
+        name="gpu",
+        batch_invariant=True,
+        covers=covers,
+        paired=True,
+        scatters=True,
+        heads_first=True,
+        **bound,
     )
 
 
@@ -41,8 +47,7 @@ def covers(params: Mapping[str, Mapping[str, Any]], pages: Pages) -> bool:
             return rows.fits_router(*array.shape[1:])
         if name != "w":
             return True
-        values, scales = (array.weight, array.scales) if isinstance(array, QuantizedWeight) else (array, None)
-        return tiles.fits(values, scales)
+        return tiles.fits(array)
 
     each = (fits(module, name, array) for module, own in params.items() for name, array in own.items())
     return attention.fits_pages(pages) and all(each)

@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from workers.kernels.gpu import tiles
 from workers.kernels.gpu.tiles import FEW, Tile
-from workers.kernels.weights import Weight
+from workers.kernels.weights import Weight, layered
 from workers.kernels.xla import portable
 
 
@@ -22,14 +22,14 @@ def project(
     x: jax.Array, valid: jax.Array, weights: tuple[Weight, ...], *, interpret: bool = False
 ) -> tuple[jax.Array, ...]:
     """As `portable.project`, all weights in one kernel."""
-    stacks = tuple(tiles.stack(weight) for weight in weights)
-    if not all(tiles.fits(stack.values, stack.scales) for stack in stacks):
+    if not all(tiles.fits(layered(weight).stacked) for weight in weights):
         return portable.project(x, valid, weights)
+    stacks = tuple(tiles.stack(weight) for weight in weights)
     rows, depth = x.shape
     tile = tiles.tile_of(rows)
     widths = [stack.values.shape[2] for stack in stacks]
     ends = list(itertools.accumulate(width // tile.columns for width in widths))
-    parts = tiles.splits(depth, sum(widths) // FEW.columns, min(stack.group_rows for stack in stacks))
+    parts = tiles.splits(depth, sum(widths) // FEW.columns, stacks)
     # With few rows, programs share the depth. With many, each adds up the same parts in the same order.
     apart = tile is FEW
     lead = parts if apart else 1

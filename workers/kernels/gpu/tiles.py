@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from workers.kernels.weights import QuantizedWeight, Weight, layered
+from workers.kernels.weights import PairedWeight, QuantizedWeight, Weight, layered
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,12 +46,14 @@ class Tile:
 #: Measured on an H100, where both give the same bits: each row is multiplied by the same instructions in the same order.
 FEW = Tile(64, 64, 4, 3)
 MANY = Tile(128, 64, 8, 3)
+#: Rows of a weight that a program takes at a time, the most that fit.
+_DEPTHS = (128, 64, 32)
 #: Fewest programs that keep all multiprocessors reading.
 PROGRAMS = 256
 
 
 def tile_of(rows: int) -> Tile:
-    """That for so many rows of x. Experts share out those of two small tiles, and few have more than one."""
+    """That for so many rows of x. Up to two small tiles: experts share the rows out, and few get more than one block."""
     return FEW if rows <= 2 * FEW.rows else MANY
 
 
@@ -60,14 +62,16 @@ class Stack:
     """Matrices [G, K, N] of which a kernel reads some, where they lie.
 
     Attributes:
-      values: [G, K, N].
-      scales: [G, S, N] of 8-bit values, else none.
+      values: [G, K, N]; of 4-bit values [G, K / 2, N], see `PairedWeight`.
+      scales: [G, S, N] of 8- and 4-bit values, else none.
       first: the first matrix that is meant.
+      paired: whether values have 4 bits.
     """
 
     values: jax.Array
     scales: jax.Array | None
     first: jax.Array
+    paired: bool = False
 
     @property
     def arrays(self) -> tuple[jax.Array, ...]:
@@ -76,18 +80,29 @@ class Stack:
     @property
     def group_rows(self) -> int:
         """Rows that share a scale; all where there are no scales."""
-        depth: int = self.values.shape[1]
+        depth: int = self.values.shape[1] * (1 + self.paired)
         return depth if self.scales is None else depth // self.scales.shape[1]
+
+    @property
+    def least(self) -> int:
+        """Fewest rows of a tile: a whole group of 4-bit values, whose halves share bytes."""
+        return _DEPTHS[0] if self.paired else _DEPTHS[-1]
 
 
 def stack(weight: Weight) -> Stack:
     """A weight [K, N] or [G, K, N], perhaps one layer's of many, as a stack."""
     own = layered(weight)
     every = own.stacked
-    arrays = (every.weight, every.scales) if isinstance(every, QuantizedWeight) else (every, None)
-    values, scales = (None if a is None else a.reshape(-1, *a.shape[-2:]) for a in arrays)  # type: ignore[union-attr]
+    values, scales = (None if a is None else a.reshape(-1, *a.shape[-2:]) for a in arrays_of(every))
     assert values is not None
-    return Stack(values, scales, own.layer * math.prod(own.shape[:-2]))
+    return Stack(values, scales, own.layer * math.prod(own.shape[:-2]), isinstance(every, PairedWeight))
+
+
+def arrays_of(weight: Any) -> tuple[Any, Any | None]:
+    """Values, and scales if it has some."""
+    if isinstance(weight, PairedWeight):
+        return weight.pairs, weight.scales
+    return (weight.weight, weight.scales) if isinstance(weight, QuantizedWeight) else (weight, None)
 
 
 def addressable(array: jax.Array) -> bool:
@@ -102,28 +117,31 @@ def addressable(array: jax.Array) -> bool:
     return right
 
 
-def fits(values: Any, scales: Any | None) -> bool:
-    """Whether the kernels can read a stack [..., K, N], perhaps with scales [..., S, N]: bytes or bfloat16, in whole tiles."""
-    depth, columns = values.shape[-2:]
+def fits(weight: Any) -> bool:
+    """Whether the kernels can read a weight [..., K, N] that lies so: 4 bits, bytes or bfloat16, in whole tiles."""
+    values, scales = arrays_of(weight)
+    depth, columns = weight.shape[-2:]
     group_rows = depth if scales is None else depth // scales.shape[-2]
     kinds = (jnp.bfloat16,) if scales is None else (jnp.int8,)
     whole = columns % 128 == 0 and depth % 32 == 0 and group_rows % 32 == 0
+    if isinstance(weight, PairedWeight):
+        whole = whole and group_rows == _DEPTHS[0]
     return values.dtype in kinds and whole and addressable(values)
 
 
-def splits(depth: int, programs: int, group_rows: int) -> int:
+def splits(depth: int, programs: int, stacks: Sequence[Stack]) -> int:
     """In how many parts a product's depth is added up, so that enough programs run. Never depends on the rows of x."""
     parts = 1
     while programs * parts < PROGRAMS and parts < 8 and depth % (2 * parts) == 0:
-        if not tile_depth(depth // (2 * parts), group_rows):
+        if any(tile_depth(depth // (2 * parts), stack.group_rows) < stack.least for stack in stacks):
             break
         parts *= 2
     return parts
 
 
 def tile_depth(depth: int, group_rows: int) -> int:
-    """Rows of a tile: at most 128, whole in a part of `depth` and in a group of scales; 0 if there are none."""
-    return next((rows for rows in (128, 64, 32) if depth % rows == 0 and group_rows % rows == 0), 0)
+    """Rows of a tile, whole in a part of `depth` and in a group of scales; 0 if there are none."""
+    return next((rows for rows in _DEPTHS if depth % rows == 0 and group_rows % rows == 0), 0)
 
 
 def widen(values: jax.Array, scales: jax.Array | None) -> jax.Array:
@@ -133,6 +151,12 @@ def widen(values: jax.Array, scales: jax.Array | None) -> jax.Array:
     if scales.dtype == jnp.bfloat16:  # one rounding of the exact product, and no detour
         return values.astype(jnp.bfloat16) * scales
     return (values.astype(jnp.float32) * scales.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def _halves(pairs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The values of a `PairedWeight`'s bytes in bfloat16, which has them exactly: fewer instructions than shifts of bytes."""
+    low = (pairs & 15).astype(jnp.bfloat16)
+    return low - 8, (pairs.astype(jnp.bfloat16) - low) * 0.0625
 
 
 def products(
@@ -161,17 +185,23 @@ def products(
     """
     step = min(tile_depth(depth, rows) for rows in group_rows)
     columns = pl.ds(column, tile.columns)
-    valid = jnp.broadcast_to((row < x.shape[0])[:, None], (tile.rows, step))
+    paired = stacks[0][0].shape[1] < x.shape[1]
+    height = step // 2 if paired else step
+    valid = jnp.broadcast_to((row < x.shape[0])[:, None], (tile.rows, height))
 
     def turn(i: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         at = start + i * step
-        span = pl.ds(at, step)
-        place = (row[:, None], (at + jnp.arange(step))[None, :])
-        taken = pltriton.load(x.at[place], mask=valid, other=0.0).astype(jnp.bfloat16)
+        taken = []
+        for begin in range(0, step, height):
+            place = (row[:, None], (at + begin + jnp.arange(height))[None, :])
+            taken.append(pltriton.load(x.at[place], mask=valid, other=0.0).astype(jnp.bfloat16))
         added = []
         for total, refs, rows in zip(sums, stacks, group_rows, strict=True):
             scales = refs[1][matrix, at // rows, columns][None, :] if len(refs) > 1 else None
-            added.append(total + pltriton.dot(taken, widen(refs[0][matrix, span, columns], scales)))
+            tile = refs[0][matrix, pl.ds(at * height // step, height), columns]
+            for some, values in zip(taken, _halves(tile) if paired else (tile,), strict=True):
+                total = total + pltriton.dot(some, widen(values, scales))
+            added.append(total)
         return tuple(added)
 
     zero = jnp.zeros((tile.rows, tile.columns), jnp.float32)
