@@ -52,6 +52,7 @@ def compile_program(
 
     from tools.aot.release import release_headers
     from workers.checkpoint.loader import parameter_shapes
+    from workers.host.kernel_selection import hold_to_promise
     from workers.host.standby import DTYPES
     from workers.kernels.gpu.kernels import GPU
     from workers.kernels.tpu.kernels import TPU
@@ -74,6 +75,8 @@ def compile_program(
     )
     dtype, kv_dtype = DTYPES[precision.activations], DTYPES[precision.kv_cache]
     params = parameter_shapes(release_headers(config), partition, weights=precision.weights, dtype=dtype)
+    partition = hold_to_promise(partition, params, page_shapes(config, shape, partition, kv_dtype))
+    shape = dataclasses.replace(shape, batch_invariant=partition.kernels.batch_invariant)
     program_set = ProgramSet(config, shape, partition, params, dtype, kv_dtype)
     lowered = program_set.trace(program).lower()
     began = time.monotonic()
