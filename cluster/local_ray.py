@@ -113,9 +113,8 @@ def _main() -> None:
     try:
         try:
             _add_nodes(cluster, hosts, cpus_per_host)
-        except (
-            Exception
-        ):  # Ray's own, which has no other class: a node may start for 30 s, and a busy machine takes longer
+        except Exception:
+            # Ray gives a node 30 s, a busy machine takes longer, and Ray's error has no class of its own.
             cluster.shutdown()
             cluster = Cluster()
             _add_nodes(cluster, hosts, cpus_per_host)
