@@ -75,8 +75,7 @@ def compile_program(
     )
     dtype, kv_dtype = DTYPES[precision.activations], DTYPES[precision.kv_cache]
     params = parameter_shapes(release_headers(config), partition, weights=precision.weights, dtype=dtype)
-    partition = hold_to_promise(partition, params, page_shapes(config, shape, partition, kv_dtype))
-    shape = dataclasses.replace(shape, batch_invariant=partition.kernels.batch_invariant)
+    shape, partition = hold_to_promise(config, shape, partition, params, kv_dtype)
     program_set = ProgramSet(config, shape, partition, params, dtype, kv_dtype)
     lowered = program_set.trace(program).lower()
     began = time.monotonic()

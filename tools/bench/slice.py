@@ -32,7 +32,6 @@ from workers.kernels.tpu.kernels import TPU
 from workers.messages.plan import EngineShape
 from workers.model.config import GrokConfig
 from workers.model.partition import Partition
-from workers.runtime.kv_cache import page_shapes
 from workers.runtime.mesh import AXES, TYPES
 from workers.runtime.program_set import ProgramSet
 from workers.runtime.runtime import Runtime
@@ -99,8 +98,7 @@ def make_steps(config: GrokConfig, kernels: Kernels, *, slots: int, past: int, p
     mesh = Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1), AXES, axis_types=TYPES)
     partition = Partition.create(config, mesh, "batch", kernels)
     shapes = parameter_shapes(release_headers(config), partition, dtype=dtype)
-    partition = hold_to_promise(partition, shapes, page_shapes(config, shape, partition, dtype))
-    shape = dataclasses.replace(shape, batch_invariant=partition.kernels.batch_invariant)
+    shape, partition = hold_to_promise(config, shape, partition, shapes, dtype)
     runtime = Runtime(ProgramSet(config, shape, partition, shapes, dtype, dtype), partition)
     runtime.set_parameters(random_parameters(shapes))
     runtime.warm_up()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,9 +16,11 @@ from workers.kernels.cpu.kernels import INSTRUCTION_SETS, NativeKernelsError, na
 from workers.kernels.gpu.kernels import GPU
 from workers.kernels.interface import ACCELERATOR, PORTABLE, Kernels
 from workers.kernels.tpu.kernels import TPU
+from workers.messages.plan import EngineShape
 from workers.messages.specs import MeshSpec, ModelSpec
+from workers.model.config import GrokConfig
 from workers.model.partition import Partition
-from workers.runtime.kv_cache import Cache
+from workers.runtime.kv_cache import page_shapes
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,21 +57,25 @@ def select_kernels(model: ModelSpec, mesh: MeshSpec, checkpoint: Checkpoint) -> 
     return PORTABLE
 
 
-def hold_to_promise(partition: Partition, params: Params, pages: Cache) -> Partition:
-    """The partition, whose kernels promise batch invariance only if they cover a device's part of the parameters and pages."""
+def hold_to_promise(
+    config: GrokConfig, shape: EngineShape, partition: Partition, params: Params, kv_dtype: Any
+) -> tuple[EngineShape, Partition]:
+    """Shape and partition of an engine, which promises batch invariance only if the kernels cover a device's part of its
+    parameters and pages."""
 
     def part(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         assert array.sharding is not None
         return jax.ShapeDtypeStruct(array.sharding.shard_shape(array.shape), array.dtype)
 
-    kernels = partition.kernels
+    kernels, pages = partition.kernels, page_shapes(config, shape, partition, kv_dtype)
     if not kernels.batch_invariant or kernels.covers(*jax.tree.map(part, (params, pages[1]))):
-        return partition
+        return shape, partition
     _LOG.warning(
         "no whole tiles, or an array of 2 to 4 GiB: plain XLA computes what the %s kernels leave, not batch-invariant",
         kernels.name,
     )
-    return dataclasses.replace(partition, kernels=dataclasses.replace(kernels, batch_invariant=False))
+    held = dataclasses.replace(kernels, batch_invariant=False)
+    return dataclasses.replace(shape, batch_invariant=False), dataclasses.replace(partition, kernels=held)
 
 
 def negotiate(kernels: Kernels) -> Kernels:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from typing import Any
 
@@ -18,7 +17,6 @@ from workers.kernels.interface import Kernels
 from workers.messages.plan import EngineShape
 from workers.messages.specs import EngineSpec, MeshSpec, ModelSpec
 from workers.model.partition import Partition
-from workers.runtime.kv_cache import page_shapes
 from workers.runtime.mesh import abstract_mesh
 from workers.runtime.program_set import ProgramSet
 
@@ -56,9 +54,8 @@ class StandbyEngine:
         shapes = parameter_shapes(self.checkpoint, partition, weights=model.weights, dtype=self.dtype)
         kv_dtype = DTYPES[model.kv_cache or model.activations]
         shape = engine_shape(self._engine, config.sequence_len, partition.batch_groups, kernels.batch_invariant)
-        partition = hold_to_promise(partition, shapes, page_shapes(config, shape, partition, kv_dtype))
+        shape, partition = hold_to_promise(config, shape, partition, shapes, kv_dtype)
         self.kernels = partition.kernels
-        shape = dataclasses.replace(shape, batch_invariant=self.kernels.batch_invariant)
         self.program_set = ProgramSet(config, shape, partition, shapes, self.dtype, kv_dtype)
 
 

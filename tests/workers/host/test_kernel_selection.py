@@ -22,7 +22,6 @@ from workers.kernels.tpu.kernels import TPU
 from workers.messages.plan import EngineShape
 from workers.messages.specs import MeshSpec, ModelSpec
 from workers.model.partition import Partition
-from workers.runtime.kv_cache import page_shapes
 from workers.runtime.mesh import abstract_mesh
 
 CHECKPOINT = open_checkpoint(GOLDEN / "nano-s1")
@@ -61,8 +60,8 @@ def test_kernels_for_gpus_promise_batch_invariance_only_where_they_compute_every
     partition = Partition.create(checkpoint.config, abstract_mesh(1, 1), "batch", GPU)
     shape = EngineShape(2, 1, 9, 16, 32, 64, GPU.batch_invariant)
     params = parameter_shapes(checkpoint, partition, dtype=jnp.bfloat16)
-    held = hold_to_promise(partition, params, page_shapes(checkpoint.config, shape, partition, jnp.bfloat16))
-    assert held.kernels.batch_invariant == kept
+    held_shape, held = hold_to_promise(checkpoint.config, shape, partition, params, jnp.bfloat16)
+    assert held.kernels.batch_invariant == held_shape.batch_invariant == kept
     assert held.kernels.name == GPU.name
 
 

@@ -27,7 +27,6 @@ from workers.kernels.interface import ACCELERATOR, Kernels
 from workers.messages.plan import Chunk, DecodeRow, EngineShape, Plan, Sampling, SlotStart, Token
 from workers.model.config import GrokConfig
 from workers.model.partition import Partition
-from workers.runtime.kv_cache import page_shapes
 from workers.runtime.program_set import ProgramSet
 from workers.runtime.runtime import Runtime
 
@@ -55,7 +54,7 @@ def make_runtime(kernels: Kernels, data: int, model: int, kv_dtype: Any, weights
     shapes = parameter_shapes(release_headers(CONFIG), partition, weights=weights, dtype=jnp.bfloat16)
     params = jax.tree.map(lambda value, shape: jax.device_put(value, shape.sharding), random_parameters(shapes), shapes)
     shape = EngineShape(4, partition.batch_groups, 17, 16, 64, 128, kernels.batch_invariant)
-    assert hold_to_promise(partition, shapes, page_shapes(CONFIG, shape, partition, kv_dtype)) is partition
+    assert hold_to_promise(CONFIG, shape, partition, shapes, kv_dtype) == (shape, partition)
     runtime = Runtime(ProgramSet(CONFIG, shape, partition, params, jnp.bfloat16, kv_dtype), partition)
     runtime.set_parameters(params)
     return runtime
