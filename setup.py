@@ -5,6 +5,8 @@ from setuptools import Extension, setup
 SOURCES = (
     "ops",
     "sampling",
+    "transport",
+    "collectives",
     "packing",
     "portable",
     "avx2",
@@ -21,7 +23,10 @@ else:
         Extension(
             "workers.kernels.cpu.native",
             [f"workers/kernels/cpu/src/{name}.cc" for name in SOURCES],
-            depends=[f"workers/kernels/cpu/src/{name}" for name in ("kernels.h", "ops.h", "parallel.h", "vector.inc")],
+            depends=[
+                f"workers/kernels/cpu/src/{name}"
+                for name in ("kernels.h", "ops.h", "parallel.h", "transport.h", "vector.inc")
+            ],
             include_dirs=[include_dir()],
             extra_compile_args=["-std=c++17", "-O3", "-w"],
             language="c++",

@@ -24,7 +24,8 @@ from tools.selftest.findings import Finding, Outcome
 from workers.capacity.hardware import Device, Hardware, device_of
 from workers.capacity.prediction import sum_seconds
 from workers.host.environment import bypass_proxies
-from workers.kernels.cpu.kernels import NativeKernelsError, native_kernels
+from workers.kernels.cpu.kernels import native_kernels
+from workers.kernels.cpu.library import NativeKernelsError
 from workers.runtime.mesh import all_devices
 
 #: Bytes of which bandwidths are measured, and of sums over devices: what a decode step has, and a prompt's chunk.

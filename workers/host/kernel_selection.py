@@ -7,12 +7,11 @@ import logging
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from workers.checkpoint.checkpoint import Checkpoint
 from workers.checkpoint.loader import Params
-from workers.kernels.cpu.kernels import INSTRUCTION_SETS, NativeKernelsError, native_kernels, use_instruction_set
+from workers.kernels.cpu.kernels import INSTRUCTION_SETS, native_kernels, use_instruction_set
+from workers.kernels.cpu.library import NativeKernelsError
 from workers.kernels.gpu.kernels import GPU
 from workers.kernels.interface import ACCELERATOR, PORTABLE, Kernels
 from workers.kernels.tpu.kernels import TPU
@@ -21,6 +20,7 @@ from workers.messages.specs import MeshSpec, ModelSpec
 from workers.model.config import GrokConfig
 from workers.model.partition import Partition
 from workers.runtime.kv_cache import page_shapes
+from workers.runtime.mesh import tell
 
 _LOG = logging.getLogger(__name__)
 
@@ -78,16 +78,15 @@ def hold_to_promise(
     return dataclasses.replace(shape, batch_invariant=False), dataclasses.replace(partition, kernels=held)
 
 
-def negotiate(kernels: Kernels) -> Kernels:
-    """The best kernels that all processes of the mesh have; all must call this alike.
+def negotiate(kernels: Kernels, seconds: float) -> Kernels:
+    """The best kernels that all processes of the mesh have; all must call this alike, within `seconds`.
 
     What every host computes for itself, routes and norms, must come out the same on all.
     """
     if jax.process_count() == 1 or kernels.accelerator:
         return kernels
     levels = (PORTABLE.name, *INSTRUCTION_SETS)
-    found = multihost_utils.process_allgather(np.int32(levels.index(kernels.name)))
-    common = levels[int(found.min())]
+    common = min(tell("kernels", kernels.name, seconds), key=levels.index)
     if common != kernels.name:
         _LOG.warning("another host has no %s kernels; computing with %s", kernels.name, common)
     if common == PORTABLE.name:

@@ -83,8 +83,12 @@ class Worker:
             words = [a.model.checkpoint, str(config.vocab_size), str(config.eos_token)]
             self._sandbox = Sandbox("workers.text.grammar_job", words)
         with every_rank_writes():
-            standby.adopt(negotiate(standby.kernels))
+            standby.adopt(negotiate(standby.kernels, JOIN_SECONDS))
         _LOG.info("kernels: %s", standby.kernels.name)
+        if standby.kernels.collectives is not None and a.mesh.hosts > 1:
+            from workers.host.rendezvous import meet
+
+            meet(a.coordinator, a.rank, a.secret, a.silence_seconds, JOIN_SECONDS)
         digests = self._load(standby, Partition.create(config, mesh, a.mesh.rules, standby.kernels))
         self.profiler = Profiler()
         for kind, size in self.runtime.device_bytes.items():

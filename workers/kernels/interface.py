@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,53 @@ class Packing:
 
     weight: Callable[[Array, int, Array], None]
     table: Callable[[Array, Array, Array], None]
+
+
+class Site(enum.IntEnum):
+    """Where in a program something crosses between devices. What has the same site never crosses at the same time."""
+
+    EMBEDDING = 0
+    ROWS = 1
+    ATTENTION = 2
+    EXPERTS = 3
+    HIDDEN = 4
+    LOGITS = 5
+    SAMPLES = 6
+    PROBE = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The devices between which something crosses.
+
+    Attributes:
+      site: where.
+      rank: [] int32, this device's place in the mesh.
+      world: devices of the mesh.
+      size: devices of the group.
+      stride: how far in the mesh each is from the next.
+    """
+
+    site: Site
+    rank: jax.Array
+    world: int
+    size: int
+    stride: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Collectives:
+    """What crosses between devices, where it isn't for XLA to do. They end with an error when a host of the mesh is lost.
+
+    Attributes:
+      sum: (x float32, group) -> x added up, in the order of the devices.
+      gather: (x, group) -> [devices, ...], the x of each.
+      exchange: (x [B, V / devices], group) -> [B / devices, V]: whole rows for each, of which each has some columns.
+    """
+
+    sum: Callable[[jax.Array, Group], jax.Array]
+    gather: Callable[[jax.Array, Group], jax.Array]
+    exchange: Callable[[jax.Array, Group], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +107,7 @@ class Kernels:
       scatters: whether the devices write single elements of large arrays where they lie; TPUs turn the whole array round.
       heads_first: whether both kinds of pages are [K, P, page, C]; else keys are [P, K, C, page], values [P, K, page, C].
       paired: whether they read 4-bit weights two a byte, as `PairedWeight`s.
+      collectives: between the devices; XLA's if None.
       packing: how `PackedWeight`s and the `PackedTable` are made, which the kernels then take. None where weights lie as
         they are.
     """
@@ -79,6 +128,7 @@ class Kernels:
     scatters: bool = True
     heads_first: bool = False
     paired: bool = False
+    collectives: Collectives | None = None
     packing: Packing | None = None
 
     @property

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from workers.kernels.interface import PORTABLE, Kernels
+from workers.kernels.interface import PORTABLE, Kernels, Site
 from workers.kernels.weights import LayerWeight, Table
 from workers.kernels.xla.rotary import rotate
 from workers.model.attention import Attend, Cache, MultiHeadAttention, causal_attention
@@ -85,12 +85,15 @@ class DecoderLayer(hk.Module):
         batch, length, width = x.shape
         residual_axes = ("batch", None, None)
         attention = MultiHeadAttention(config, partition)
-        valid = positions >= 0
+        positions = partition.everywhere(positions)
+        valid = partition.everywhere(positions >= 0)
         normed = RMSNorm(config, partition, "rms_norm")(x, valid).astype(dtype)
         attended, cache = attention(normed, positions, layer, attend, cache)
         x = partition.constrain(RMSNorm(config, partition, "rms_norm_1")(attended, valid, x), residual_axes)
 
         rows = RMSNorm(config, partition, "rms_norm_2")(x, valid).reshape(batch * length, width)
+        if not partition.axes("embed"):
+            rows = partition.whole(rows, Site.ROWS)
         flat = valid.reshape(-1)
         gates, experts, probabilities = Router(config, partition)(rows, flat)
         moe = Experts(config, partition)
@@ -146,7 +149,7 @@ class Embedding(hk.Module):
             first = lax.axis_index(over) * size if over else 0
             ours = (tokens >= first) & (tokens < first + size)
             rows = jnp.where(ours[..., None], partition.kernels.lookup(table, tokens - first), 0)
-            rows = partition.sum(rows, over)
+            rows = partition.sum(rows, over, Site.EMBEDDING)
             columns = partition.axes("table_embed")
             return lax.all_gather(rows, columns, axis=2, tiled=True) if columns else rows
 
@@ -158,12 +161,15 @@ class Embedding(hk.Module):
     def logits(self, hidden: jax.Array, valid: jax.Array) -> jax.Array:
         """[..., D], [...] -> [..., V] float32, times the output multiplier; V is split as the table's."""
         partition, table = self._partition, self._table()
+        if not partition.axes("table_embed"):
+            hidden = partition.whole(hidden, Site.HIDDEN)
         lead: Axes = (None,) * (hidden.ndim - 1)
+        valid = partition.everywhere(valid)
 
         def local(hidden: jax.Array, valid: jax.Array, table: Table) -> jax.Array:
             flat = hidden.reshape(-1, hidden.shape[-1])
             product = partition.kernels.logits(flat, valid.reshape(-1), table).reshape(*hidden.shape[:-1], -1)
-            return partition.sum(product, partition.axes("table_embed"))
+            return partition.sum(product, partition.axes("table_embed"), Site.LOGITS)
 
         specs = (partition.spec((*lead, "table_embed")), partition.spec(lead), partition.table_spec(table))
         logits: jax.Array = partition.on_parts(local, specs, partition.spec((*lead, "vocab")))(hidden, valid, table)
@@ -202,7 +208,7 @@ class LanguageModel(hk.Module):
         embedding = Embedding(self._config, self._partition)
         x = self._partition.constrain(embedding(tokens), ("batch", None, None))
         x, cache, routed = self._transformer(x, positions, attend, cache, dtype)
-        valid = positions >= 0
+        valid = self._partition.everywhere(positions >= 0)
         hidden = RMSNorm(self._config, self._partition, "rms_norm")(x, valid).astype(dtype)
         return Output(read(hidden, valid, embedding.logits), routed, cache)
 

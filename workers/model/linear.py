@@ -8,6 +8,7 @@ import haiku as hk
 import jax
 from jax.sharding import PartitionSpec
 
+from workers.kernels.interface import Site
 from workers.kernels.weights import Weight
 from workers.model.config import GrokConfig
 from workers.model.parameters import Axes
@@ -38,7 +39,7 @@ def project(
         flat = x.reshape(-1, x.shape[-1])
         products = partition.kernels.project(flat, valid.reshape(-1), weights)
         over = partition.axes(depth)
-        return tuple(partition.sum(product.reshape(*x.shape[:-1], -1), over) for product in products)
+        return tuple(partition.sum(product.reshape(*x.shape[:-1], -1), over, Site.ATTENTION) for product in products)
 
     specs = (
         partition.spec((rows, None, depth)),

@@ -10,6 +10,7 @@ import haiku as hk
 import jax
 from jax.sharding import PartitionSpec
 
+from workers.kernels.interface import Site
 from workers.kernels.weights import Weight
 from workers.model.config import GrokConfig
 from workers.model.linear import LinearWeight
@@ -96,7 +97,7 @@ class Experts(hk.Module):
 
         def reduce(products: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             gated, lifted = products
-            return partition.sum(gated, embed_axes), partition.sum(lifted, embed_axes)
+            return partition.sum(gated, embed_axes, Site.EXPERTS), partition.sum(lifted, embed_axes, Site.EXPERTS)
 
         mixed = partition.kernels.experts(x, gates, experts, valid, gate, up, down, reduce if embed_axes else None)
-        return partition.sum(mixed, partition.axes("ffn"))
+        return partition.sum(mixed, partition.axes("ffn"), Site.EXPERTS)

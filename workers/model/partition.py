@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from workers.kernels.interface import PORTABLE, Kernels
+from workers.kernels.interface import PORTABLE, Group, Kernels, Site
 from workers.kernels.packed import PackedTable, PackedWeight
 from workers.kernels.weights import LayerWeight, PairedWeight, QuantizedWeight, Table, Weight
 from workers.model.config import GrokConfig
@@ -61,13 +61,17 @@ class Partition(Layout):
         """`x`, laid out by `axes`."""
         return x if self.mesh is None else lax.with_sharding_constraint(x, self.sharding(axes))
 
+    def everywhere(self, x: jax.Array) -> jax.Array:
+        """`x`, which every device has as a whole: else the compiler splits it for one use and gathers it for others."""
+        return self.constrain(x, (None,) * x.ndim)
+
     def on_parts(self, local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """`local` as a function of whole arrays: each device calls it on its parts. Without a mesh, `local` itself."""
         if self.mesh is None:
             return local
         return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def sum(self, x: jax.Array, axes: MeshAxes) -> jax.Array:
+    def sum(self, x: jax.Array, axes: MeshAxes, site: Site) -> jax.Array:
         """Within `on_parts`: the sum of all devices' `x` along mesh `axes`, on each of them.
 
         Exact kernels promise that a row's bits don't depend on its place. An all-reduce may add the devices in an order that
@@ -76,6 +80,8 @@ class Partition(Layout):
         """
         if not axes:
             return x
+        if self.kernels.collectives is not None:
+            return self.kernels.collectives.sum(x, self._group(axes, site))
         if not self.kernels.batch_invariant:
             summed: jax.Array = lax.psum(x, axes)
             return summed
@@ -86,6 +92,39 @@ class Partition(Layout):
             whole: jax.Array = lax.all_gather(own, axes, axis=x.ndim - 1, tiled=True)
             return whole
         return _added(lax.all_gather(x, axes))
+
+    def gather(self, x: jax.Array, axes: MeshAxes, site: Site) -> jax.Array:
+        """Within `on_parts`: the rows [B, ...] of all devices along mesh `axes`, in their order."""
+        if not axes:
+            return x
+        if self.kernels.collectives is None:
+            rows: jax.Array = lax.all_gather(x, axes, tiled=True)
+            return rows
+        return self.kernels.collectives.gather(x, self._group(axes, site)).reshape(-1, *x.shape[1:])
+
+    def exchange(self, x: jax.Array, axes: MeshAxes, site: Site) -> jax.Array:
+        """Within `on_parts`: from some columns of rows, [B, V / devices], to all of some rows, [B / devices, V]."""
+        if self.kernels.collectives is not None:
+            return self.kernels.collectives.exchange(x, self._group(axes, site))
+        rows: jax.Array = lax.all_to_all(x, axes, split_axis=0, concat_axis=1, tiled=True)
+        return rows
+
+    def whole(self, x: jax.Array, site: Site) -> jax.Array:
+        """`x` [B, ...], whose rows may be split as the batch is, on each device."""
+        axes = self.axes("batch")
+        if not axes:
+            return x
+        rows: jax.Array = self.on_parts(lambda x: self.gather(x, axes, site), self.spec(("batch",)), self.spec(()))(x)
+        return rows
+
+    def _group(self, axes: MeshAxes, site: Site) -> Group:
+        """Of this device, along mesh `axes`, which must follow each other in the mesh."""
+        assert self.mesh is not None
+        names = self.mesh.axis_names
+        last = names.index(axes[-1]) + 1
+        assert names[last - len(axes) : last] == axes
+        rank = jnp.asarray(lax.axis_index(names), jnp.int32)
+        return Group(site, rank, self.mesh.size, self.ways(axes), self.ways(names[last:]))
 
     def weight_spec(self, weight: Weight, axes: Axes) -> Any:
         """The tree of specs that matches a weight."""

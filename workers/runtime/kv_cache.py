@@ -88,7 +88,8 @@ def paged_attend(config: GrokConfig, partition: Partition, table: jax.Array, pos
     def attend_layer(
         cache: Cache, layer: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array
     ) -> tuple[jax.Array, Cache]:
-        result: tuple[jax.Array, Cache] = operation(layer, query, key, value, cache, table, positions)
+        where = partition.everywhere(positions)
+        result: tuple[jax.Array, Cache] = operation(layer, query, key, value, cache, table, where)
         return result
 
     return attend_layer

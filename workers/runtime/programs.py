@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from workers.checkpoint.loader import Params
+from workers.kernels.interface import Site
 from workers.kernels.sampling import PACKED_WIDTH, PENALIZED, SamplingRows, SamplingState
 from workers.messages.plan import MAX_DRAFT, EngineShape
 from workers.model.config import GrokConfig
@@ -76,7 +77,7 @@ class Programs:
           computed, [L, E] int32.
         """
         packed = self._replicate(packed)
-        output = self._forward(params, state.pages, state.tokens[:, None], packed, _read(lambda x: x[:, 0]))
+        output = self._forward(params, state.pages, state.tokens[:, None], packed, _read_first)
         rows = sampling_rows(packed, packed[:, POSITION] + 1, packed[:, DRAWS] == 1)
         samples = self._replicate(_force(self._sample(output.read, state.sampling, rows), packed))
         tokens = jnp.where(rows.active, samples[:, 0], state.tokens)
@@ -113,7 +114,7 @@ class Programs:
         As `_decode`, but packed is [groups, PAGES + N + chunk], and so are the samples [groups, ...].
         """
         packed = self._replicate(packed)
-        output = self._forward(params, state.pages, self._chunk(packed), packed, _read_last(packed))
+        output = self._forward(params, state.pages, self._chunk(packed), packed, self._read_last(packed))
         return self._first_tokens(state, output, output.read, packed)
 
     def _score(self, params: Params, state: State, packed: jax.Array) -> tuple[State, jax.Array, jax.Array, jax.Array]:
@@ -125,7 +126,7 @@ class Programs:
         packed = self._replicate(packed)
         chunk = self._shape.chunk
         scored = packed[:, packed.shape[1] - chunk :]
-        last = _read_last(packed)
+        last = self._read_last(packed)
         # Some at a time, so that no device ever holds the logits of a long chunk.
         rows = math.gcd(chunk, SCORED_ROWS)
 
@@ -189,8 +190,18 @@ class Programs:
         first = PAGES + self._shape.table_width
         return packed[:, first : first + self._shape.chunk]
 
+    def _read_last(self, packed: jax.Array) -> Read:
+        """Reads the last position of each packed row."""
+        length = self._replicate(packed[:, LENGTH])
+        last = jnp.maximum(length - 1, 0)[:, None, None]
+
+        def read(hidden: jax.Array, _: jax.Array, logits: Logits) -> jax.Array:
+            return logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0], length > 0)
+
+        return read
+
     def _forward(self, params: Params, pages: Cache, tokens: jax.Array, packed: jax.Array, read: Read) -> Output:
-        where = positions(packed, tokens.shape[1])
+        where = self._replicate(positions(packed, tokens.shape[1]))
         table = packed[:, PAGES : PAGES + self._shape.table_width]
         attend = paged_attend(self._config, self._partition, table, where)
         model: Any = hk.without_apply_rng(
@@ -222,22 +233,25 @@ class Programs:
         """
         partition, mesh, count = self._partition, self._partition.mesh, logits.shape[0]
         assert mesh is not None
-        surplus = -count % mesh.size
-        logits = jnp.pad(logits, ((0, surplus), (0, 0)))
-        rows = jax.tree.map(lambda values: jnp.pad(values, (0, surplus)), rows)
-        split = PartitionSpec(mesh.axis_names)
-        # Logits lie split by vocabulary, sampling wants whole rows: one all_to_all, so that no device ever holds [B, V].
-        # Between CPU hosts that is slower than what XLA does by itself.
-        exchanged = partition.kernels.accelerator and partition.axes("vocab") == mesh.axis_names
+        axes, vocab = mesh.axis_names if mesh.size > 1 else (), partition.axes("vocab")
+        each = -(-count // mesh.size)
 
         def local(logits: jax.Array, rows: Any, whole: Any) -> jax.Array:
-            if exchanged:
-                logits = lax.all_to_all(logits, mesh.axis_names, split_axis=0, concat_axis=1, tiled=True)
-            return kernel(logits, rows, whole)
+            def own(values: jax.Array) -> jax.Array:
+                return lax.dynamic_slice_in_dim(values, lax.axis_index(axes) * each, each) if axes else values
 
-        lying = PartitionSpec(None, mesh.axis_names) if exchanged else split
-        packed = partition.on_parts(local, (lying, split, PartitionSpec()), split)(logits, rows, whole)
-        return self._replicate(packed[:count])
+            def padded(values: jax.Array) -> jax.Array:
+                return jnp.pad(values, [(0, each * mesh.size - count)] + [(0, 0)] * (values.ndim - 1))
+
+            logits, rows = jax.tree.map(padded, (logits, rows))
+            # Logits lie split by vocabulary, sampling wants whole rows; so no device ever holds [B, V].
+            logits = partition.exchange(logits, vocab, Site.LOGITS) if vocab else own(logits)
+            return partition.gather(kernel(logits, jax.tree.map(own, rows), whole), axes, Site.SAMPLES)[:count]
+
+        lying = partition.spec((None, "vocab"))
+        rest = PartitionSpec()
+        packed: jax.Array = partition.on_parts(local, (lying, rest, rest), rest)(logits, rows, whole)
+        return packed
 
     def _next(self, state: State, pages: Cache, tokens: jax.Array, rows: SamplingRows, drawn: jax.Array) -> State:
         """The state after a call. Drawn tokens count where penalties will ask for them."""
@@ -260,19 +274,9 @@ class Programs:
         return whole
 
 
-def _read(pick: Callable[[jax.Array], jax.Array]) -> Read:
-    """Reads the logits of the positions that `pick` takes, [B, T, D] -> [..., D]."""
-
-    def read(hidden: jax.Array, valid: jax.Array, logits: Logits) -> jax.Array:
-        return logits(pick(hidden), pick(valid[..., None])[..., 0])
-
-    return read
-
-
-def _read_last(packed: jax.Array) -> Read:
-    """Reads the last position of each packed row."""
-    last = jnp.maximum(packed[:, LENGTH] - 1, 0)
-    return _read(lambda x: jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
+def _read_first(hidden: jax.Array, valid: jax.Array, logits: Logits) -> jax.Array:
+    """Reads the first position of each row."""
+    return logits(hidden[:, 0], valid[:, 0])
 
 
 def _force(samples: jax.Array, packed: jax.Array) -> jax.Array:

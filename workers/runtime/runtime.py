@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from workers.checkpoint.loader import Params
+from workers.kernels.interface import Site
 from workers.kernels.sampling import IN_PROMPT, TOP_IDS, TOP_LOGPROBS
 from workers.messages.plan import Chunk, Draft, Plan, Sampling, Score, SlotStart, StepTokens, Token
 from workers.model.partition import Partition
@@ -101,9 +102,10 @@ class Runtime:
         self._set_row = {name: compiled[name] for name in vars(self._state.sampling)}
         self._logits = Programs(config, shape, partition, program_set.dtype).logits
         self._group_starts = [group.start for group in config.layer_groups()]
-        everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._ones = jax.jit(lambda: jnp.ones(mesh.size, jnp.int32), out_shardings=everywhere)()
-        self._all_reduce = jax.jit(jnp.sum, out_shardings=partition.sharding(())).lower(self._ones).compile()
+        axes = mesh.axis_names if mesh.size > 1 else ()
+        add = partition.on_parts(lambda x: partition.sum(x, axes, Site.PROBE), PartitionSpec(), PartitionSpec())
+        self._one = jax.jit(lambda: jnp.ones(1), out_shardings=partition.sharding(()))()
+        self._all_reduce = jax.jit(add).lower(self._one).compile()
 
     def set_parameters(self, params: Params) -> None:
         """Gives the engine its parameters."""
@@ -120,7 +122,7 @@ class Runtime:
         """Seconds of the smallest all-reduce over all devices, waiting for the slowest host included. All hosts must call
         this between the same plans, each when its devices are idle."""
         began = time.perf_counter()
-        jax.block_until_ready(self._all_reduce(self._ones))
+        jax.block_until_ready(self._all_reduce(self._one))
         return time.perf_counter() - began
 
     def warm_up(self) -> None:

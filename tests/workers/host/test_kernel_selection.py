@@ -7,13 +7,12 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.experimental import multihost_utils
 
 from tests.conftest import GOLDEN
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.loader import parameter_shapes
+from workers.host import kernel_selection
 from workers.host.kernel_selection import hold_to_promise, negotiate, select_kernels
 from workers.kernels.cpu.kernels import INSTRUCTION_SETS, native_kernels, use_instruction_set
 from workers.kernels.gpu.kernels import GPU
@@ -74,9 +73,8 @@ def test_unrounded_weights_are_refused_where_nothing_computes_them() -> None:
 
 @pytest.mark.parametrize("least", ["xla", "portable"])
 def test_a_mesh_computes_as_the_least_of_its_hosts_can(monkeypatch: pytest.MonkeyPatch, least: str) -> None:
-    level = ("xla", *INSTRUCTION_SETS).index(least)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.array([mine, level]))
-    kernels = negotiate(native_kernels())
+    monkeypatch.setattr(kernel_selection, "tell", lambda topic, name, seconds: [name, least])
+    kernels = negotiate(native_kernels(), 1.0)
     assert kernels.name == least
     assert kernels.batch_invariant == (least != "xla")

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import workers.model.partition
 from workers.kernels.gpu.kernels import GPU
+from workers.kernels.interface import Site
 from workers.model.config import GrokConfig
 from workers.model.partition import Partition
 
@@ -29,7 +30,7 @@ def test_kernels_that_promise_the_same_bits_have_devices_added_in_rank_order(
     over = ("data", "model")
 
     def total(x: jax.Array) -> jax.Array:
-        return partition.sum(x[0], over)
+        return partition.sum(x[0], over, Site.EXPERTS)
 
     summed: Callable[[Any], Any] = jax.jit(partition.on_parts(total, PartitionSpec(over), PartitionSpec()))
     in_order = ((parts[0] + parts[1]) + parts[2]) + parts[3]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib.util
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from workers.kernels.cpu.collectives import COLLECTIVES
+from workers.kernels.cpu.library import library
 from workers.kernels.interface import Arrays, Kernels, Packing
 from workers.kernels.packed import PackedTable, PackedWeight, rows_of
 from workers.kernels.packing import Array, packed_shape
@@ -20,37 +20,12 @@ from workers.kernels.weights import Weight, layered, taken
 #: From the one that any machine has to the fastest.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512-vnni")
 
-_OPERATIONS = ("norm", "route", "dense", "experts", "logits", "attend", "sample", "score")
-
-
-class NativeKernelsError(RuntimeError):
-    """The library was not built, or can't be loaded."""
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    found = importlib.util.find_spec("workers.kernels.cpu.native")
-    if found is None or found.origin is None:
-        raise NativeKernelsError(
-            "the CPU kernels were not built; install a C++ compiler and then the package again (pip install -e .)"
-        )
-    try:
-        library = ctypes.CDLL(found.origin)
-    except OSError as error:
-        raise NativeKernelsError(f"the CPU kernels can't be loaded: {error}") from error
-    for name in _OPERATIONS:
-        capsule = jax.ffi.pycapsule(getattr(library, f"grokmesh_{name}"))
-        jax.ffi.register_ffi_target(f"grokmesh_{name}", capsule, platform="cpu")
-    library.grokmesh_instruction_set.restype = ctypes.c_char_p
-    library.grokmesh_use.restype = ctypes.c_bool
-    return library
-
 
 def native_kernels() -> Kernels:
     """The kernels for this machine's instruction set, for as many devices as JAX is to have. Raises NativeKernelsError."""
     devices: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
-    _library().grokmesh_share(ctypes.c_int64(max(devices, 1)))
-    name = _library().grokmesh_instruction_set().decode()
+    library().grokmesh_share(ctypes.c_int64(max(devices, 1)))
+    name = library().grokmesh_instruction_set().decode()
     return Kernels(
         name=name,
         norm=_norm,
@@ -63,13 +38,14 @@ def native_kernels() -> Kernels:
         sample=_sample,
         score=_score,
         batch_invariant=True,
+        collectives=COLLECTIVES,
         packing=Packing(_pack, _pack_table),
     )
 
 
 def use_instruction_set(name: str) -> bool:
     """Computes with one of INSTRUCTION_SETS from now on; False if this machine can't."""
-    return bool(_library().grokmesh_use(name.encode()))
+    return bool(library().grokmesh_use(name.encode()))
 
 
 def _pack(weight: Array, groups: int, values: Array) -> None:
@@ -77,7 +53,7 @@ def _pack(weight: Array, groups: int, values: Array) -> None:
     shape = packed_shape(rows, columns, groups)
     _check(values, (*lead, *shape), np.int8)
     sizes = (math.prod(lead), rows, columns, groups, *shape)
-    _library().grokmesh_pack(*_pointers(np.ascontiguousarray(weight), values), *map(ctypes.c_int64, sizes))
+    library().grokmesh_pack(*_pointers(np.ascontiguousarray(weight), values), *map(ctypes.c_int64, sizes))
 
 
 def _pack_table(table: Array, values: Array, scales: Array) -> None:
@@ -89,7 +65,7 @@ def _pack_table(table: Array, values: Array, scales: Array) -> None:
     whole = np.ascontiguousarray(table, None if bfloat16 else np.float32)
     pointers = _pointers(whole, values, scales)
     sizes = map(ctypes.c_int64, (rows, width, blocks, strips, size))
-    _library().grokmesh_pack_table(*pointers, ctypes.c_bool(bfloat16), *sizes)
+    library().grokmesh_pack_table(*pointers, ctypes.c_bool(bfloat16), *sizes)
 
 
 def _check(array: Array, shape: tuple[int, ...], dtype: type) -> None:

@@ -11,7 +11,7 @@
 
 namespace grokmesh {
 
-// Devices of this process, which share the pool's threads: more at work than processors would wait for those that have none.
+// Devices that share this process's processors: more threads at work than processors would wait for those that have none.
 extern int64_t devices;
 
 // Calls task(phase, i) for all i < counts[phase]; a phase begins when the one before is done. Threads take tasks in order,
