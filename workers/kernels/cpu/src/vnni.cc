@@ -35,7 +35,7 @@ struct BlockHeader {
 };
 
 struct Tables {
-  alignas(64) int8_t error[128][128];  // [m - 128][|q|]
+  alignas(64) int8_t error[128][128];  // [m - 128][|q|], plus 64
   Tables() {
     for (int m = 128; m < 256; m++)
       for (int q = 0; q < 128; q++) {
@@ -44,7 +44,7 @@ struct Tables {
         while ((product >> drop) >= 256) drop++;
         int kept = product >> drop, rest = product - (kept << drop), half = drop ? 1 << (drop - 1) : 0;
         if (drop && (rest > half || (rest == half && (kept & 1)))) kept++;
-        error[m - 128][q] = static_cast<int8_t>((kept << drop) - product);
+        error[m - 128][q] = static_cast<int8_t>(64 + (kept << drop) - product);
       }
   }
 };
@@ -128,15 +128,14 @@ Part<kColumns> part(const Matrix& w, int64_t column, int64_t group, const int8_t
 
 // The unsigned operands of 64 weights: q + 128, and error + 64 or low + 128.
 template <Kind kKind>
-inline void decode(const int8_t* at, const int8_t* error, __m512i* values, __m512i* errors) {
+inline void decode(const int8_t* at, const __m512i* table, __m512i* values, __m512i* errors) {
   const __m512i q = _mm512_load_si512(at), offset = _mm512_set1_epi8(-128);
   *values = _mm512_xor_si512(q, offset);
   if constexpr (kKind == Kind::kTwoPlanes) {
     *errors = _mm512_xor_si512(_mm512_load_si512(at + 64 * kStrip), offset);
   } else if constexpr (kKind == Kind::kRounded) {
-    const __m512i size = _mm512_permutex2var_epi8(_mm512_load_si512(error), _mm512_abs_epi8(q), _mm512_load_si512(error + 64));
-    const __m512i center = _mm512_set1_epi8(64);
-    *errors = _mm512_mask_sub_epi8(_mm512_add_epi8(center, size), _mm512_movepi8_mask(q), center, size);
+    const __m512i of_size = _mm512_permutex2var_epi8(table[0], _mm512_abs_epi8(q), table[1]);
+    *errors = _mm512_mask_sub_epi8(of_size, _mm512_movepi8_mask(q), offset, of_size);  // 64 - error = 128 - (64 + error)
   }
 }
 
@@ -154,17 +153,18 @@ inline void multiply_add(const __m512i* x, const __m512i* values, const __m512i*
     asm("vpdpbusd %[x], %[v], %[h]\n vpdpbusd %[y], %[v], %[l]"
         : [h] "+v"(high[0]), [l] "+v"(low[0])
         : [x] "m"(x[0]), [y] "m"(x[1]), [v] "v"(values[0]));
+  } else if constexpr (kErrors) {
+    asm("vmovdqa64 %[x], %%zmm31\n vmovdqa64 %[y], %%zmm30\n vpdpbusd %%zmm31, %[v], %[h]\n vpdpbusd %%zmm31, %[w], %[i]\n"
+        "vpdpbusd %%zmm30, %[v], %[l]\n vpdpbusd %%zmm30, %[w], %[m]\n vpdpbusd %%zmm31, %[e], %[s]\n vpdpbusd %%zmm31, %[f], %[t]"
+        : [h] "+v"(high[0]), [i] "+v"(high[1]), [l] "+v"(low[0]), [m] "+v"(low[1]), [s] "+v"(error[0]), [t] "+v"(error[1])
+        : [x] "m"(x[0]), [y] "m"(x[1]), [v] "v"(values[0]), [w] "v"(values[1]), [e] "v"(errors[0]), [f] "v"(errors[1])
+        : "xmm30", "xmm31");
   } else {
     asm("vmovdqa64 %[x], %%zmm31\n vmovdqa64 %[y], %%zmm30\n vpdpbusd %%zmm31, %[v], %[h]\n vpdpbusd %%zmm31, %[w], %[i]\n"
         "vpdpbusd %%zmm30, %[v], %[l]\n vpdpbusd %%zmm30, %[w], %[m]"
         : [h] "+v"(high[0]), [i] "+v"(high[1]), [l] "+v"(low[0]), [m] "+v"(low[1])
         : [x] "m"(x[0]), [y] "m"(x[1]), [v] "v"(values[0]), [w] "v"(values[1])
         : "xmm30", "xmm31");
-    if constexpr (kErrors)
-      asm("vmovdqa64 %[x], %%zmm31\n vpdpbusd %%zmm31, %[v], %[h]\n vpdpbusd %%zmm31, %[w], %[i]"
-          : [h] "+v"(error[0]), [i] "+v"(error[1])
-          : [x] "m"(x[0]), [v] "v"(errors[0]), [w] "v"(errors[1])
-          : "xmm31");
   }
 }
 
@@ -202,6 +202,12 @@ __attribute__((noinline)) void tile(const Part<kColumns>& p, int64_t size, const
       error[r][c] = _mm512_set1_epi32(kKind == Kind::kTwoPlanes ? h.start_high : h.start_error);
     }
   }
+  constexpr bool kHeld = kKind == Kind::kRounded && kRows <= 3;  // registers are left for the tables
+  __m512i tables[kColumns][2];
+  if constexpr (kHeld)
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumns; c++)
+      for (int i = 0; i < 2; i++) tables[c][i] = _mm512_load_si512(p.error[c] + 64 * i);
   const auto* x = reinterpret_cast<const __m512i*>(rows.bytes);
   for (int64_t k = 0; k < size; k += 64, x += 2 * kRows) {
 #pragma GCC unroll 8
@@ -212,7 +218,7 @@ __attribute__((noinline)) void tile(const Part<kColumns>& p, int64_t size, const
         const int64_t at = kPlanes * kStrip * k + 64 * (c + i);
         _mm_prefetch(p.values + at + p.ahead, _MM_HINT_T1);
         if constexpr (kKind == Kind::kTwoPlanes) _mm_prefetch(p.values + at + p.ahead + 64 * kStrip, _MM_HINT_T1);
-        decode<kKind>(p.values + at, p.error[c + i], &values[i], &errors[i]);
+        decode<kKind>(p.values + at, kHeld ? tables[c + i] : reinterpret_cast<const __m512i*>(p.error[c + i]), &values[i], &errors[i]);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; r++) multiply_add<kBeside, kErrors>(x + 2 * r, values, errors, &high[r][c], &low[r][c], &error[r][c]);
@@ -247,10 +253,15 @@ void gather(const Layout& l, int64_t block, const char* x, int64_t x_stride, int
 // kRows rows times the columns [first, last) over a block, added to y.
 template <int kRows, Kind kKind>
 void multiply_block(const Matrix& w, int64_t block, const Rows& rows, int64_t first, int64_t last, float* y, int64_t y_stride) {
-  constexpr int kColumns = kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1;  // as many sums as registers hold
-  const int64_t group = block / w.layout.blocks_per_group(), ahead = 2 * w.strip_bytes();
+  constexpr int kColumns = kRows == 1 ? 4 : kRows <= 4 ? 2 : 1;  // as many sums as registers hold, with tables or without
+  const int64_t group = block / w.layout.blocks_per_group();
   for (int64_t n = first; n < last; n += kStrip) {
-    const int64_t valid = std::min(kStrip, last - n);
+    // Two strips ahead: in this block, in the next one, or in the columns that follow.
+    const int64_t valid = std::min(kStrip, last - n), soon = n + 2 * kStrip;
+    const int8_t* wanted = soon < last                   ? w.strip(block, soon)
+                           : block + 1 < w.layout.blocks() ? w.strip(block + 1, first + soon - last)
+                                                           : w.strip(0, soon);
+    const int64_t ahead = wanted - w.strip(block, n);
     for (int c = 0; c < kStrip; c += kColumns) {
       float sums[kRows * kColumns + 3];
       tile<kRows, kKind>(part<kColumns>(w, n + c, group, w.strip(block, n) + 64 * c, ahead), w.layout.block(), rows, sums);
