@@ -34,7 +34,7 @@ class ClusterSection:
       compilation_cache: directory on each host where compiled programs are kept; empty for none.
       silence_seconds: a host or a leader that has sent nothing for so long is suspected to be lost. They send something four
         times a second. It is lost if within two more seconds its host can't be reached, or its process is seen to be stopped
-        or to do nothing.
+        or to do nothing; of CPU hosts that wait for each other in the middle of a step, without more ado.
     """
 
     address: str = "local"

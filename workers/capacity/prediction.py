@@ -64,7 +64,8 @@ def decode_bytes(
 
 
 def sum_seconds(hardware: Hardware, ways: int, size: float) -> float:
-    """Seconds of a sum over `ways` devices, of `size` bytes on each: a ring over each host's devices, then one over hosts."""
+    """Seconds of a sum over `ways` devices, of `size` bytes on each: a ring over each host's devices, then one over hosts. Each
+    device of a CPU host exchanges with those of other hosts by itself."""
     device = hardware.device
     if ways == 1:
         return 0.0
@@ -74,7 +75,8 @@ def sum_seconds(hardware: Hardware, ways: int, size: float) -> float:
     if inner > 1:
         seconds += device.link_seconds + 2 * size * (inner - 1) / inner / device.link
     if outer > 1:
-        seconds += device.network_seconds + 2 * size * (outer - 1) / outer / inner / device.network
+        sent = inner * size if device.platform == "cpu" else size / inner
+        seconds += device.network_seconds + 2 * sent * (outer - 1) / outer / device.network
     return seconds
 
 
