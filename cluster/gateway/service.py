@@ -67,11 +67,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         """Streams completions: parts of one in order, those of several as they come."""
         completion = request.completion
-        async with self._sessions(completion, context, whole=False) as sessions:
+        async with self._sessions(completion, context, whole=False) as sessions, Reading() as reading:
             if len(sessions) == 1:
                 while sessions[0].finish is None:
                     part = _part(sessions[0], await sessions[0].next_deltas(), 0, counted=completion.usage_in_parts)
-                    with _must_be_read():
+                    with reading:
                         yield part
                 return
             waiting = {asyncio.ensure_future(session.next_deltas()): i for i, session in enumerate(sessions)}
@@ -80,7 +80,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                     for task in done:
                         i = waiting.pop(task)
-                        with _must_be_read():
+                        with reading:
                             yield _part(sessions[i], task.result(), i, counted=completion.usage_in_parts)
                         if sessions[i].finish is None:
                             waiting[asyncio.ensure_future(sessions[i].next_deltas())] = i
@@ -124,11 +124,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         for index, completion in enumerate(await self._scored(request.scoring, whole=False)):
             begin_part(index)
             first = completion.score_from
-            async with self._sessions(completion, context, whole=False, within="scoring.") as (session,):
+            sessions = self._sessions(completion, context, whole=False, within="scoring.")
+            async with sessions as (session,), Reading() as reading:
                 while session.finish is None:
                     text = _scored_text(session, await session.next_deltas(), first)
                     first += len(text.tokens)
-                    with _must_be_read():
+                    with reading:
                         yield generation_pb2.ScoreStreamResponse(request_id=name, index=index, text=text)
 
     async def _scored(self, scoring: generation_pb2.Scoring, *, whole: bool) -> list[generation_pb2.Completion]:
@@ -287,17 +288,34 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             traces.child(self._tracer, call.span, "decode", session.first_token, ended)
 
 
-@contextlib.contextmanager
-def _must_be_read() -> Iterator[None]:
-    """Cancels the current task, which sends a part to a client, if the client does not take it for too long: its tokens
-    would be kept, and its place be held, as long as it pleases."""
-    task = asyncio.current_task()
-    assert task is not None
-    timer = asyncio.get_running_loop().call_later(UNREAD_SECONDS, task.cancel)
-    try:
-        yield
-    finally:
-        timer.cancel()
+class Reading:
+    """Cancels the current task, which sends parts to a client, if the client does not take one for too long: its tokens would
+    be kept, and its place be held, as long as it pleases. `async with` is the stream's, `with` a part's."""
+
+    def __init__(self) -> None:
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        self._since: float | None = None
+
+    async def __aenter__(self) -> Reading:
+        self._timer = self._loop.call_later(UNREAD_SECONDS, self._look)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def __enter__(self) -> None:
+        self._since = self._loop.time()
+
+    def __exit__(self, *_: object) -> None:
+        self._since = None
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        due = (now if self._since is None else self._since) + UNREAD_SECONDS
+        if now < due:
+            self._timer = self._loop.call_at(due, self._look)
+        elif self._task is not None:
+            self._task.cancel()
 
 
 def _charged(session: Session, code: str, *, whole: bool, first: bool) -> int:

@@ -43,13 +43,15 @@ class StopMatcher:
 
     def push(self, text: str) -> tuple[str, bool]:
         """Takes new text; returns what may be shown, and whether a stop text ended it."""
+        if not self._matched:
+            return text, False
         whole = self._held + text
         for at, character in enumerate(text, len(self._held) + 1):
             found = self._step(character)
             if found:
                 self._held = ""
                 return whole[: at if self._stops.shown else at - found], True
-        keep = max(self._matched, default=0)
+        keep = max(self._matched)
         shown, self._held = whole[: len(whole) - keep], whole[len(whole) - keep :]
         return shown, False
 

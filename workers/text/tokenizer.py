@@ -35,6 +35,17 @@ class Tokenizer:
         self.vocab_size = int(self._processor.GetPieceSize())
 
     @functools.cached_property
+    def _controls(self) -> frozenset[int]:
+        """Tokens that end or pad."""
+        return frozenset(id for id in range(self.vocab_size) if self._processor.IsControl(id))
+
+    @functools.cached_property
+    def _bytes(self) -> dict[int, int]:
+        """Tokens that stand for bytes."""
+        tokens = (id for id in range(self.vocab_size) if self._processor.IsByte(id))
+        return {id: int(str(self._processor.IdToPiece(id))[3:5], 16) for id in tokens}
+
+    @functools.cached_property
     def longest_piece(self) -> int:
         """Bytes of the longest text that a token stands for."""
         return max(len(self.spelled(id) or b"") for id in range(self.vocab_size))
@@ -44,11 +55,15 @@ class Tokenizer:
         return list(self._processor.EncodeAsIds(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._processor.DecodeIds([id for id in ids if not self.has_no_text(id)]))
+        return self.decode_texts([id for id in ids if not self.has_no_text(id)])
+
+    def decode_texts(self, ids: list[int]) -> str:
+        """`decode` of tokens that all stand for text."""
+        return str(self._processor.DecodeIds(ids))
 
     def has_no_text(self, id: int) -> bool:
         """Whether a token stands for no text at all: one that ends or pads, or is outside of the vocabulary."""
-        return id >= self.vocab_size or bool(self._processor.IsControl(id))
+        return id >= self.vocab_size or id in self._controls
 
     def spelled(self, id: int) -> bytes | None:
         """The bytes that a token adds to a text, None if it stands for no text."""
@@ -59,9 +74,7 @@ class Tokenizer:
 
     def byte(self, id: int) -> int | None:
         """The byte that a token stands for, None if it stands for anything else."""
-        if id >= self.vocab_size or not self._processor.IsByte(id):
-            return None
-        return int(str(self._processor.IdToPiece(id))[3:5], 16)
+        return self._bytes.get(id)
 
     def piece(self, id: int) -> str:
         """The piece of text that a token stands for, with U+2581 for a space."""
@@ -89,7 +102,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._window = [id for id in prompt if not tokenizer.has_no_text(id)][-_CONTEXT:]
-        self._told = self._certain(tokenizer.decode(self._window))
+        self._told = self._certain(tokenizer.decode_texts(self._window))
 
     def push(self, token: int) -> str:
         """The text that is certain now and was not before; none while a character is incomplete."""
@@ -103,13 +116,13 @@ class Detokenizer:
         return self._tell(len)
 
     def _tell(self, certain: Callable[[str], int]) -> str:
-        text = self._tokenizer.decode(self._window)
+        text = self._tokenizer.decode_texts(self._window)
         end = max(certain(text), self._told)
         fresh = text[self._told : end]
         self._told = end
         if end == len(text) and len(self._window) >= 2 * _CONTEXT:
             self._window = self._window[-_CONTEXT:]
-            self._told = len(self._tokenizer.decode(self._window))
+            self._told = len(self._tokenizer.decode_texts(self._window))
         return fresh
 
     def _certain(self, text: str) -> int:

@@ -17,8 +17,8 @@ from workers.runtime.mesh import abstract_mesh
 from workers.runtime.program_set import ProgramSet
 
 CHECKPOINT = open_checkpoint(GOLDEN / "text-s1")
-#: Of each program, in a layer and besides: two sums a layer; with split batches their rows, too. One exchange for the embedding,
-#: one for the logits, one for what was drawn.
+#: Of each program, in a layer and besides: two sums a layer; with split batches their rows, too. One exchange for the
+#: embedding, one for the logits, one for what was drawn.
 EXPECTED = {
     (1, 2, "tensor"): (["sum"] * 2, ["exchange", "gather", "sum"]),
     (1, 4, "tensor"): (["sum"] * 2, ["exchange", "gather", "sum"]),
