@@ -25,7 +25,7 @@ using Clock = std::chrono::steady_clock;
 
 constexpr auto kTurn = std::chrono::milliseconds(200);   // of the keeper
 constexpr auto kSpin = std::chrono::microseconds(300);   // spent looking before a reader sleeps
-constexpr int kNap = 20;                                 // milliseconds for which a reader sleeps at most
+constexpr int kNap = 20, kShortNap = 1;                  // milliseconds for which a reader sleeps at most
 constexpr uint32_t kAlive = kSites;                      // the site of messages that only show life
 
 void relax() {
@@ -34,9 +34,9 @@ void relax() {
 #endif
 }
 
-// Sleeps for a while, at most until more than `seen` is published.
-void sleep_on(Progress& progress, uint32_t seen) {
-  const timespec limit{0, kNap * 1000000};
+// Sleeps for some milliseconds, at most until more than `seen` is published.
+void sleep_on(Progress& progress, uint32_t seen, int most) {
+  const timespec limit{0, most * 1000000};
   progress.sleepers++;
   syscall(SYS_futex, &progress.published, FUTEX_WAIT, seen, &limit, nullptr, 0);
   progress.sleepers--;
@@ -69,6 +69,7 @@ Mesh::Mesh(std::vector<Region*> regions, std::unique_ptr<Peer[]> peers, int64_t 
   for (int64_t p = 0; p < processes; p++) {
     CPU_AND(&both, &own, &regions_[p * devices_]->processors);
     if (peers_[p].shares && CPU_COUNT(&both)) beside += devices_;
+    if (peers_[p].socket >= 0 && !peers_[p].shares) far_ = true;
   }
   if (processes > 1) devices = beside;
   crowded_ = beside > CPU_COUNT(&own);
@@ -95,7 +96,7 @@ bool Mesh::wait(int64_t site, int64_t rank, uint32_t number) {
   const auto awake = Clock::now() + kSpin;
   while (!done() && !broken_.load(std::memory_order_relaxed)) {
     if (Clock::now() < awake) {
-      if (comes) try_deliver();
+      if (far_) try_deliver();
       if (crowded_) sched_yield();
       else for (int i = 0; i < 16; i++) relax();
     } else if (comes) {
@@ -114,11 +115,13 @@ bool Mesh::wait(int64_t site, int64_t rank, uint32_t number) {
         lock.unlock();
         rouse_receivers();
       } else if (!done()) {
-        sleep_on(delivered_, before);
+        sleep_on(delivered_, before, kNap);
       }
     } else {
+      // Others on this machine may wait for one elsewhere, which can't go on before this process takes what it sends.
       const uint32_t published = progress.published.load();
-      if (!reached(published, number)) sleep_on(progress, published);
+      if (!reached(published, number)) sleep_on(progress, published, far_ ? kShortNap : kNap);
+      if (far_) try_deliver();
     }
   }
   waiting_--;

@@ -104,6 +104,7 @@ class Mesh {
   std::unique_ptr<Peer[]> peers_;
   int64_t processes_, process_, devices_;
   int64_t silent_turns_;
+  bool far_ = false;      // whether anything comes over TCP
   bool crowded_ = false;  // whether this machine has more ranks than processors
   std::atomic<int64_t> waiting_{0};  // threads that can't go on without a peer
   std::mutex receiving_;
