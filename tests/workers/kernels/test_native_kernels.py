@@ -72,6 +72,20 @@ def test_products_are_those_of_the_rounded_weights(
         _close(result, np.where(valid[:, None], x @ exact, 0.0))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 256])  # of different code
+def test_every_weight_is_rounded_as_bfloat16_is(rows: int) -> None:
+    """All integers times all mantissas of a scale, of several sizes."""
+    weight = np.repeat(np.arange(-128, 128, dtype=np.int8)[:, None], 128, axis=1)
+    one = np.eye(256, dtype=np.float32)  # a row reads a weight
+    for power in (-60, -7, 3):
+        scales = ((128 + np.arange(128)) * 2.0**power).astype(ml_dtypes.bfloat16)
+        packed = PackedWeight(jnp.asarray(pack(weight, 1)), jnp.asarray(scales[None]), 256, rounded=True)
+        parts = [one[at : at + rows] for at in range(0, 256, rows)]
+        got = [KERNELS.project(jnp.asarray(part), jnp.ones(len(part), bool), (packed,))[0] for part in parts]
+        want = (weight.astype(np.float32) * scales.astype(np.float32)).astype(ml_dtypes.bfloat16)
+        np.testing.assert_allclose(np.concatenate(got), want.astype(np.float32), rtol=1e-6)
+
+
 def test_the_rounding_of_weights_is_seen(instruction_set: str) -> None:
     """All weights of a column round the same way here, so that without the rounding sums would be far off."""
     weight = QuantizedWeight(jnp.full((256, 4), 111, jnp.int8), jnp.full((1, 4), 1.0078125, jnp.bfloat16))
