@@ -102,8 +102,7 @@ class Kernels:
       batch_invariant: whether a row's bits are the same in programs of other shapes, so that prompts may be cut anywhere.
       covers: (parameters, pages of values) -> whether they compute all of such parts of a model themselves, and leave nothing
         to plain XLA: else they are not batch-invariant.
-      accelerator: whether the devices are other processors than the host's, so that what crosses between devices costs
-        otherwise.
+      accelerator: whether the devices are other processors than the host's.
       scatters: whether the devices write single elements of large arrays where they lie; TPUs turn the whole array round.
       heads_first: whether both kinds of pages are [K, P, page, C]; else keys are [P, K, C, page], values [P, K, page, C].
       paired: whether they read 4-bit weights two a byte, as `PairedWeight`s.

@@ -19,7 +19,7 @@ from workers.model.config import GrokConfig
 from workers.model.layout import RULES, Layout, MeshAxes, units
 from workers.model.parameters import Axes
 
-#: Bytes that a device of an accelerator's mesh gathers for a sum; of more, each device adds up a part.
+#: Bytes that a device gathers for a sum; of more, each device adds up a part.
 _GATHERED = 4 << 20
 
 
@@ -75,8 +75,8 @@ class Partition(Layout):
         """Within `on_parts`: the sum of all devices' `x` along mesh `axes`, on each of them.
 
         Exact kernels promise that a row's bits don't depend on its place. An all-reduce may add the devices in an order that
-        depends on the place in the buffer (gloo's and NCCL's rings do), so for them everything is added in rank order: of
-        few bytes everywhere; of many, each device of an accelerator's mesh adds some columns, for as many bytes as a ring.
+        depends on the place in the buffer (gloo's and NCCL's rings do), so for them everything is added in rank order: few
+        bytes by each device; of many, each adds some columns, for as many bytes as a ring.
         """
         if not axes:
             return x
@@ -86,7 +86,7 @@ class Partition(Layout):
             summed: jax.Array = lax.psum(x, axes)
             return summed
         ways, columns = self.ways(axes), x.shape[-1]
-        if self.kernels.accelerator and ways * x.size * x.dtype.itemsize > _GATHERED and columns % ways == 0:
+        if ways * x.size * x.dtype.itemsize > _GATHERED and columns % ways == 0:
             split = x.reshape(*x.shape[:-1], ways, columns // ways)
             own = _added(lax.all_to_all(split, axes, x.ndim - 1, 0))  # [..., columns / devices]
             whole: jax.Array = lax.all_gather(own, axes, axis=x.ndim - 1, tiled=True)
