@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,8 +32,8 @@ class _Tester:
     def test(self, options: Options) -> list[Finding]:
         return list(run_sections(options))
 
-    def interconnect(self, options: Options, coordinator: str, rank: int, hosts: int) -> list[Finding]:
-        return run_interconnect(options, coordinator, rank, hosts)
+    def interconnect(self, options: Options, coordinator: str, secret: str, rank: int, hosts: int) -> list[Finding]:
+        return run_interconnect(options, coordinator, secret, rank, hosts)
 
 
 def platform_of(nodes: Sequence[Mapping[str, Any]]) -> str:
@@ -89,7 +90,8 @@ def _together(members: Sequence[Any], options: Options) -> list[Finding]:
         place = ray.get(members[0].place.remote(), timeout=_FREE_SECONDS)
     except ray.exceptions.RayError as error:
         return [Finding("interconnect", "ends", Outcome.FAILED, summary(error))]
-    asked = [tester.interconnect.remote(options, place, rank, len(members)) for rank, tester in enumerate(members)]
+    secret, count = secrets.token_hex(), len(members)
+    asked = [tester.interconnect.remote(options, place, secret, rank, count) for rank, tester in enumerate(members)]
     return [finding for answer in asked for finding in _answer("interconnect", answer)]
 
 

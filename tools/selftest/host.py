@@ -16,17 +16,22 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tools.bench import limits
-from tools.bench.slice import read_bandwidth
+from tools.bench.slice import kernels_of, read_bandwidth
 from tools.selftest.findings import Finding, Outcome
+from tools.selftest.sections import SECRET
 from workers.capacity.hardware import Device, Hardware, device_of
 from workers.capacity.prediction import sum_seconds
 from workers.host.environment import bypass_proxies
+from workers.host.rendezvous import meet
 from workers.kernels.cpu.kernels import native_kernels
 from workers.kernels.cpu.library import NativeKernelsError
-from workers.runtime.mesh import all_devices
+from workers.kernels.interface import PORTABLE, Kernels, Site
+from workers.model.config import GrokConfig
+from workers.model.partition import Partition
+from workers.runtime.mesh import all_devices, make_mesh
 
 #: Bytes of which bandwidths are measured, and of sums over devices: what a decode step has, and a prompt's chunk.
 _READ, _COPIED = 2 << 30, 256 << 20
@@ -117,27 +122,28 @@ def _copies(device: jax.Device) -> Finding:
     return Finding("host", f"device {device.id}, copies", Outcome.OK, text, rates)
 
 
-def sums(hosts: int) -> Iterator[Finding]:
-    """Sums over all devices of all hosts, each of which must call this alike."""
-    devices = jax.devices()
-    count, known = len(devices), device_of(devices[0].device_kind)
+def sums(hosts: int, kernels: Kernels) -> Iterator[Finding]:
+    """Sums over all devices of all hosts, each of which must call this alike, as an engine with these kernels has them."""
+    count, known = jax.device_count(), device_of(jax.devices()[0].device_kind)
     if count == 1:
         return
-    mesh = Mesh(np.array(devices), "all")
-    split = NamedSharding(mesh, PartitionSpec("all"))
+    mesh = make_mesh(1, count)
+    partition, axes = Partition.create(GrokConfig(), mesh, "tensor", kernels), mesh.axis_names
+    split = NamedSharding(mesh, PartitionSpec(axes))
 
     @functools.partial(jax.jit, static_argnums=0, out_shardings=split)
     def numbers(size: int) -> jax.Array:
         return jnp.broadcast_to(jnp.arange(1.0, count + 1)[:, None], (count, size // 4))
 
     def means(times: int, x: jax.Array) -> jax.Array:
-        found: jax.Array = jax.lax.fori_loop(0, times, lambda _, value: jax.lax.psum(value, "all") / count, x)
+        found: jax.Array = jax.lax.fori_loop(
+            0, times, lambda _, value: partition.sum(value, axes, Site.PROBE) / count, x
+        )
         return found
 
-    everywhere = PartitionSpec("all")
     for size, times in SUMS.items():
         x, mean = numbers(size), functools.partial(means, times)
-        total = jax.jit(jax.shard_map(mean, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False))
+        total = jax.jit(partition.on_parts(mean, split.spec, split.spec))
         right = all((np.asarray(shard.data) == (count + 1) / 2).all() for shard in total(x).addressable_shards)
         seconds = limits.best_of(lambda total=total, x=x: total(x).block_until_ready()) / times  # type: ignore[misc]
         rate = 2 * size * (count - 1) / count / seconds
@@ -168,7 +174,13 @@ def main() -> int:
             arguments.coordinator, arguments.hosts, arguments.rank, cluster_detection_method="deactivate",
             initialization_timeout=_JOIN_SECONDS,
         )  # fmt: skip
-    for finding in itertools.chain(host() if arguments.hosts == 1 else (), sums(arguments.hosts)):
+    try:
+        kernels = kernels_of(all_devices()[0].platform)
+    except NativeKernelsError:
+        kernels = PORTABLE
+    if arguments.hosts > 1 and kernels.collectives is not None:
+        meet(arguments.coordinator, arguments.rank, os.environ[SECRET].encode(), _JOIN_SECONDS, _JOIN_SECONDS)
+    for finding in itertools.chain(host() if arguments.hosts == 1 else (), sums(arguments.hosts, kernels)):
         if arguments.rank == 0:
             finding.say()
     return 0

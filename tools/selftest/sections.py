@@ -18,6 +18,8 @@ from workers.host.environment import share_devices
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "tests" / "golden"
 SECTIONS = ("host", "kernels", "golden", "layers", "loading")
+#: The variable with what processes of several hosts prove to know when they connect.
+SECRET = "GROKMESH_SELFTEST_SECRET"
 #: How the chips of a host lie, by their number.
 _TPU_HOSTS = {1: "1,1,1", 4: "2,2,1", 8: "2,4,1"}
 _DEVICE_FILES = {"nvidia[0-9]*": "gpu", "accel[0-9]*": "tpu", "vfio/[0-9]*": "tpu"}
@@ -97,10 +99,11 @@ def _alone(options: Options) -> dict[str, str]:
     return environment
 
 
-def run_interconnect(options: Options, coordinator: str, rank: int, hosts: int) -> list[Finding]:
+def run_interconnect(options: Options, coordinator: str, secret: str, rank: int, hosts: int) -> list[Finding]:
     """What the devices of several hosts find out together; all must call this alike. Rank 0 says it, the others what fails."""
     words = ["--coordinator", coordinator, "--rank", str(rank), "--hosts", str(hosts)]
-    return list(_run("interconnect", ["tools.selftest.host", *words], environment_of(options)))
+    environment = environment_of(options) | {SECRET: secret}
+    return list(_run("interconnect", ["tools.selftest.host", *words], environment))
 
 
 def _golden(options: Options, devices: int, environment: dict[str, str]) -> Iterator[Finding]:
