@@ -32,7 +32,8 @@ class Packing:
 
 
 class Site(enum.IntEnum):
-    """Where in a program something crosses between devices. What has the same site never crosses at the same time."""
+    """Where in a program something crosses between devices. What has the same site never crosses at the same time, and always
+    between the same devices."""
 
     EMBEDDING = 0
     ROWS = 1

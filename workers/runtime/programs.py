@@ -126,7 +126,6 @@ class Programs:
         packed = self._replicate(packed)
         chunk = self._shape.chunk
         scored = packed[:, packed.shape[1] - chunk :]
-        last = self._read_last(packed)
         # Some at a time, so that no device ever holds the logits of a long chunk.
         rows = math.gcd(chunk, SCORED_ROWS)
 
@@ -146,7 +145,10 @@ class Programs:
 
             scores = lax.map(score, (split(hidden), split(valid), split(scored)))
             joined = jnp.moveaxis(scores, 0, 1).reshape(*scored.shape, PACKED_WIDTH)
-            return last(hidden, valid, logits), self._replicate(joined)
+            # What crosses between devices for the last position comes after all that does for scores. Ranks are not below 0,
+            # which the compiler does not know.
+            after = jnp.minimum(jnp.min(joined[..., 0]), 0)
+            return self._read_last(packed, after)(hidden, valid, logits), self._replicate(joined)
 
         output = self._forward(params, state.pages, self._chunk(packed), packed, read)
         logits, scores = output.read
@@ -190,9 +192,9 @@ class Programs:
         first = PAGES + self._shape.table_width
         return packed[:, first : first + self._shape.chunk]
 
-    def _read_last(self, packed: jax.Array) -> Read:
-        """Reads the last position of each packed row."""
-        length = self._replicate(packed[:, LENGTH])
+    def _read_last(self, packed: jax.Array, after: jax.Array | int = 0) -> Read:
+        """Reads the last position of each packed row, once the zero `after` is known."""
+        length = self._replicate(packed[:, LENGTH] + after)
         last = jnp.maximum(length - 1, 0)[:, None, None]
 
         def read(hidden: jax.Array, _: jax.Array, logits: Logits) -> jax.Array:

@@ -50,20 +50,22 @@ def memory() -> Iterator[Memory]:
     os.close(memory.file)
 
 
-Greeting = Callable[[bytes, bytes], list[object]]
+Greeting = Callable[..., list[object]]
 
 
 @pytest.fixture
 def greeting(memory: Memory) -> Greeting:
     """Both ends of a connection greet each other, with a secret each: what each finds, or why not."""
 
-    def both(secret: bytes, other: bytes) -> list[object]:
+    def both(secret: bytes, other: bytes, regions: tuple[int, int] = (1, 1)) -> list[object]:
         found: dict[int, object] = {}
 
         def end(rank: int, connection: socket.socket, secret: bytes) -> None:
-            own = Introduction(rank, os.getpid(), memory.file, memory.nonce, b"", b"a boot".ljust(36))
+            own = Introduction(
+                1, 1, regions[rank], rank, os.getpid(), memory.file, memory.nonce, b"", b"a boot".ljust(36)
+            )
             try:
-                peer, file = greet(connection, rank == 1, own, secret)
+                peer, file = greet(connection, rank == 1, own, secret, 10.0)
                 os.close(file)
                 found[rank] = peer.rank
             except LinkError as error:
@@ -93,6 +95,22 @@ def test_who_knows_the_secret_is_found(greeting: Greeting) -> None:
 def test_who_does_not_know_the_secret_is_refused(greeting: Greeting) -> None:
     found = greeting(b"of this epoch", b"of the last one")
     assert "it does not know the epoch's secret" in found
+
+
+def test_processes_that_publish_in_different_ways_refuse_each_other(greeting: Greeting) -> None:
+    assert greeting(b"of this epoch", b"of this epoch", (1, 2)) == ["region 2 there, 1 here", "region 1 there, 2 here"]
+
+
+def test_who_sends_nothing_is_not_waited_for(memory: Memory) -> None:
+    own = Introduction(1, 1, 1, 0, os.getpid(), memory.file, memory.nonce, b"", b"a boot".ljust(36))
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as silent,
+        listener.accept()[0] as accepted,
+    ):
+        with pytest.raises(LinkError, match="closed"):
+            greet(accepted, False, own, b"of this epoch", 0.2)
+        assert silent.recv(1)
 
 
 def test_another_file_than_meant_is_not_taken_for_a_process_s_memory(memory: Memory) -> None:

@@ -27,7 +27,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("mesh", EXPECTED)
-@pytest.mark.parametrize("name", ["prefill", "decode", "verify"])
+@pytest.mark.parametrize("name", ["prefill", "score", "decode", "verify"])
 def test_only_what_the_model_says_crosses_between_devices(mesh: tuple[int, int, str], name: str) -> None:
     data, model, rules = mesh
     partition = Partition.create(CHECKPOINT.config, abstract_mesh(data, model), rules, native_kernels())
@@ -38,7 +38,10 @@ def test_only_what_the_model_says_crosses_between_devices(mesh: tuple[int, int, 
     assert not re.findall(r"(?:all-gather|all-reduce|all-to-all|collective-\w+|reduce-scatter)[\w-]*\(", text)
     entry = text[text.index("ENTRY") :]
     layer = text.removesuffix(entry)
-    assert (_crossings(layer), _crossings(entry)) == EXPECTED[mesh]
+    in_a_layer, besides = EXPECTED[mesh]
+    if name == "score":  # some positions at a time, in a loop, and then the last one
+        in_a_layer = sorted([*in_a_layer, *(crossing for crossing in besides if crossing != "sum")])
+    assert (_crossings(layer), _crossings(entry)) == (in_a_layer, besides)
 
 
 def _crossings(text: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
+import pathlib
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,7 +38,7 @@ class Memory:
     @classmethod
     def create(cls, devices: int) -> Memory:
         memory = cls(os.memfd_create("grokmesh"), secrets.token_bytes(NONCE))
-        os.ftruncate(memory.file, devices * library().grokmesh_region_bytes())
+        os.ftruncate(memory.file, devices * region_bytes())
         os.pwrite(memory.file, memory.nonce, library().grokmesh_nonce_offset())
         mask = sum(1 << processor for processor in os.sched_getaffinity(0) if processor < 8 * _MASK)
         os.pwrite(memory.file, mask.to_bytes(_MASK, "little"), library().grokmesh_processors_offset())
@@ -45,15 +46,15 @@ class Memory:
 
     def open(self, process: int) -> int | None:
         """A descriptor of this memory, which `process` made; None if it can't be had, as that is another one than meant."""
+        path = pathlib.Path(f"/proc/{process}/fd/{self.file}")
         try:
-            file = os.open(f"/proc/{process}/fd/{self.file}", os.O_RDWR | os.O_NONBLOCK)
+            if not str(path.readlink()).startswith("/memfd:grokmesh"):
+                return None
+            file = os.open(path, os.O_RDWR)
         except OSError:
             return None
-        try:
-            if os.pread(file, NONCE, library().grokmesh_nonce_offset()) == self.nonce:
-                return file
-        except OSError:  # it can't be read at a place
-            pass
+        if os.pread(file, NONCE, library().grokmesh_nonce_offset()) == self.nonce:
+            return file
         os.close(file)
         return None
 
@@ -71,6 +72,11 @@ class Peer:
     name: str
     socket: int
     file: int
+
+
+def region_bytes() -> int:
+    """Of a device in a `Memory`. Processes that differ in it can't exchange anything."""
+    return int(library().grokmesh_region_bytes())
 
 
 def join(peers: Sequence[Peer], process: int, devices: int, silence: float) -> None:

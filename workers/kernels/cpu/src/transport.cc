@@ -26,6 +26,7 @@ using Clock = std::chrono::steady_clock;
 constexpr auto kTurn = std::chrono::milliseconds(200);   // of the keeper
 constexpr auto kSpin = std::chrono::microseconds(300);   // spent looking before a reader sleeps
 constexpr int kNap = 20, kShortNap = 1;                  // milliseconds for which a reader sleeps at most
+constexpr auto kLongest = std::chrono::minutes(5);       // that devices of one process wait for each other
 constexpr uint32_t kAlive = kSites;                      // the site of messages that only show life
 
 void relax() {
@@ -93,7 +94,7 @@ bool Mesh::wait(int64_t site, int64_t rank, uint32_t number) {
   const Peer& peer = peers_[rank / devices_];
   const bool comes = peer.socket >= 0 && !peer.shares;
   waiting_++;
-  const auto awake = Clock::now() + kSpin;
+  const auto began = Clock::now(), awake = began + kSpin;
   while (!done() && !broken_.load(std::memory_order_relaxed)) {
     if (Clock::now() < awake) {
       if (far_) try_deliver();
@@ -122,9 +123,11 @@ bool Mesh::wait(int64_t site, int64_t rank, uint32_t number) {
       const uint32_t published = progress.published.load();
       if (!reached(published, number)) sleep_on(progress, published, far_ ? kShortNap : kNap);
       if (far_) try_deliver();
+      if (processes_ == 1 && Clock::now() - began > kLongest) give_up("a device of this process does not come");
     }
   }
   waiting_--;
+  if (far_) rouse_receivers();  // this thread receives no more
   return done();
 }
 
@@ -175,11 +178,15 @@ bool Mesh::send(Peer& peer, Peer::Header header, const std::lock_guard<std::mute
     message.msg_iov = part;
     message.msg_iovlen = parts + 2 - part;
     const ssize_t sent = sendmsg(peer.socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
-    if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) give_up(peer.name + ": " + strerror(errno));
+    if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) {
+      if (header.site == kAlive) return false;  // what it sent before it ended is still to be read
+      give_up(peer.name + ": " + strerror(errno));
+    }
     if (broken_.load(std::memory_order_relaxed)) return false;
     if (sent < 0) {  // its buffers are full, perhaps as it waits for ours
       waiting_++;
       try_deliver();
+      rouse_receivers();
       pollfd watched{peer.socket, POLLOUT, 0};
       poll(&watched, 1, 1);
       waiting_--;
@@ -216,12 +223,14 @@ void Mesh::keep() {
   while (!broken_) {
     for (int64_t p = 0; p < processes_; p++) {
       Peer& peer = peers_[p];
+      if (peer.socket < 0 || !peer.sending.try_lock()) continue;
+      std::lock_guard<std::mutex> lock(peer.sending, std::adopt_lock);
       pollfd watched{peer.socket, POLLOUT, 0};
-      if (peer.socket < 0 || poll(&watched, 1, 0) != 1 || !peer.sending.try_lock()) continue;
-      send(peer, {kAlive, 0, 0, 0, 0}, std::lock_guard<std::mutex>(peer.sending, std::adopt_lock));
+      if (poll(&watched, 1, 0) == 1) send(peer, {kAlive, 0, 0, 0, 0}, lock);
     }
     std::this_thread::sleep_for(kTurn);
     try_deliver();
+    rouse_receivers();
     for (int64_t p = 0; p < processes_; p++)
       if (peers_[p].socket >= 0 && ++peers_[p].silent > silent_turns_ && waiting_ > 0)
         give_up(peers_[p].name + " was silent for " + std::to_string(silent_turns_ * kTurn.count()) + " ms");

@@ -62,7 +62,6 @@ class Mesh {
   // nothing for `silence` seconds while it is waited for is lost.
   Mesh(std::vector<Region*> regions, std::unique_ptr<Peer[]> peers, int64_t processes, int64_t process, double silence);
 
-  int64_t world() const { return regions_.size(); }
   // The number of this rank's next piece at a site. Only its own thread asks.
   uint32_t next(int64_t site, int64_t rank) { return ++numbers_[rank * kSites + site]; }
   char* piece(int64_t site, int64_t rank, uint32_t number) const { return regions_[rank]->pieces[site][number % 2]; }
