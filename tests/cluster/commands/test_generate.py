@@ -13,15 +13,15 @@ from tests.support.fake_service import serving
 
 def test_an_empty_line_goes_on_and_an_interrupt_ends_only_the_completion() -> None:
     with serving(0.05) as (address, _):
-        command = [sys.executable, "-m", "cluster.cli", "generate", "-i", "--address", address, "--max-tokens", "40"]
+        # Whoever runs the tests in the background may have interrupts ignored.
+        command = ["env", "--default-signal=INT", sys.executable, "-m", "cluster.cli", "generate", "-i"]
+        command += ["--address", address, "--max-tokens", "40"]
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             bufsize=0,
-            # Whoever runs the tests in the background may have it ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert process.stdin is not None
         assert process.stdout is not None
