@@ -26,8 +26,8 @@ from workers.capacity.hardware import Device, Hardware, device_of
 from workers.capacity.prediction import sum_seconds
 from workers.host.environment import bypass_proxies
 from workers.host.rendezvous import meet
+from workers.kernels.cpu.bindings import NativeKernelsError
 from workers.kernels.cpu.kernels import native_kernels
-from workers.kernels.cpu.library import NativeKernelsError
 from workers.kernels.interface import PORTABLE, Kernels, Site
 from workers.model.config import GrokConfig
 from workers.model.partition import Partition

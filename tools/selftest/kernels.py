@@ -15,7 +15,7 @@ import numpy as np
 
 from tools.bench.slice import kernels_of
 from tools.selftest.findings import Finding, Outcome
-from workers.kernels.cpu.library import NativeKernelsError
+from workers.kernels.cpu.bindings import NativeKernelsError
 from workers.kernels.interface import Kernels
 from workers.kernels.kv_pages import QuantizedPages
 from workers.kernels.packed import PackedTable, PackedWeight

@@ -20,7 +20,7 @@ from workers.capacity.hardware import Hardware, cpu_hosts, device_of
 from workers.capacity.memory import Precision
 from workers.capacity.planner import layout_of
 from workers.capacity.prediction import Range, decode_seconds, prefill_seconds
-from workers.kernels.cpu.library import NativeKernelsError
+from workers.kernels.cpu.bindings import NativeKernelsError
 from workers.model.config import GrokConfig
 
 _PAGE, _STEPS, _READ = 64, 24, 2 << 30

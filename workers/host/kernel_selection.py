@@ -10,8 +10,8 @@ import jax
 
 from workers.checkpoint.checkpoint import Checkpoint
 from workers.checkpoint.loader import Params
+from workers.kernels.cpu.bindings import NativeKernelsError
 from workers.kernels.cpu.kernels import INSTRUCTION_SETS, native_kernels, use_instruction_set
-from workers.kernels.cpu.library import NativeKernelsError
 from workers.kernels.gpu.kernels import GPU
 from workers.kernels.interface import ACCELERATOR, PORTABLE, Kernels
 from workers.kernels.tpu.kernels import TPU

@@ -33,17 +33,10 @@ class Tokenizer:
             raise TokenizerError(f"{path}: no SentencePiece model: {error}") from error
         #: Number of tokens.
         self.vocab_size = int(self._processor.GetPieceSize())
-
-    @functools.cached_property
-    def _controls(self) -> frozenset[int]:
-        """Tokens that end or pad."""
-        return frozenset(id for id in range(self.vocab_size) if self._processor.IsControl(id))
-
-    @functools.cached_property
-    def _bytes(self) -> dict[int, int]:
-        """Tokens that stand for bytes."""
-        tokens = (id for id in range(self.vocab_size) if self._processor.IsByte(id))
-        return {id: int(str(self._processor.IdToPiece(id))[3:5], 16) for id in tokens}
+        # Now, as processes that are forked for one job each would otherwise make these tables anew.
+        tokens = range(self.vocab_size)
+        self._controls = frozenset(id for id in tokens if self._processor.IsControl(id))
+        self._bytes = {id: int(self._processor.IdToPiece(id)[3:5], 16) for id in tokens if self._processor.IsByte(id)}
 
     @functools.cached_property
     def longest_piece(self) -> int:

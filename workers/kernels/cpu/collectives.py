@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from workers.kernels.cpu.library import library
+from workers.kernels.cpu.bindings import library
 from workers.kernels.interface import Collectives, Group
 
 #: Bytes of a region's nonce.

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from workers.kernels.cpu.bindings import library
 from workers.kernels.cpu.collectives import COLLECTIVES
-from workers.kernels.cpu.library import library
 from workers.kernels.interface import Arrays, Kernels, Packing
 from workers.kernels.packed import PackedTable, PackedWeight, rows_of
 from workers.kernels.packing import Array, packed_shape
