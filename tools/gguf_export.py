@@ -19,8 +19,8 @@ from workers.model.parameters import ParameterInfo
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-#: Values of a tensor's last dimension that share a scale in llama.cpp's Q8_0.
-Q8_BLOCK = 32
+#: Values of a tensor's last dimension that share a scale in llama.cpp's Q8_0 and Q4_0.
+BLOCK = 32
 
 _NAMES = {
     "language_model/in_out_embed/embeddings": "token_embd",
@@ -48,7 +48,7 @@ def export_gguf(checkpoint: Checkpoint, target: pathlib.Path, kind: str = "q8_0"
     Args:
       checkpoint: of which a tokenizer.model, if there is one, is exported too; without one tokens get made-up names.
       target: file to write.
-      kind: `q8_0` or `f32`: of matrices. Norms and routers are always float32.
+      kind: `q8_0`, `q4_0` (with the embedding in q8_0) or `f32`: of matrices. Norms and routers are always float32.
 
     Raises:
       CheckpointError: llama.cpp can't hold this model.
@@ -59,8 +59,8 @@ def export_gguf(checkpoint: Checkpoint, target: pathlib.Path, kind: str = "q8_0"
     if c.num_q_heads * c.key_size != c.emb_size:
         problem = f"{c.num_q_heads} heads of {c.key_size} are not its width of {c.emb_size}, as llama.cpp needs"
         raise CheckpointError(checkpoint.directory, problem)
-    if kind == "q8_0" and (c.emb_size % Q8_BLOCK or c.ffn_size % Q8_BLOCK):
-        problem = f"rows of {c.emb_size} and {c.ffn_size} are no multiples of {Q8_BLOCK}; export it as f32"
+    if kind != "f32" and (c.emb_size % BLOCK or c.ffn_size % BLOCK):
+        problem = f"rows of {c.emb_size} and {c.ffn_size} are no multiples of {BLOCK}; export it as f32"
         raise CheckpointError(checkpoint.directory, problem)
     writer = gguf.GGUFWriter(target, "grok")
     writer.add_name(checkpoint.directory.name)
@@ -84,24 +84,29 @@ def export_gguf(checkpoint: Checkpoint, target: pathlib.Path, kind: str = "q8_0"
     writer.add_attn_output_scale(c.attn_output_multiplier)
     writer.add_attn_logit_softcapping(c.attn_logit_cap)
     _add_tokenizer(writer, checkpoint)
-    quantized = gguf.GGMLQuantizationType.Q8_0 if kind == "q8_0" else gguf.GGMLQuantizationType.F32
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if kind == "q8_0" else gguf.LlamaFileType.ALL_F32)
+    file_types = gguf.LlamaFileType
+    writer.add_file_type(
+        {"q8_0": file_types.MOSTLY_Q8_0, "q4_0": file_types.MOSTLY_Q4_0, "f32": file_types.ALL_F32}[kind]
+    )
+    types = gguf.GGMLQuantizationType
 
-    def converted(file: TensorFile, product: bool, matrix: bool) -> Array:
-        values = _values(file, product)
-        return gguf.quants.quantize(values, quantized) if matrix and kind == "q8_0" else values
+    def type_of(info: ParameterInfo) -> gguf.GGMLQuantizationType:
+        if kind == "f32" or not _is_matrix(info):
+            return types.F32
+        return types.Q4_0 if kind == "q4_0" and _is_product(info) else types.Q8_0
 
     # The header holds all shapes, so it comes first; then one tensor at a time is in memory.
     for info, _ in checkpoint.tensors:
-        dtype = quantized if _is_matrix(info) else gguf.GGMLQuantizationType.F32
-        size = info.size * 4 if dtype is gguf.GGMLQuantizationType.F32 else info.size // Q8_BLOCK * (Q8_BLOCK + 2)
+        dtype = type_of(info)
+        values_of_block, bytes_of_block = gguf.GGML_QUANT_SIZES[dtype]
+        size = info.size // values_of_block * bytes_of_block
         shape = (*info.shape[:-2], info.shape[-1], info.shape[-2]) if _is_product(info) else info.shape
         writer.add_tensor_info(f"{_name(info)}.weight", shape, np.dtype(np.float32), size, raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for info, file in checkpoint.tensors:
-        writer.write_tensor_data(converted(file, _is_product(info), _is_matrix(info)))
+        writer.write_tensor_data(gguf.quants.quantize(_values(file, _is_product(info)), type_of(info)))
     writer.close()
 
 

@@ -187,12 +187,13 @@ def _mesh_problems(config: Config) -> Iterator[tuple[str, str]]:
         )
     if mesh.rules != "tensor" and config.engine.slots % mesh.data:
         yield "engine.slots", f"engine.slots={config.engine.slots} must be a multiple of mesh.data={mesh.data}"
-    paired = mesh.platform == "gpu" and config.model.activations == "bfloat16" and mesh.rules != "xai"
-    if config.model.weights == "int4" and mesh.platform != "tpu" and not paired:
+    activations = {"gpu": "bfloat16", "cpu": "float32"}.get(mesh.platform, config.model.activations)
+    fits = config.model.activations == activations and (mesh.rules != "xai" or mesh.platform == "tpu")
+    if config.model.weights == "int4" and not fits:
         yield (
             "model.weights",
-            "model.weights=int4 is for TPUs, and GPUs with model.activations=bfloat16 and mesh.rules but xai: "
-            "elsewhere nothing would be saved; use int8",
+            f"model.weights=int4 on mesh.platform={mesh.platform} is for model.activations={activations} and mesh.rules but "
+            "xai: else nothing would be saved; use int8",
         )
 
 

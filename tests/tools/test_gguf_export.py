@@ -18,7 +18,7 @@ from workers.kernels.weights import QuantizedWeight
 from workers.kernels.weights import dequantize as values_of
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 0.0), ("q8_0", 0.006)])
+@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 0.0), ("q8_0", 0.006), ("q4_0", 0.15)])
 def test_tensors_and_multipliers_are_the_checkpoints(tmp_path: pathlib.Path, kind: str, tolerance: float) -> None:
     checkpoint = open_checkpoint(GOLDEN / "nano-s1")
     config = checkpoint.config

@@ -118,19 +118,26 @@ def main() -> int:
     parser.add_argument("--output", type=pathlib.Path)
     arguments = parser.parse_args()
     make_checkpoint(arguments.checkpoint)
-    gguf = arguments.checkpoint / "model-q8_0.gguf"
-    if not gguf.exists():
-        export_gguf(open_checkpoint(arguments.checkpoint), gguf)
+    checkpoint = open_checkpoint(arguments.checkpoint)
+    files = {kind: arguments.checkpoint / f"model-{kind}.gguf" for kind in ("q8_0", "q4_0")}
+    for kind, file in files.items():
+        if not file.exists():
+            export_gguf(checkpoint, file, kind)
     peers = [
-        Peer("llama.cpp", [arguments.llama_python, "llama", str(gguf)]),
+        Peer("llama.cpp", [arguments.llama_python, "llama", str(files["q8_0"])]),
         Peer("exact", [sys.executable, "ours", str(arguments.checkpoint), "int8"]),
         Peer("unrounded", [sys.executable, "ours", str(arguments.checkpoint), "int8-unrounded"]),
+    ]
+    in_4_bits = [
+        Peer("llama.cpp Q4_0", [arguments.llama_python, "llama", str(files["q4_0"])]),
+        Peer("int4", [sys.executable, "ours", str(arguments.checkpoint), "int4"]),
     ]
     try:
         results = []
         for case in [*CASES, *([] if arguments.short else LONG_CASES)]:
-            results.append(compare(peers, case, arguments.rounds if case["positions"] < 8000 else 1))
-            print(_line(results[-1]), flush=True)
+            for compared in (peers, in_4_bits):
+                results.append(compare(compared, case, arguments.rounds if case["positions"] < 8000 else 1))
+                print(_line(results[-1]), flush=True)
         if arguments.xai:
             # Its code takes as many groups as its mesh has parts.
             whole = arguments.checkpoint.with_name(f"{arguments.checkpoint.name}-whole")
@@ -143,7 +150,7 @@ def main() -> int:
         peak = matmul_peak()
         print(f"float32 matrix product: {peak / 1e9:.0f} GFLOP/s")
     finally:
-        for peer in peers:
+        for peer in (*peers, *in_4_bits):
             peer.close()
     if arguments.output:
         shown = {"machine": platform.processor() or platform.machine(), "results": results, "matmul": peak}

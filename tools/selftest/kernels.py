@@ -114,7 +114,7 @@ def _weight(kernels: Kernels, rng: np.random.Generator, *shape: int) -> tuple[La
     plain = LayerWeight(QuantizedWeight(jnp.asarray(values), scales), jnp.int32(1))
     if not kernels.packed:
         return plain, plain
-    packed = PackedWeight(jnp.asarray(pack(values, GROUPS)), scales, shape[-2], rounded=True)
+    packed = PackedWeight(jnp.asarray(pack(values, GROUPS)), scales, shape[-2], "rounded")
     return LayerWeight(packed, jnp.int32(1)), plain
 
 

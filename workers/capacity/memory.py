@@ -71,11 +71,9 @@ def whole_bytes(config: GrokConfig, weights: str) -> float:
 
 def parameter_bytes(info: ParameterInfo, layout: Layout, precision: Precision, platform: str) -> float:
     """Bytes that one device holds of a parameter."""
-    packed = platform == "cpu" and precision.weights.startswith("int8")
+    packed = platform == "cpu" and precision.weights.startswith("int")
     kept = WeightFormat(precision.weights, precision.activations, packed).stored(info, release_source(info), layout)
-    # XLA on CPUs keeps 4 bits in a byte.
-    item_bytes = ITEM_BYTES | ({"int4": 1.0} if platform == "cpu" else {})
-    return sum(math.prod(layout.local(a.shape, a.axes)) * item_bytes[a.dtype] for a in kept.arrays)
+    return sum(math.prod(layout.local(a.shape, a.axes)) * ITEM_BYTES[a.dtype] for a in kept.arrays)
 
 
 def kv_bytes_per_token(config: GrokConfig, kv_cache: str) -> float:

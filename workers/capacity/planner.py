@@ -112,10 +112,6 @@ def plan(config: GrokConfig, hardware: Hardware, precision: Precision, workload:
     Raises:
       DoesNotFitError: there is no legal mesh, or on none of them even one sequence fits.
     """
-    if precision.weights == "int4" and hardware.device.platform == "cpu":
-        raise DoesNotFitError(
-            "int4 weights are for TPUs and GPUs: on CPUs XLA unpacks all before it computes, and nothing is saved; use int8"
-        )
     if precision.weights == "int8-unrounded" and hardware.device.platform != "cpu":
         raise DoesNotFitError(
             "int8-unrounded is for the kernels of CPU hosts; use int8, which costs accelerators nothing"
@@ -229,8 +225,7 @@ def _what_would(config: GrokConfig, hardware: Hardware, precision: Precision, wo
             found.append(str(candidate))
             break
     fewer = {"float32": "bfloat16", "bfloat16": "int8", "int8": "int4"}.get(precision.weights)
-    possible = fewer is not None and (fewer != "int4" or hardware.device.platform != "cpu")
-    if fewer and possible and _fits(config, hardware, dataclasses.replace(precision, weights=fewer), workload):
+    if fewer and _fits(config, hardware, dataclasses.replace(precision, weights=fewer), workload):
         found.append(f"{fewer} weights")
     if (
         precision.kv_cache != "int8"

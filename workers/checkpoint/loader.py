@@ -24,7 +24,7 @@ from workers.checkpoint.tensor_file import TensorFile
 from workers.checkpoint.tensor_parts import TensorParts
 from workers.checkpoint.twin import Twin, find_twin
 from workers.checkpoint.weights_cache import CacheError, WeightsCache, model_key
-from workers.kernels.packed import PackedTable, PackedWeight
+from workers.kernels.packed import Form, PackedTable, PackedWeight
 from workers.kernels.packing import Array, empty
 from workers.kernels.weights import PairedWeight, QuantizedWeight, Table, Weight
 from workers.messages.specs import WeightsAddress
@@ -231,7 +231,8 @@ def _places(checkpoint: Checkpoint, partition: Partition, weight_format: WeightF
                 problem = f"is stored as {source}, the first layer's as {sources[0]}; all layers must be alike"
                 raise CheckpointError(file.path, problem, tensor=info.path)
         stored = weight_format.stored(group[0][0], sources[0], partition)
-        yield _Place(group, stored, partition, weight_format.weights != "int8-unrounded")
+        packed: dict[str, Form] = {"int4": "int4", "int8-unrounded": "unrounded"}
+        yield _Place(group, stored, partition, packed.get(weight_format.weights, "rounded"))
 
 
 def _source(file: TensorFile) -> Source:
@@ -244,7 +245,7 @@ class _Place:
     """A parameter of the model's tree: one tensor, or those of all layers."""
 
     def __init__(
-        self, tensors: list[tuple[ParameterInfo, TensorFile]], stored: StoredWeight, partition: Partition, rounded: bool
+        self, tensors: list[tuple[ParameterInfo, TensorFile]], stored: StoredWeight, partition: Partition, packed: Form
     ) -> None:
         info = tensors[0][0]
         lead = () if info.layer is None else (len(tensors),)
@@ -259,7 +260,7 @@ class _Place:
         self.shardings = [partition.sharding((*(None for _ in lead), *array.axes)) for array in stored.arrays]
         self._info = info
         self._partition = partition
-        self._rounded = rounded
+        self._packed = packed
         self._lock = threading.Lock()
         #: What a device holds of each array, with its layers.
         self._local = [
@@ -378,8 +379,8 @@ class _Place:
             array: jax.Array = arrays[0]
             return array
         values, scales = arrays
-        if form == "packed":
-            return PackedWeight(values, scales, shape[-2], self._rounded)
+        if form in ("packed", "packed_int4"):
+            return PackedWeight(values, scales, shape[-2], self._packed)
         if form == "packed_table":
             return PackedTable(values, scales, shape[-1])
         return PairedWeight(values, scales) if form == "paired" else QuantizedWeight(values, scales)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from workers.checkpoint.digests import digest, part_name, source_groups
 from workers.checkpoint.reading import Bounds, read_slice
 from workers.checkpoint.tensor_file import ArraySpan, TensorFile
+from workers.kernels.int4 import pair, quantize_int4
 from workers.kernels.interface import Packing
 from workers.kernels.packing import Array
 from workers.model.weight_format import StoredWeight
@@ -63,6 +63,9 @@ class TensorParts:
         elif form == "packed_table":
             assert self._packing is not None
             self._packing.table(self._slice(values, bounds), out[0], out[1])
+        elif form == "packed_int4":
+            assert self._packing is not None
+            self._packing.int4(self._slice(values, bounds), *self._factors(bounds), *out)
         elif form in ("int4", "paired"):
             group_rows = values.shape[-2] // self._stored.arrays[1].shape[-2]
             quantized, out[1][...] = quantize_int4(self._products(bounds), group_rows)
@@ -103,13 +106,19 @@ class TensorParts:
     def _products(self, bounds: Bounds) -> Array:
         """Values times scales as xAI's code has them, in float32: rounded to bfloat16, whatever they are kept in; see
         `workers.kernels.weights.dequantize`."""
-        values, scales = self._file.values, self._file.scales
+        factors, groups = self._factors(bounds)
+        products = self._slice(self._file.values, bounds).astype(np.float32) * factors[..., groups, :].astype(
+            np.float32
+        )
+        return products.astype(jnp.bfloat16).astype(np.float32)
+
+    def _factors(self, bounds: Bounds) -> tuple[Array, Array]:
+        """The file's scales [..., G, N] for a slice of the values, and which of the G belongs to each of its rows [K]."""
+        scales = self._file.scales
         assert scales is not None
         source = self._scale_bounds(scales, bounds)
-        rows = np.arange(*bounds[-2]) // (values.shape[-2] // scales.shape[-2]) - source[-2][0]
-        factors = self._slice(scales, source)[..., rows, :].astype(np.float32)
-        products = self._slice(values, bounds).astype(np.float32) * factors
-        return products.astype(jnp.bfloat16).astype(np.float32)
+        groups = np.arange(*bounds[-2]) // (self._file.values.shape[-2] // scales.shape[-2]) - source[-2][0]
+        return self._slice(scales, source), groups
 
     def _slice(self, span: ArraySpan, bounds: Bounds) -> Array:
         """The slice `bounds` of an array in the file."""
@@ -133,24 +142,3 @@ class TensorParts:
 
 def _size(bounds: Bounds) -> int:
     return math.prod(stop - start for start, stop in bounds)
-
-
-def quantize_int4(values: Array, group_rows: int) -> tuple[Array, Array]:
-    """float32 [..., K, N] -> int4 of the same shape, and bfloat16 scales [..., K / group_rows, N].
-
-    The largest magnitude of a group becomes 7, with the scale as bfloat16 has it.
-    """
-    *lead, rows, columns = values.shape
-    grouped = values.reshape(*lead, rows // group_rows, group_rows, columns)
-    scales: Any = (np.abs(grouped).max(axis=-2, keepdims=True) / 7.0).astype(jnp.bfloat16)
-    wide = scales.astype(np.float32)
-    quantized = np.clip(np.rint(grouped / np.where(wide > 0, wide, 1.0)), -7, 7)
-    return quantized.astype(jnp.int4).reshape(values.shape), scales[..., 0, :]
-
-
-def pair(values: Array, group_rows: int) -> Array:
-    """int4 [..., K, N] -> int8 [..., K / 2, N], two a byte; see `PairedWeight`."""
-    *lead, rows, columns = values.shape
-    grouped = values.astype(np.int8).reshape(*lead, rows // group_rows, 2, group_rows // 2, columns)
-    low, high = grouped[..., 0, :, :], grouped[..., 1, :, :]
-    return ((low + 8) | (high << 4)).reshape(*lead, rows // 2, columns)

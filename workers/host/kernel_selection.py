@@ -29,7 +29,8 @@ def select_kernels(model: ModelSpec, mesh: MeshSpec, checkpoint: Checkpoint) -> 
     """Those of the platform: Pallas on TPUs and GPUs, native ones on CPU hosts where they fit and were built; else plain JAX.
 
     Those for GPUs multiply in bfloat16, which activations then must be; they do not know weights that are split along the
-    embedding. Native ones fit 8-bit weights with bfloat16 scales, float32 activations and pages of floats, split as for GPUs.
+    embedding. Native ones fit 8-bit weights with bfloat16 scales, also in 4 bits, float32 activations and pages of floats, split
+    as for GPUs.
 
     Raises:
       ValueError: `weights` ask for the native kernels, which are not to be had.
@@ -42,7 +43,7 @@ def select_kernels(model: ModelSpec, mesh: MeshSpec, checkpoint: Checkpoint) -> 
     packable = all(file.scales is not None and file.scales.dtype.name == "bfloat16" for file in quantized)
     float32 = model.activations == "float32"
     plain = float32 and mesh.rules != "xai" and model.kv_cache != "int8"
-    fits = mesh.platform == "cpu" and packable and plain and model.weights.startswith("int8")
+    fits = mesh.platform == "cpu" and packable and plain and model.weights.startswith("int")
     try:
         if fits:
             return native_kernels()
@@ -52,8 +53,8 @@ def select_kernels(model: ModelSpec, mesh: MeshSpec, checkpoint: Checkpoint) -> 
     except NativeKernelsError as error:
         problem = str(error)
         _LOG.warning("%s; computing with plain JAX, which is many times slower", error)
-    if model.weights == "int8-unrounded":
-        raise ValueError(f"model.weights=int8-unrounded needs the native kernels: {problem}; use int8")
+    if model.weights in ("int8-unrounded", "int4"):
+        raise ValueError(f"model.weights={model.weights} needs the native kernels: {problem}; use int8")
     return PORTABLE
 
 

@@ -24,10 +24,13 @@ class Packing:
 
     Attributes:
       weight: (int8 [..., K, N], groups of rows, values).
+      int4: (int8 [..., K, N], its scales [..., G, N] bfloat16, which of the G each row has [K], values, scales): the rounded
+        products, quantized again.
       table: (float [V, D], values, scales [V, 1]).
     """
 
     weight: Callable[[Array, int, Array], None]
+    int4: Callable[[Array, Array, Array, Array, Array], None]
     table: Callable[[Array, Array, Array], None]
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from workers.kernels.packing import RUN, STRIP
+
+Form = Literal["rounded", "unrounded", "int4"]
 
 
 @jax.tree_util.register_dataclass
@@ -16,16 +19,17 @@ class PackedWeight:
     """A `QuantizedWeight` of `rows` rows, packed.
 
     Attributes:
-      values: [..., blocks, strips, 4 * rows of a block] int8.
-      scales: [..., G, N] bfloat16.
+      values: [..., blocks, strips, 4 * rows of a block] int8; of 4 bits half of it.
+      scales: [..., G, N] bfloat16; of 4 bits one for each 128 rows that a device holds.
       rows: K, of the whole weight, wherever its parts lie.
-      rounded: whether products of value and scale are rounded to bfloat16, as in xAI's code.
+      form: `rounded`: products of value and scale are rounded to bfloat16, as in xAI's code; `unrounded`: they are not; `int4`:
+        nor are they, and values are of 4 bits, see `workers.kernels.int4`.
     """
 
     values: jax.Array
     scales: jax.Array
     rows: int = dataclasses.field(metadata={"static": True})
-    rounded: bool = dataclasses.field(metadata={"static": True})
+    form: Form = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -34,7 +38,7 @@ class PackedWeight:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """That of the values: int8."""
+        """That of the bytes: int8."""
         return self.values.dtype
 
 

@@ -18,20 +18,23 @@ BLOCK = 1024
 TWO_PLANES = 32512
 
 
-def packed_shape(rows: int, columns: int, groups: int, planes: int = 1) -> tuple[int, int, int]:
-    """Blocks, strips and bytes of a strip in a block, for `groups` groups of rows: each has as few equal blocks as will do."""
+def packed_shape(rows: int, columns: int, groups: int, planes: int = 1, bits: int = 8) -> tuple[int, int, int]:
+    """Blocks, strips and bytes of a strip in a block, for `groups` groups of rows: each has as few equal blocks as will do.
+
+    Rows are bytes: of 4 bits each is two.
+    """
     runs = -(-(rows // groups) // RUN)
-    blocks = -(-runs * RUN // BLOCK)
+    blocks = -(-runs * RUN // (BLOCK * bits // 8))
     return groups * blocks, -(-columns // STRIP), planes * STRIP * RUN * -(-runs // blocks)
 
 
-def pack(weight: Array, groups: int) -> Array:
-    """int8 [..., K, N] with `groups` groups of rows -> [..., *packed_shape(K, N, groups)].
+def pack(weight: Array, groups: int, bits: int = 8) -> Array:
+    """int8 [..., K, N] with `groups` groups of rows -> [..., *packed_shape(K, N, groups, bits=bits)].
 
     The last strip is filled up with zero columns, and each group with zero rows.
     """
     *lead, rows, columns = weight.shape
-    blocks, strips, size = packed_shape(rows, columns, groups)
+    blocks, strips, size = packed_shape(rows, columns, groups, bits=bits)
     depth, padded = rows // groups, blocks // groups * size // STRIP
     grouped = weight.reshape(*lead, groups, depth, columns)
     filled = np.pad(grouped, [(0, 0)] * (len(lead) + 1) + [(0, padded - depth), (0, strips * STRIP - columns)])

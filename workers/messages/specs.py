@@ -29,8 +29,8 @@ class ModelSpec:
         one in an object store, such as s3://bucket/grok-1.
       weights: int8 (as released, and rounded to bfloat16 when scaled, as xAI's code does), bfloat16 or float32; on CPU hosts
         also int8-unrounded: up to half as fast again in batches and prompts, while logits move by half a percent of their
-        spread, which is less than what bfloat16 activations move them. int4 is for TPUs and GPUs: half the memory, in groups of
-        128 rows; see docs/capacity.md for what it costs.
+        spread, which is less than what bfloat16 activations move them. int4: half the memory, in groups of 128 rows; see
+        docs/capacity.md for what it costs.
       activations: float32 or bfloat16.
       kv_cache: float32, bfloat16 or int8: how keys and values are kept; as activations if absent. int8 has a scale for each
         position of a head; on CPU hosts the fast kernels do not know it.

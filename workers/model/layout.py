@@ -6,8 +6,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from workers.kernels.int4 import INT4_ROWS
 from workers.model.config import GrokConfig
-from workers.model.parameters import INT4_ROWS, Axes, ParameterInfo
+from workers.model.parameters import Axes, ParameterInfo
 
 MeshAxes = tuple[str, ...]
 

@@ -18,8 +18,6 @@ EMBEDDING = "language_model/in_out_embed/embeddings"
 
 #: Groups of rows with scales of their own, where the release has them.
 SCALE_GROUPS = 8
-#: Rows of such a group of a weight in 4 bits.
-INT4_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from workers.kernels.int4 import INT4_ROWS
 from workers.kernels.packing import packed_shape
 from workers.model.layout import Layout
 from workers.model.parameters import EMBEDDING, SCALE_GROUPS, Axes, ParameterInfo
@@ -37,11 +38,11 @@ class StoredWeight:
 
     Attributes:
       form: `array`: as the checkpoint has it, or cast; `products`: values times scales; `quantized`: both; `int4`: quantized
-        again; `paired`: two of these a byte; `packed` and `packed_table`: as native kernels read it.
+        again; `paired`: two of these a byte; `packed`, `packed_int4` and `packed_table`: as native kernels read it.
       arrays: values, and scales where the form has them.
     """
 
-    form: Literal["array", "products", "quantized", "int4", "paired", "packed", "packed_table"]
+    form: Literal["array", "products", "quantized", "int4", "paired", "packed", "packed_int4", "packed_table"]
     arrays: tuple[StoredArray, ...]
 
 
@@ -71,6 +72,8 @@ class WeightFormat:
         if self.weights in WIDE and not self.packed:
             return StoredWeight("products", (StoredArray(info.shape, self.weights, info.axes),))
         int4 = self.weights == "int4"
+        if int4 and self.packed:
+            return self._packed_int4(info, layout)
         kept = layout.int4_groups(info) if int4 else layout.scale_groups(source.groups, info.axes[-2])
         scale_dtype = "bfloat16" if int4 else source.scale_dtype
         *lead, rows, columns = info.shape
@@ -80,10 +83,18 @@ class WeightFormat:
         if not self.packed:
             values = StoredArray(info.shape, "int4" if int4 else source.dtype, info.axes)
             return StoredWeight("int4" if int4 else "quantized", (values, scales))
-        row_ways, column_ways = (layout.ways(layout.axes(axis)) for axis in info.axes[-2:])
-        blocks, strips, size = packed_shape(rows // row_ways, columns // column_ways, max(1, kept // row_ways))
-        shape = (*lead, blocks * row_ways, strips * column_ways, size)
-        return StoredWeight("packed", (StoredArray(shape, "int8", (*info.axes, None)), scales))
+        row_ways, column_ways = _ways(info, layout)
+        shape = packed_shape(rows // row_ways, columns // column_ways, max(1, kept // row_ways))
+        return StoredWeight("packed", (_packed(info, layout, shape), scales))
+
+    def _packed_int4(self, info: ParameterInfo, layout: Layout) -> StoredWeight:
+        *lead, rows, columns = info.shape
+        row_ways, column_ways = _ways(info, layout)
+        runs = -(-rows // row_ways // INT4_ROWS)
+        values = _packed(info, layout, packed_shape(runs * INT4_ROWS // 2, columns // column_ways, 1, bits=4))
+        return StoredWeight(
+            "packed_int4", (values, StoredArray((*lead, runs * row_ways, columns), "bfloat16", info.axes))
+        )
 
     def _table(self, info: ParameterInfo, layout: Layout) -> StoredWeight:
         if not self.packed:
@@ -93,6 +104,19 @@ class WeightFormat:
         blocks, strips, size = packed_shape(width, vocab // ways, 1, planes=2)
         values = StoredArray((blocks, strips * ways, size), "int8", (None, info.axes[0], None))
         return StoredWeight("packed_table", (values, StoredArray((vocab, 1), "float32", (info.axes[0], None))))
+
+
+def _ways(info: ParameterInfo, layout: Layout) -> tuple[int, int]:
+    """The numbers of parts that rows and columns are split into."""
+    rows, columns = (layout.ways(layout.axes(axis)) for axis in info.axes[-2:])
+    return rows, columns
+
+
+def _packed(info: ParameterInfo, layout: Layout, part: tuple[int, int, int]) -> StoredArray:
+    """The values of a packed weight, of which a device has `part`: blocks, strips and bytes of a strip."""
+    row_ways, column_ways = _ways(info, layout)
+    shape = (*info.shape[:-2], part[0] * row_ways, part[1] * column_ways, part[2])
+    return StoredArray(shape, "int8", (*info.axes, None))
 
 
 #: Bytes of a value on a device.

@@ -184,10 +184,11 @@ def test_a_cache_shortens_the_next_start_and_not_that_of_a_new_host() -> None:
         ("gpu", "int4", "bfloat16"),
         ("gpu", "bfloat16", "bfloat16"),
         ("cpu", "int8", "float32"),
+        ("cpu", "int4", "float32"),
     ],
 )
 def test_parameters_and_pages_take_what_was_planned(platform: str, weights: str, activations: str) -> None:
-    """As accelerators keep them, and packed for native kernels; XLA on CPUs keeps int4 in bytes."""
+    """As accelerators keep them, and packed for native kernels; here XLA keeps int4 in bytes."""
     checkpoint = open_checkpoint(GOLDEN / "text-s1")
     config = checkpoint.config
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), AXES)

@@ -61,8 +61,15 @@ def same(one: Params, other: Params) -> None:
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize(
     ("kernels", "weights"),
-    [(NATIVE, "int8"), (PORTABLE, "int8"), (PORTABLE, "int4"), (PAIRED, "int4"), (PORTABLE, "bfloat16")],
-    ids=["packed", "int8", "int4", "paired", "bfloat16"],
+    [
+        (NATIVE, "int8"),
+        (NATIVE, "int4"),
+        (PORTABLE, "int8"),
+        (PORTABLE, "int4"),
+        (PAIRED, "int4"),
+        (PORTABLE, "bfloat16"),
+    ],
+    ids=["packed", "packed int4", "int8", "int4", "paired", "bfloat16"],
 )
 def test_the_second_load_reads_nothing(
     checkpoint: pathlib.Path, tmp_path: pathlib.Path, kernels: Kernels, weights: str, devices: int

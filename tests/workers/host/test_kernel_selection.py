@@ -64,11 +64,14 @@ def test_kernels_for_gpus_promise_batch_invariance_only_where_they_compute_every
     assert held.kernels.name == GPU.name
 
 
-def test_unrounded_weights_are_refused_where_nothing_computes_them() -> None:
-    unrounded = dataclasses.replace(MODEL, weights="int8-unrounded")
-    assert select_kernels(unrounded, MESH, CHECKPOINT) is not PORTABLE
+def test_weights_are_refused_where_nothing_computes_them() -> None:
+    unrounded, in_4_bits = (dataclasses.replace(MODEL, weights=weights) for weights in ("int8-unrounded", "int4"))
+    for model in (unrounded, in_4_bits):
+        assert select_kernels(model, MESH, CHECKPOINT) is not PORTABLE
     with pytest.raises(ValueError, match="int8-unrounded needs the native kernels: they take CPU hosts"):
         select_kernels(unrounded, dataclasses.replace(MESH, platform="tpu"), CHECKPOINT)
+    with pytest.raises(ValueError, match="int4 needs the native kernels: they take CPU hosts"):
+        select_kernels(dataclasses.replace(in_4_bits, activations="bfloat16"), MESH, CHECKPOINT)
 
 
 @pytest.mark.parametrize("least", ["xla", "portable"])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from workers.kernels.cpu.kernels import native_kernels, use_instruction_set
+from workers.kernels.int4 import INT4_ROWS, pack_int4
 from workers.kernels.kv_pages import Pages
 from workers.kernels.packed import PackedTable, PackedWeight, rows_of
 from workers.kernels.packing import pack, pack_table
@@ -43,7 +44,17 @@ def _quantized(rng: np.random.Generator, *shape: int, groups: int) -> QuantizedW
 
 def _packed(weight: QuantizedWeight, rounded: bool = True) -> PackedWeight:
     values = pack(np.asarray(weight.weight), weight.scales.shape[-2])
-    return PackedWeight(jnp.asarray(values), weight.scales, weight.shape[-2], rounded)
+    return PackedWeight(jnp.asarray(values), weight.scales, weight.shape[-2], "rounded" if rounded else "unrounded")
+
+
+def _in_4_bits(rng: np.random.Generator, *shape: int) -> tuple[PackedWeight, jax.Array]:
+    """A weight that 4 bits hold as it is, packed and plain."""
+    *lead, rows, columns = shape
+    values, powers = rng.integers(-7, 8, shape), rng.integers(-8, -3, (*lead, -(-rows // INT4_ROWS), columns))
+    values[..., ::INT4_ROWS, :] = 7
+    weight = (values * 2.0 ** np.repeat(powers, INT4_ROWS, axis=-2)[..., :rows, :]).astype(np.float32)
+    packed, scales = pack_int4(weight)
+    return PackedWeight(jnp.asarray(packed), jnp.asarray(scales), rows, "int4"), jnp.asarray(weight)
 
 
 def _close(got: jax.Array, want: Array, products: int = 1) -> None:
@@ -72,6 +83,17 @@ def test_products_are_those_of_the_rounded_weights(
         _close(result, np.where(valid[:, None], x @ exact, 0.0))
 
 
+@pytest.mark.parametrize(("depth", "columns"), [(128, 4), (90, 33), (2304, 18), (1100, 10)])
+def test_products_of_4_bit_weights_are_those_of_their_values(depth: int, columns: int) -> None:
+    rng = np.random.default_rng(depth)
+    pairs = [_in_4_bits(rng, depth, n) for n in (columns, columns + 3)]
+    for rows in range(1, 11):
+        x, valid = rng.standard_normal((rows, depth)).astype(np.float32), np.arange(rows) != 4
+        results = jax.jit(KERNELS.project)(x, valid, tuple(packed for packed, _ in pairs))
+        for result, (_, plain) in zip(results, pairs, strict=True):
+            _close(result, np.where(valid[:, None], x @ np.asarray(plain), 0.0))
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 256])  # of different code
 def test_every_weight_is_rounded_as_bfloat16_is(rows: int) -> None:
     """All integers times all mantissas of a scale, of several sizes."""
@@ -79,7 +101,7 @@ def test_every_weight_is_rounded_as_bfloat16_is(rows: int) -> None:
     one = np.eye(256, dtype=np.float32)  # a row reads a weight
     for power in (-60, -7, 3):
         scales = ((128 + np.arange(128)) * 2.0**power).astype(ml_dtypes.bfloat16)
-        packed = PackedWeight(jnp.asarray(pack(weight, 1)), jnp.asarray(scales[None]), 256, rounded=True)
+        packed = PackedWeight(jnp.asarray(pack(weight, 1)), jnp.asarray(scales[None]), 256, "rounded")
         parts = [one[at : at + rows] for at in range(0, 256, rows)]
         got = [KERNELS.project(jnp.asarray(part), jnp.ones(len(part), bool), (packed,))[0] for part in parts]
         want = (weight.astype(np.float32) * scales.astype(np.float32)).astype(ml_dtypes.bfloat16)
@@ -110,6 +132,19 @@ def test_experts_are_those_of_plain_jax(rows: int) -> None:
         x, gates, chosen, valid, _packed(gate), _packed(up), _packed(down)
     )
     _close(got, np.asarray(want), products=3)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 40])
+def test_experts_of_4_bits_are_those_of_plain_jax(rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    size, hidden, count = 136, 300, 5
+    pairs = [_in_4_bits(rng, count, *shape) for shape in ((size, hidden), (size, hidden), (hidden, size))]
+    x, gates = rng.standard_normal((rows, size)).astype(np.float32) * 0.1, rng.random((rows, 2)).astype(np.float32)
+    chosen = np.stack([rng.permutation(count)[:2] for _ in range(rows)]).astype(np.int32)
+    given = [jnp.asarray(array) for array in (x, gates, chosen, np.ones(rows, bool))]
+    (gate, up, down), plain = ([pair[i] for pair in pairs] for i in (0, 1))
+    want = portable.experts(given[0], given[1], given[2], given[3], plain[0], plain[1], plain[2], None)
+    _close(KERNELS.experts(*given, gate, up, down, None), np.asarray(want), products=3)
 
 
 def test_a_layers_weights_are_read_among_those_of_all() -> None:
@@ -205,11 +240,16 @@ def test_attention_is_that_of_plain_jax(dtype: Any, starts: list[int], length: i
         np.testing.assert_allclose(mine[1:], other[1:], atol=tolerance)
 
 
-def test_a_row_gives_the_same_bits_in_any_company() -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_row_gives_the_same_bits_in_any_company(bits: int) -> None:
     rng = np.random.default_rng(3)
     size, hidden = 1100, 130
-    gate, up = (_packed(_quantized(rng, 4, size, hidden, groups=1)) for _ in range(2))
-    down = _packed(_quantized(rng, 4, hidden, size, groups=2))
+    if bits == 8:
+        gate, up = (_packed(_quantized(rng, 4, size, hidden, groups=1)) for _ in range(2))
+        down = _packed(_quantized(rng, 4, hidden, size, groups=2))
+    else:
+        shapes = ((size, hidden), (size, hidden), (hidden, size))
+        gate, up, down = (_in_4_bits(rng, 4, *shape)[0] for shape in shapes)
     values, scales = pack_table(rng.standard_normal((50, size)).astype(np.float32))
     table = PackedTable(jnp.asarray(values), jnp.asarray(scales), size)
     mine = rng.standard_normal(size).astype(np.float32)
@@ -251,13 +291,14 @@ def test_attention_gives_the_same_bits_one_position_at_a_time_and_all_at_once() 
 
 
 def test_what_is_no_number_stays_none() -> None:
-    weight = _packed(_quantized(np.random.default_rng(0), 64, 8, groups=1))
-    for poison in (np.nan, np.inf):
-        x = np.ones((2, 64), np.float32)
-        x[1, 5] = poison
-        (got,) = KERNELS.project(jnp.asarray(x), jnp.ones(2, bool), (weight,))
-        assert np.isfinite(np.asarray(got)[0]).all()
-        assert not np.isfinite(np.asarray(got)[1]).any()
+    rng = np.random.default_rng(0)
+    for weight in (_packed(_quantized(rng, 64, 8, groups=1)), _in_4_bits(rng, 64, 8)[0]):
+        for poison in (np.nan, np.inf):
+            x = np.ones((2, 64), np.float32)
+            x[1, 5] = poison
+            (got,) = KERNELS.project(jnp.asarray(x), jnp.ones(2, bool), (weight,))
+            assert np.isfinite(np.asarray(got)[0]).all()
+            assert not np.isfinite(np.asarray(got)[1]).any()
 
 
 @pytest.mark.parametrize(
@@ -272,6 +313,24 @@ def test_weights_are_packed_as_numpy_packs_them(shape: tuple[int, ...], groups: 
     np.testing.assert_array_equal(got, packed)
     with pytest.raises(ValueError, match="must be"):
         PACKING.weight(weight, groups, got[..., :-1])
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((2, 130, 37), 1), ((3, 256, 64), 8), ((2, 1400, 1000), 7)])
+def test_weights_are_quantized_and_packed_in_4_bits_as_numpy_does_it(shape: tuple[int, ...], groups: int) -> None:
+    rng = np.random.default_rng(0)
+    *lead, rows, columns = shape
+    weight = rng.integers(-128, 128, shape, np.int8)
+    factors = rng.uniform(1e-3, 2e-3, (*lead, groups, columns)).astype(ml_dtypes.bfloat16)
+    factors[0, 0, 3], factors[0, 0, 5] = 0, np.nan
+    of_row = np.arange(rows) // (rows // groups)
+    products = weight.astype(np.float32) * factors[..., of_row, :].astype(np.float32)
+    values, scales = pack_int4(products.astype(ml_dtypes.bfloat16).astype(np.float32))
+    got = np.ones_like(values), np.ones_like(scales)
+    PACKING.int4(weight, factors, of_row, *got)
+    np.testing.assert_array_equal(got[1].astype(np.float32), scales.astype(np.float32))
+    np.testing.assert_array_equal(got[0][1:], values[1:])  # of a scale that is no number, values say nothing
+    with pytest.raises(ValueError, match="must be"):
+        PACKING.int4(weight, factors, of_row, got[0], got[1][..., :-1])
 
 
 @pytest.mark.parametrize("shape", [(50, 32), (1001, 96), (7, 2100)])

@@ -15,15 +15,19 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from tests.conftest import GOLDEN
+from tools.verify.verify import score
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.loader import Params, load_parameters, parameter_shapes
 from workers.kernels.cpu.kernels import native_kernels
 from workers.kernels.interface import ACCELERATOR, PORTABLE
 from workers.kernels.weights import QuantizedWeight, dequantize
+from workers.messages.plan import EngineShape
 from workers.model.config import GrokConfig
 from workers.model.grok import Output, causal_forward
 from workers.model.parameters import parameter_table
 from workers.model.partition import Partition
+from workers.runtime.program_set import ProgramSet
+from workers.runtime.runtime import Runtime
 
 pytestmark = pytest.mark.slow
 
@@ -122,6 +126,21 @@ def test_a_loaded_weight_has_the_files_values_on_any_mesh(data: int, model: int,
         raw = QuantizedWeight(jnp.asarray(file.map(file.values)), jnp.asarray(file.map(file.scales)))
         assert isinstance(loaded, QuantizedWeight)
         np.testing.assert_array_equal(np.asarray(dequantize(loaded)), np.asarray(dequantize(raw)))
+
+
+@pytest.mark.parametrize("model", [1, 2])
+def test_4_bit_weights_of_native_kernels_compute_what_plain_jax_does(model: int) -> None:
+    checkpoint = open_checkpoint(GOLDEN / "head128-s5")
+    computed = []
+    for kernels in (native_kernels(), PORTABLE):
+        partition = Partition.create(checkpoint.config, _mesh(1, model), "batch", kernels)
+        params, _ = load_parameters(checkpoint, partition, weights="int4")
+        shape = EngineShape(2, 1, 9, 16, 32, 128)
+        runtime = Runtime(ProgramSet(checkpoint.config, shape, partition, params, jnp.float32), partition)
+        runtime.set_parameters(params)
+        computed.append(score(runtime, list(range(5, 37)))[0])
+    # Plain JAX rounds a weight to bfloat16 once it is multiplied by its scale.
+    np.testing.assert_allclose(computed[0], computed[1], atol=0.05 * computed[1].std())
 
 
 def test_4_bit_weights_have_the_same_values_two_a_byte() -> None:

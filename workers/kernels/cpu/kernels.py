@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 
 from workers.kernels.cpu.bindings import library
 from workers.kernels.cpu.collectives import COLLECTIVES
+from workers.kernels.int4 import INT4_ROWS
 from workers.kernels.interface import Arrays, Kernels, Packing
 from workers.kernels.packed import PackedTable, PackedWeight, rows_of
 from workers.kernels.packing import Array, packed_shape
@@ -39,7 +41,7 @@ def native_kernels() -> Kernels:
         score=_score,
         batch_invariant=True,
         collectives=COLLECTIVES,
-        packing=Packing(_pack, _pack_table),
+        packing=Packing(_pack, _pack_int4, _pack_table),
     )
 
 
@@ -56,6 +58,17 @@ def _pack(weight: Array, groups: int, values: Array) -> None:
     library().grokmesh_pack(*_pointers(np.ascontiguousarray(weight), values), *map(ctypes.c_int64, sizes))
 
 
+def _pack_int4(weight: Array, factors: Array, groups: Array, values: Array, scales: Array) -> None:
+    *lead, rows, columns = weight.shape
+    runs = -(-rows // INT4_ROWS)
+    shape = packed_shape(runs * INT4_ROWS // 2, columns, 1, bits=4)
+    _check(values, (*lead, *shape), np.int8)
+    _check(scales, (*lead, runs, columns), jnp.bfloat16)
+    given = np.ascontiguousarray(weight), np.ascontiguousarray(factors), np.ascontiguousarray(groups, np.int64)
+    sizes = (math.prod(lead), rows, columns, factors.shape[-2], *shape)
+    library().grokmesh_pack_int4(*_pointers(*given, values, scales), *map(ctypes.c_int64, sizes))
+
+
 def _pack_table(table: Array, values: Array, scales: Array) -> None:
     rows, width = table.shape
     blocks, strips, size = packed_shape(width, rows, 1)
@@ -68,7 +81,7 @@ def _pack_table(table: Array, values: Array, scales: Array) -> None:
     library().grokmesh_pack_table(*pointers, ctypes.c_bool(bfloat16), *sizes)
 
 
-def _check(array: Array, shape: tuple[int, ...], dtype: type) -> None:
+def _check(array: Array, shape: tuple[int, ...], dtype: Any) -> None:
     """What the library writes to must be of the size that it takes for granted."""
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         raise ValueError(f"an array {array.shape} of {array.dtype}; must be {shape} of {np.dtype(dtype)}, contiguous")
@@ -111,7 +124,7 @@ def _project(x: jax.Array, valid: jax.Array, weights: tuple[Weight, ...]) -> Arr
         shapes = tuple(_float32(x.shape[0], packed[i].scales.shape[-1]) for i in chosen)
         flat = [array for i in chosen for array in (packed[i].values, packed[i].scales)]
         call = jax.ffi.ffi_call("grokmesh_dense", shapes)
-        results.update(zip(chosen, call(x, valid, layer, *flat, rounded=packed[0].rounded), strict=True))
+        results.update(zip(chosen, call(x, valid, layer, *flat, form=packed[0].form), strict=True))
     return tuple(results[i] for i in range(len(packed)))
 
 
@@ -130,7 +143,7 @@ def _experts(
     packed, layer = _stacked((gate, up, down))
     flat = [array for weight in packed for array in (weight.values, weight.scales)]
     call = jax.ffi.ffi_call("grokmesh_experts", _float32(*x.shape))
-    mixed: jax.Array = call(x, gates, experts, valid, layer, *flat, rounded=packed[0].rounded)
+    mixed: jax.Array = call(x, gates, experts, valid, layer, *flat, form=packed[0].form)
     return mixed
 
 

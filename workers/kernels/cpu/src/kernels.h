@@ -7,29 +7,32 @@ namespace grokmesh {
 
 constexpr int64_t kStrip = 4;     // columns of a packed weight that lie side by side
 constexpr int64_t kBlock = 1024;  // at most as many values of a column are a block
+constexpr int64_t kScaled = 128;  // 4-bit values of a column that share a scale
 
 // A column of a packed weight has `groups` groups of `depth` int8 values, each cut into equal blocks, filled up with zeros.
 // The weight is a block of all columns after another; a block is made of strips of four columns (the last one filled up
 // with zeros); of a strip, 64 values of each column follow each other in turn. So who multiplies many columns with a block
-// of x that stays in cache reads memory in order. As in workers/kernels/packed.py.
+// of x that stays in cache reads memory in order. As in workers/kernels/packing.py.
+// 4-bit values are one group, in runs of 128: 64 bytes with the first half in their low bits, the second in their high ones.
 struct Layout {
-  int64_t groups, depth;
+  int64_t groups, depth, run = 64;
   int64_t blocks_per_group() const { return (depth + kBlock - 1) / kBlock; }
   int64_t block() const {
-    const int64_t runs = (depth + 63) / 64;
-    return (runs + blocks_per_group() - 1) / blocks_per_group() * 64;
+    const int64_t runs = (depth + run - 1) / run;
+    return (runs + blocks_per_group() - 1) / blocks_per_group() * run;
   }
   int64_t blocks() const { return groups * blocks_per_group(); }
   int64_t stride() const { return blocks() * block(); }
 };
 
-enum class Kind { kRounded, kUnrounded, kTwoPlanes };
+enum class Kind { kRounded, kUnrounded, kTwoPlanes, kInt4 };
 
 // A matrix as the products read it.
 //   kRounded: value = round_to_bf16(q * scale), scale bfloat16 [groups, columns].
 //   kUnrounded: value = q * scale.
 //   kTwoPlanes: value = (256 * high + low) * scale, scale float32 [columns, groups]; each run of 4 * 64 values of
 //     the high plane is followed by that of the low plane.
+//   kInt4: value = (q - 8) * scale, scale bfloat16 [runs, columns].
 struct Matrix {
   const int8_t* values;
   const void* scales;
@@ -37,7 +40,7 @@ struct Matrix {
   Kind kind;
   Layout layout;
   int planes() const { return kind == Kind::kTwoPlanes ? 2 : 1; }
-  int64_t strip_bytes() const { return planes() * kStrip * layout.block(); }
+  int64_t strip_bytes() const { return planes() * kStrip * layout.block() * 64 / layout.run; }
   // The strip of a column, a multiple of 4, in a block.
   const int8_t* strip(int64_t block, int64_t column) const {
     return values + (block * ((columns + kStrip - 1) / kStrip) + column / kStrip) * strip_bytes();

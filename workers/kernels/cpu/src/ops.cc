@@ -4,6 +4,7 @@
 #include <cstring>
 #include <mutex>
 #include <string>
+#include <string_view>
 
 #include "ops.h"
 
@@ -63,25 +64,34 @@ class Prepared {
 
 int64_t strips(int64_t columns) { return ceil_div(columns, kStrip); }
 
-// values [L, ..., blocks, strips, 4 * block], scales [L, ..., G, N] of all layers' weights with `rows` rows.
+// values [L, ..., blocks, strips, bytes of a strip], scales [L, ..., G, N] of all layers' weights with `rows` rows, in a form that
+// workers/kernels/packed.py names.
 struct Packed {
   const int8_t* values;
   const char* scales;
-  int64_t columns;
+  int64_t columns, groups;
   Kind kind;
   Layout layout;
   bool fits;
-  Packed(const S8& w, const BF16& s, int64_t rows, bool rounded)
-      : values(w.typed_data()), scales(static_cast<const char*>(s.untyped_data())), kind(rounded ? Kind::kRounded : Kind::kUnrounded) {
+  Packed(const S8& w, const BF16& s, int64_t rows, std::string_view form)
+      : values(w.typed_data()), scales(static_cast<const char*>(s.untyped_data())),
+        kind(form == "int4" ? Kind::kInt4 : form == "rounded" ? Kind::kRounded : Kind::kUnrounded) {
     const auto w_dims = w.dimensions(), s_dims = s.dimensions();
     columns = s_dims.back();
-    const int64_t groups = s_dims[s_dims.size() - 2];
-    layout = {groups, rows / groups};
-    fits = w_dims.back() == kStrip * layout.block() && w_dims[w_dims.size() - 2] == strips(columns) &&
-           w_dims[w_dims.size() - 3] == layout.blocks() && layout.depth * groups == rows;
+    groups = s_dims[s_dims.size() - 2];
+    if (kind == Kind::kInt4) {
+      layout = {1, rows, kScaled};
+    } else {
+      layout = {groups, rows / groups};
+    }
+    fits = w_dims.back() == at(0).strip_bytes() && w_dims[w_dims.size() - 2] == strips(columns) &&
+           w_dims[w_dims.size() - 3] == layout.blocks() &&
+           (kind == Kind::kInt4 ? groups == ceil_div(rows, kScaled) : layout.depth * groups == rows);
   }
   Matrix at(int64_t i) const {
-    return {values + i * strips(columns) * kStrip * layout.stride(), scales + i * layout.groups * columns * 2, columns, kind, layout};
+    Matrix matrix{values, scales + i * groups * columns * 2, columns, kind, layout};
+    matrix.values += i * layout.blocks() * strips(columns) * matrix.strip_bytes();
+    return matrix;
   }
 };
 
@@ -150,7 +160,7 @@ void multiply_to_rows(const Matrix& w, const Prepared& x, const std::vector<int6
 }
 
 // x [M, K] times one layer's matrices of several weights of as many groups; rows that are not valid give zeros.
-ffi::Error dense(ffi::ThreadPool pool, F32 x, Mask valid, S32 layer, bool rounded, ffi::RemainingArgs weights, ffi::RemainingRets results) {
+ffi::Error dense(ffi::ThreadPool pool, F32 x, Mask valid, S32 layer, std::string_view form, ffi::RemainingArgs weights, ffi::RemainingRets results) {
   const int64_t depth = x.dimensions().back();
   const std::vector<int64_t> rows = valid_rows(valid);
   std::vector<Packed> packed;
@@ -160,7 +170,7 @@ ffi::Error dense(ffi::ThreadPool pool, F32 x, Mask valid, S32 layer, bool rounde
     auto s = weights.get<BF16>(2 * i + 1);
     auto y = results.get<F32>(i);
     if (!w || !s || !y) return misfit("a weight");
-    packed.emplace_back(*w, *s, depth, rounded);
+    packed.emplace_back(*w, *s, depth, form);
     out.push_back((*y)->typed_data());
     if (!packed.back().fits) return misfit("a weight");
   }
@@ -172,7 +182,7 @@ ffi::Error dense(ffi::ThreadPool pool, F32 x, Mask valid, S32 layer, bool rounde
     for (int64_t n = 0; n < packed[i].columns; n += per_task) tasks.emplace_back(i, n);
   const Prepared prepared(packed[0].layout, rows.size());
   for (const Packed& p : packed)
-    if (p.layout.groups != packed[0].layout.groups) return misfit("the weights' groups");
+    if (p.groups != packed[0].groups) return misfit("the weights' groups");
   parallel_phases(pool, {ceil_div(rows.size(), 8), static_cast<int64_t>(rows.empty() ? 0 : tasks.size())},
                   [&](int phase, int64_t task) {
                     if (phase == 0) {
@@ -211,11 +221,11 @@ ffi::Error logits(ffi::ThreadPool pool, F32 x, Mask valid, S8 table, F32 scales,
 
 // One layer's mixture of experts: x [M, D] -> [M, D]. Weights are [L, E, ...].
 ffi::Error experts(ffi::ThreadPool pool, F32 x, F32 gates, S32 chosen_experts, Mask valid, S32 layer, S8 gate_w, BF16 gate_s, S8 up_w,
-                   BF16 up_s, S8 down_w, BF16 down_s, bool rounded, Result y) {
+                   BF16 up_s, S8 down_w, BF16 down_s, std::string_view form, Result y) {
   const int64_t rows = x.dimensions()[0], size = x.dimensions()[1], selected = gates.dimensions()[1];
   const int64_t count = gate_w.dimensions()[1], hidden = gate_s.dimensions().back(), first = layer.typed_data()[0] * count;
-  const Packed gate(gate_w, gate_s, size, rounded), up(up_w, up_s, size, rounded), down(down_w, down_s, hidden, rounded);
-  if (!gate.fits || !up.fits || !down.fits || gate.layout.groups != up.layout.groups) return misfit("the experts");
+  const Packed gate(gate_w, gate_s, size, form), up(up_w, up_s, size, form), down(down_w, down_s, hidden, form);
+  if (!gate.fits || !up.fits || !down.fits || gate.groups != up.groups) return misfit("the experts");
   // Places sorted by expert; an expert's rows keep their order.
   std::vector<std::vector<int64_t>> places(count);
   for (int64_t i = 0; i < rows * selected; i++) {
@@ -451,13 +461,13 @@ extern "C" bool grokmesh_use(const char* name) {
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_norm, grokmesh::norm, BIND.Arg<grokmesh::F32>().Arg<grokmesh::Mask>().Arg<grokmesh::F32>().Attr<float>("epsilon").RemainingArgs().Ret<grokmesh::F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_route, grokmesh::route,
                               BIND.Arg<grokmesh::F32>().Arg<grokmesh::Mask>().Arg<grokmesh::F32>().Ret<grokmesh::F32>().Ret<grokmesh::F32>().Ret<grokmesh::S32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_dense, grokmesh::dense, BIND.Arg<grokmesh::F32>().Arg<grokmesh::Mask>().Arg<grokmesh::S32>().Attr<bool>("rounded").RemainingArgs().RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_dense, grokmesh::dense, BIND.Arg<grokmesh::F32>().Arg<grokmesh::Mask>().Arg<grokmesh::S32>().Attr<std::string_view>("form").RemainingArgs().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_logits, grokmesh::logits,
                               BIND.Arg<grokmesh::F32>().Arg<grokmesh::Mask>().Arg<grokmesh::S8>().Arg<grokmesh::F32>().Ret<grokmesh::F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_experts, grokmesh::experts,
                               BIND.Arg<grokmesh::F32>().Arg<grokmesh::F32>().Arg<grokmesh::S32>().Arg<grokmesh::Mask>().Arg<grokmesh::S32>()
                                   .Arg<grokmesh::S8>().Arg<grokmesh::BF16>().Arg<grokmesh::S8>().Arg<grokmesh::BF16>()
-                                  .Arg<grokmesh::S8>().Arg<grokmesh::BF16>().Attr<bool>("rounded").Ret<grokmesh::F32>());
+                                  .Arg<grokmesh::S8>().Arg<grokmesh::BF16>().Attr<std::string_view>("form").Ret<grokmesh::F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grokmesh_attend, grokmesh::attend,
                               BIND.Arg<grokmesh::F32>().Arg<grokmesh::F32>().Arg<grokmesh::F32>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
                                   .Arg<grokmesh::S32>().Arg<grokmesh::S32>().Attr<float>("scale").Attr<float>("cap").Attr<float>("rope_base")

@@ -37,12 +37,25 @@ inline void transpose(uint8_t* tile, uint8_t* other) {
   }
 }
 
-inline float widened(float x) { return x; }
-inline float widened(uint16_t bfloat16) {
-  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+inline float from_bits(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);
   return x;
+}
+
+inline float widened(float x) { return x; }
+inline float widened(uint16_t bfloat16) { return from_bits(static_cast<uint32_t>(bfloat16) << 16); }
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+// The bits of x rounded to bfloat16, to even.
+inline uint32_t rounded_bits(float x) {
+  const uint32_t bits = bits_of(x);
+  return (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
 }
 
 // Nearest, to even, for magnitudes up to 2^22.
@@ -112,6 +125,51 @@ extern "C" GROKMESH_CLONES void grokmesh_pack(const int8_t* weight, int8_t* pack
       }
     }
   }
+}
+
+// weight [count, rows, columns], and factors [count, factor_groups, columns] bfloat16, of which group_of [rows] says whose is a row's ->
+// 4-bit values [count, blocks, strips, size] and scales [count, rows / 128 rounded up, columns] bfloat16 of the products: the largest
+// of 128 rows becomes 7; what is filled up is zero. See workers/kernels/int4.py.
+extern "C" GROKMESH_CLONES void grokmesh_pack_int4(const int8_t* weight, const uint16_t* factors, const int64_t* group_of, int8_t* packed,
+                                                   uint16_t* scales, int64_t count, int64_t rows, int64_t columns, int64_t factor_groups,
+                                                   int64_t blocks, int64_t strips, int64_t size) {
+  constexpr int64_t kScaled = grokmesh::kScaled;
+  const int64_t runs = (rows + kScaled - 1) / kScaled, block_runs = size / kStripRun;
+  alignas(64) uint8_t tile[kTile], other[kTile];
+  alignas(64) float products[kScaled][kSide];
+  if (runs < blocks * block_runs) std::memset(packed, 0, count * blocks * strips * size);
+  for (int64_t m = 0; m < count; m++)
+    for (int64_t run = 0; run < runs; run++)
+      for (int64_t column = 0; column < columns; column += kSide) {
+        const int64_t first = run * kScaled, valid = std::min(kScaled, rows - first), width = std::min(kSide, columns - column);
+        std::memset(products, 0, sizeof products);
+        uint32_t largest[kSide] = {};  // bits, of which those of NaN are larger than all
+        for (int64_t i = 0; i < valid; i++) {
+          const int8_t* from = weight + (m * rows + first + i) * columns + column;
+          const uint16_t* factor = factors + (m * factor_groups + group_of[first + i]) * columns + column;
+          for (int64_t c = 0; c < width; c++) {
+            const uint32_t bits = rounded_bits(static_cast<float>(from[c]) * widened(factor[c]));
+            products[i][c] = from_bits(bits);
+            largest[c] = std::max(largest[c], bits & 0x7fffffff);
+          }
+        }
+        float divisors[kSide];
+        for (int64_t c = 0; c < kSide; c++) {
+          const uint32_t scale = rounded_bits(from_bits(largest[c]) / 7.0f);
+          divisors[c] = from_bits(scale) > 0 ? from_bits(scale) : 1.0f;
+          if (c < width) scales[(m * runs + run) * columns + column + c] = static_cast<uint16_t>(scale >> 16);
+        }
+        const auto quantized = [&](int64_t i, int64_t c) {
+          return static_cast<int32_t>(std::max(-7.0f, std::min(7.0f, nearest(products[i][c] / divisors[c])))) + 8;
+        };
+        std::memset(tile, 0, kTile);
+        for (int64_t i = 0; i < kSide; i++)
+          for (int64_t c = 0; c < width; c++) tile[i * kSide + c] = static_cast<uint8_t>(quantized(i, c) | quantized(i + kSide, c) << 4);
+        transpose(tile, other);
+        int8_t* to = packed + ((m * blocks + run / block_runs) * strips + column / grokmesh::kStrip) * size + run % block_runs * kStripRun;
+        const int64_t filled = (width + grokmesh::kStrip - 1) / grokmesh::kStrip;
+        for (int64_t s = 0; s < filled; s++) std::memcpy(to + s * size, tile + s * kStripRun, kStripRun);
+      }
 }
 
 // table [rows, width], float32 or bfloat16 -> values [blocks, strips, 2 * size] of a matrix of two planes, and scales [rows].

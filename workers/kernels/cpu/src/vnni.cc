@@ -6,7 +6,8 @@
 // So all sums are exact integers within a block, in any order, and only blocks are added as floats:
 //   y = sum over blocks of 2^e * scale_x * (m * (256 H + L) + 256 E),  H = q.high, L = q.low, E = error.high
 // (error.low is below 2^-17 of the product). A matrix of two planes is the same with m = 256 and its low plane as error;
-// weights that are not rounded have no error, and take two products instead of three.
+// weights that are not rounded have no error, and take two products instead of three. Of 4-bit weights a scale holds for a run,
+// so runs are added as floats, a lane each.
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,fma")
 // GCC 12 takes the undefined operands of its own intrinsics for mistakes.
@@ -32,6 +33,7 @@ constexpr int kMostRows = 8;      // of a tile
 struct BlockHeader {
   float scale;
   int32_t start_high, start_low, start_error;
+  float offsets[kBlock / kScaled];  // of each run: 8 times the sum of its values, of 4-bit weights
 };
 
 struct Tables {
@@ -49,6 +51,16 @@ struct Tables {
   }
 };
 const Tables tables;
+
+// Of 128 prepared values.
+int32_t run_sum(const int8_t* bytes) {
+  __m512i high = _mm512_setzero_si512(), low = high;
+  for (const int8_t* half : {bytes, bytes + kPair}) {
+    high = _mm512_dpbusd_epi32(high, _mm512_set1_epi8(1), _mm512_loadu_si512(half));
+    low = _mm512_dpbusd_epi32(low, _mm512_set1_epi8(1), _mm512_loadu_si512(half + 64));
+  }
+  return _mm512_reduce_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
+}
 
 int64_t prepared_bytes(const Layout& l) { return l.blocks() * 64 + 2 * l.stride(); }
 
@@ -89,7 +101,10 @@ void prepare(const Layout& l, const float* x, void* prepared) {
       const int32_t high = _mm512_reduce_add_epi32(sum_high), low = _mm512_reduce_add_epi32(sum_low);
       // A NaN or an infinity in x must not pass for a number.
       const float scale = usable ? largest / 32512.0f : finite ? 0.0f : NAN;
-      *reinterpret_cast<BlockHeader*>(header) = {scale, -8 * high, -8 * low, -4 * high};
+      auto* of_block = reinterpret_cast<BlockHeader*>(header);
+      *of_block = {scale, -8 * high, -8 * low, -4 * high, {}};
+      if (l.run == kScaled)
+        for (int64_t k = 0; k < padded; k += kScaled) of_block->offsets[k / kScaled] = 8.0f * static_cast<float>(run_sum(bytes + 2 * k));
       bytes += 2 * padded;
     }
 }
@@ -241,6 +256,60 @@ __attribute__((noinline)) void tile(const Part<kColumns>& p, int64_t size, const
   for (int i = 0; i < kPadded; i += 4) _mm_storeu_ps(y + i, _mm_mul_ps(sums(totals + i), _mm_loadu_ps(factors + i)));
 }
 
+// Of each run of a block and each column of a strip of 4-bit weights.
+struct RunScales {
+  float of[kBlock / kScaled + 1][kStrip];  // a row more, so that from any column four can be read
+};
+
+RunScales run_scales(const Matrix& w, int64_t block, int64_t column) {
+  const int64_t runs = w.layout.block() / kScaled, known = (w.layout.depth + kScaled - 1) / kScaled;
+  RunScales scales = {};
+  for (int64_t i = 0; i < std::min(runs, known - block * runs); i++) {
+    const uint16_t* from = static_cast<const uint16_t*>(w.scales) + (block * runs + i) * w.columns + column;
+    uint64_t four = 0;
+    std::memcpy(&four, from, 2 * std::min(kStrip, w.columns - column));
+    _mm_storeu_ps(scales.of[i], _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_cvtsi64_si128(four)), 16)));
+  }
+  return scales;
+}
+
+// As `tile`, of 4-bit weights, with the scales of their runs.
+template <int kRows, int kColumns>
+__attribute__((noinline)) void tile_int4(const int8_t* values, int64_t ahead, int64_t runs, const float* scales, const Rows& rows,
+                                         float* y) {
+  constexpr int kSums = kRows * kColumns, kPadded = (kSums + 3) / 4 * 4;
+  const __m512i low_bits = _mm512_set1_epi8(15);
+  __m512 totals[kPadded];
+  __m128 offsets[kRows];  // of the first columns
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; r++) offsets[r] = _mm_setzero_ps();
+#pragma GCC unroll 16
+  for (int i = 0; i < kPadded; i++) totals[i] = _mm512_setzero_ps();
+  const auto* x = reinterpret_cast<const __m512i*>(rows.bytes);
+  for (int64_t run = 0; run < runs; run++, x += 4 * kRows, values += 64 * kStrip, scales += kStrip) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; c++) {
+      _mm_prefetch(values + 64 * c + ahead, _MM_HINT_T1);
+      const __m512i pairs = _mm512_load_si512(values + 64 * c);
+      const __m512i first = _mm512_and_si512(pairs, low_bits), second = _mm512_and_si512(_mm512_srli_epi16(pairs, 4), low_bits);
+      const __m512 scale = _mm512_set1_ps(scales[c]);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; r++) {
+        const __m512i *of_first = x + 2 * r, *of_second = x + 2 * (kRows + r);
+        const __m512i high = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), first, of_first[0]), second, of_second[0]);
+        const __m512i sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), first, of_first[1]), second, of_second[1]);
+        totals[r * kColumns + c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, totals[r * kColumns + c]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) offsets[r] = _mm_fmadd_ps(_mm_set1_ps(rows.headers[r].offsets[run]), _mm_loadu_ps(scales), offsets[r]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kPadded; i += 4) _mm_storeu_ps(y + i, sums(totals + i));
+  for (int r = 0; r < kRows; r++)
+    for (int c = 0; c < kColumns; c++) y[r * kColumns + c] = (y[r * kColumns + c] - offsets[r][c]) * rows.scales[r];
+}
+
 void gather(const Layout& l, int64_t block, const char* x, int64_t x_stride, int64_t rows, Rows* to) {
   const int64_t size = l.block(), start = l.blocks() * 64 + block * 2 * size;
   for (int64_t r = 0; r < rows; r++, x += x_stride) {
@@ -253,7 +322,8 @@ void gather(const Layout& l, int64_t block, const char* x, int64_t x_stride, int
 // kRows rows times the columns [first, last) over a block, added to y.
 template <int kRows, Kind kKind>
 void multiply_block(const Matrix& w, int64_t block, const Rows& rows, int64_t first, int64_t last, float* y, int64_t y_stride) {
-  constexpr int kColumns = kRows == 1 ? 4 : kRows <= 4 ? 2 : 1;  // as many sums as registers hold, with tables or without
+  // As many sums as registers hold, with tables or without.
+  constexpr int kColumns = kRows == 1 || (kKind == Kind::kInt4 && kRows <= 4) ? 4 : kRows <= 4 ? 2 : 1;
   const int64_t group = block / w.layout.blocks_per_group();
   for (int64_t n = first; n < last; n += kStrip) {
     // Two strips ahead: in this block, in the next one, or in the columns that follow.
@@ -262,9 +332,16 @@ void multiply_block(const Matrix& w, int64_t block, const Rows& rows, int64_t fi
                            : block + 1 < w.layout.blocks() ? w.strip(block + 1, first + soon - last)
                                                            : w.strip(0, soon);
     const int64_t ahead = wanted - w.strip(block, n);
+    [[maybe_unused]] RunScales scales;
+    if constexpr (kKind == Kind::kInt4) scales = run_scales(w, block, n);
     for (int c = 0; c < kStrip; c += kColumns) {
       float sums[kRows * kColumns + 3];
-      tile<kRows, kKind>(part<kColumns>(w, n + c, group, w.strip(block, n) + 64 * c, ahead), w.layout.block(), rows, sums);
+      const int8_t* values = w.strip(block, n) + 64 * c;
+      if constexpr (kKind == Kind::kInt4) {
+        tile_int4<kRows, kColumns>(values, ahead, w.layout.block() / kScaled, scales.of[0] + c, rows, sums);
+      } else {
+        tile<kRows, kKind>(part<kColumns>(w, n + c, group, values, ahead), w.layout.block(), rows, sums);
+      }
       const int64_t here = std::min<int64_t>(kColumns, valid - c);
       for (int r = 0; r < kRows; r++)
         for (int i = 0; i < here; i++) y[r * y_stride + n - first + c + i] += sums[r * kColumns + i];
@@ -297,6 +374,7 @@ void multiply(const Matrix& w, const char* x, int64_t x_stride, int64_t rows, in
     case Kind::kRounded: return multiply_kind<Kind::kRounded>(w, x, x_stride, rows, first, last, y, y_stride);
     case Kind::kUnrounded: return multiply_kind<Kind::kUnrounded>(w, x, x_stride, rows, first, last, y, y_stride);
     case Kind::kTwoPlanes: return multiply_kind<Kind::kTwoPlanes>(w, x, x_stride, rows, first, last, y, y_stride);
+    case Kind::kInt4: return multiply_kind<Kind::kInt4>(w, x, x_stride, rows, first, last, y, y_stride);
   }
 }
 
