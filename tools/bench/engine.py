@@ -17,6 +17,7 @@ from tools.bench import options
 from tools.bench.checkpoint import make_checkpoint
 from tools.bench.limits import matmul_peak, read_bandwidth
 from tools.bench.steps import Steps, prompt_flops, step_bytes
+from workers.capacity.memory import VALUE_BYTES
 from workers.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from workers.checkpoint.loader import load_parameters
 from workers.host.kernel_selection import select_kernels
@@ -63,7 +64,7 @@ class Engine:
         self.kernels = kernels.name
         kv_dtype: Any = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[kv_cache]
         self._kv_bytes = jnp.dtype(kv_dtype).itemsize
-        self._table_bytes = 2 if kernels.packed else 4
+        self._table_bytes, self._weight_bytes = 2 if kernels.packed else 4, VALUE_BYTES[weights]
         pages = 1 + 2 * -(-context // PAGE)
         shape = EngineShape(SLOTS, 1, pages, PAGE, CHUNK, context, kernels.batch_invariant)
         runtime = Runtime(ProgramSet(self.config, shape, partition, params, kv_dtype=kv_dtype), partition)
@@ -75,7 +76,7 @@ class Engine:
         """Median seconds of a decode step, and the bytes that a step reads at least."""
         seconds, experts = self.steps.decode(batch, positions, steps)
         cached = batch * (positions + steps // 2)
-        return seconds, step_bytes(self.config, experts, cached, self._table_bytes, self._kv_bytes)
+        return seconds, step_bytes(self.config, experts, cached, self._table_bytes, self._kv_bytes, self._weight_bytes)
 
 
 def measure(engine: Engine, long_context: int, report: Callable[[str], None]) -> list[Figure]:

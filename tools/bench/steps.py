@@ -72,20 +72,22 @@ class Steps:
         return self.runtime.execute(dataclasses.replace(plan, number=self._plans))
 
 
-def step_bytes(config: GrokConfig, experts: int, cached: int, table_bytes: int, kv_bytes: int) -> int:
-    """What a decode step reads at least: 8-bit weights of chosen experts and attention, the table, valid keys and values.
+def step_bytes(
+    config: GrokConfig, experts: int, cached: int, table_bytes: int, kv_bytes: int, weight_bytes: float = 1.0
+) -> int:
+    """What a decode step reads at least: weights of chosen experts and attention, the table, valid keys and values.
 
     Args:
       config: of the model.
       experts: chosen ones, of all layers together.
       cached: positions of all sequences together.
-      table_bytes, kv_bytes: of one number.
+      table_bytes, kv_bytes, weight_bytes: of one number.
     """
     c = config
     heads = (2 * c.num_q_heads + 2 * c.num_kv_heads) * c.key_size * c.emb_size * c.num_layers
     cache = 2 * c.num_kv_heads * c.key_size * c.num_layers * kv_bytes * cached
-    total: int = experts * 3 * c.emb_size * c.ffn_size + heads + c.vocab_size * c.emb_size * table_bytes + cache
-    return total
+    weights = weight_bytes * (experts * 3 * c.emb_size * c.ffn_size + heads)
+    return int(weights) + c.vocab_size * c.emb_size * table_bytes + cache
 
 
 def prompt_flops(config: GrokConfig) -> float:

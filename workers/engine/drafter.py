@@ -9,22 +9,22 @@ from workers.messages.plan import MAX_DRAFT
 #: Tokens that must stand alike.
 NGRAM = 3
 
-#: Guesses count when this share of the last ones, weighed by age, would have been right; they stop counting below the other.
-WORTH, WORTHLESS = 0.7, 0.5
-
-#: Weight of the latest guess in that share.
+#: Weight of the latest guess in the share of right ones.
 AGING = 0.125
 
 
 class NgramDrafter:
-    """Watches one sequence. It guesses all the time, which costs nothing, and says when its guesses are worth computing."""
+    """Watches one sequence. It guesses all the time, which costs nothing.
+
+    Attributes:
+      share: how many of the last guesses, weighed by age, would have been right; a token without a guess counts as a wrong one.
+    """
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self._tokens: list[int] = []
         self._followers: dict[tuple[int, ...], int] = {}
         self._guess: int | None = None
-        self._share = 0.0
-        self.enabled = False
+        self.share = 0.0
         for token in prompt:
             self._append(token)
         self._guess = next(iter(self.propose(1)), None)
@@ -32,8 +32,7 @@ class NgramDrafter:
     def add(self, token: int) -> None:
         """Takes the sequence's next token."""
         right = self._guess == token
-        self._share += AGING * (right - self._share)
-        self.enabled = self._share > (WORTHLESS if self.enabled else WORTH)
+        self.share += AGING * (right - self.share)
         self._append(token)
         self._guess = next(iter(self.propose(1)), None)
 

@@ -20,11 +20,11 @@ class PrefillBudget:
         self._decode: float | None = None
         self._position: float | None = None
 
-    def after(self, plan: Plan | None, seconds: float) -> int:
+    def after(self, plan: Plan, seconds: float) -> int:
         """The budget for the next step, after `plan` took `seconds`: at least 1, at most the chunk."""
-        if plan is not None and plan.decode and not plan.prefills:
+        if plan.decode and not plan.prefills and not plan.drafts:
             self._decode = _averaged(self._decode, seconds / plan.steps)
-        elif plan is not None and plan.prompt_tokens:
+        elif plan.prompt_tokens:
             rest = seconds - (self._decode or 0.0 if plan.decode else 0.0)
             self._position = _averaged(self._position, max(rest, 0.0) / plan.prompt_tokens)
         if not self._decode or not self._position:

@@ -12,6 +12,7 @@ from workers.engine.pages import PageGroups
 from workers.engine.policy import policy_for
 from workers.engine.queue import Waiting, WaitingQueue
 from workers.engine.sequence import NoNumbersError, Sequence
+from workers.engine.speculation import LEAST, Speculation
 from workers.messages.plan import (
     MAX_DRAFT,
     MAX_VERIFIED,
@@ -97,9 +98,10 @@ class Scheduler:
         self._running: dict[str, Sequence] = {}
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         self._next_number = 1
-        # Whether few enough sequences run for guesses to be computed. It stays while a plan is made: a sequence that waits for
-        # its tokens is given no pages.
-        self._few = True
+        # The requests whose next tokens are guessed. They stay the same while a plan is made: a sequence that waits for its
+        # tokens is given no pages.
+        self._guessed: frozenset[str] = frozenset()
+        self.speculation = Speculation()
         self._failures: list[Failure] = []
         self._scores: list[ScoreEvent] = []
         self._trial: Sequence | None = None
@@ -169,7 +171,7 @@ class Scheduler:
         self._look_at_constraints()
         if self._in_flight and self._trial_can_begin():
             return None
-        self._few = len(self._running) <= MAX_VERIFIED
+        self._guessed = self._worth_guessing()
         grants = self._grow()
         starts = self._admit()
         computed = self._computed()
@@ -180,7 +182,7 @@ class Scheduler:
         ready = [s for s in computed if s.prompt_done and s.left > 0 and not self._awaited(s)]
         ready = [s for s in ready if not (s.forced and s in last)]  # a plan has one mask, or forced token, for a slot
         ready.sort(key=lambda sequence: sequence.slot)
-        drafts = list(self._draft(ready)) if len(ready) <= MAX_VERIFIED else []
+        drafts = list(self._draft(ready))
         decoding = [sequence for sequence in ready if not sequence.drafting]
         if not calls and not decoding and not drafts:
             assert not grants, "what grows decodes"
@@ -370,15 +372,22 @@ class Scheduler:
             yield [chunks[group] for group in sorted(chunks)]
             first = False
 
+    def _worth_guessing(self) -> frozenset[str]:
+        running = self._running
+        if len(running) > MAX_VERIFIED:
+            return frozenset()
+        guessed = {id: s.foreseen for id, s in running.items() if not s.done and s.foreseen >= LEAST}
+        return frozenset(guessed if self.speculation.pays(len(running), tuple(guessed.values())) else ())
+
     def _draft(self, ready: list[Sequence]) -> Iterator[tuple[Sequence, Draft]]:
         """Drafts of sequences whose guesses are worth it; such a sequence waits until its tokens are known."""
         for sequence in ready:
-            if self._few and sequence.guessing and sequence.known and (draft := sequence.draft()) is not None:
+            if sequence.request.id in self._guessed and sequence.known and (draft := sequence.draft()) is not None:
                 yield sequence, draft
 
     def _needs_tokens(self, sequence: Sequence) -> bool:
         """Whether a plan for a sequence needs all of its tokens."""
-        return sequence.constraint is not None or (self._few and sequence.guessing)
+        return sequence.constraint is not None or sequence.request.id in self._guessed
 
     def _awaited(self, sequence: Sequence) -> bool:
         """Whether nothing can be planned for a sequence until tokens come back."""
@@ -407,7 +416,7 @@ class Scheduler:
             self._trial = None
         # Where tokens depend on others through the model alone, and verified guesses are exact.
         may_draft = self._policy.drafts and sequence.constraint is None and not request.sampling.penalized
-        if may_draft and self._few and sequence.drafter is None and not sequence.done:
+        if may_draft and len(self._running) <= MAX_VERIFIED and sequence.drafter is None and not sequence.done:
             sequence.drafter = NgramDrafter((*request.prompt, *sequence.tokens))
 
     def _receive_scores(self, sequence: Sequence, scores: tuple[Score, ...]) -> None:

@@ -77,9 +77,9 @@ class Sequence:
         return self.scheduled == len(self.tokens)
 
     @property
-    def guessing(self) -> bool:
-        """Whether its guesses are worth computing. What may be sampled must be the same for all of them."""
-        return self.drafter is not None and self.drafter.enabled and self.scheduled > self.request.min_tokens
+    def foreseen(self) -> float:
+        """How many of its last tokens could have been guessed; none where what may be sampled changes with the next ones."""
+        return self.drafter.share if self.drafter is not None and self.scheduled > self.request.min_tokens else 0.0
 
     def chunk(self, most: int) -> Chunk:
         """Schedules up to `most` of its prefix's positions, and a token behind the last of them, if it wants one."""

@@ -29,8 +29,8 @@ def select_kernels(model: ModelSpec, mesh: MeshSpec, checkpoint: Checkpoint) -> 
     """Those of the platform: Pallas on TPUs and GPUs, native ones on CPU hosts where they fit and were built; else plain JAX.
 
     Those for GPUs multiply in bfloat16, which activations then must be; they do not know weights that are split along the
-    embedding. Native ones fit 8-bit weights with bfloat16 scales, also in 4 bits, float32 activations and pages of floats, split
-    as for GPUs.
+    embedding. Native ones fit 8-bit weights with bfloat16 scales, also in 4 bits, float32 activations and pages of floats,
+    split as for GPUs.
 
     Raises:
       ValueError: `weights` ask for the native kernels, which are not to be had.

@@ -132,12 +132,13 @@ class Leader:
         pending: Pending | None = None
         clock = _Clock()
         prefill_budget = self._runtime.shape.chunk
-        idle = True
+        idle, seconds = True, 0.0
         while True:
             self._stalls.turn()
             yield from self._hear(block=idle)
             if idle:
                 clock.restart()
+                seconds = 0.0
             self._submit_opened()
             plan = self._scheduler.plan(prefill_budget)
             clock.lap("plan")
@@ -170,7 +171,10 @@ class Leader:
             self._fail(self._scheduler.failures())
             self._tell(events, self._scheduler.scores())
             clock.lap("deliver")
-            prefill_budget = self._budget.after(finished, clock.step())
+            seconds += clock.step()
+            if finished is not None:
+                self._scheduler.speculation.after(finished, seconds)
+                prefill_budget, seconds = self._budget.after(finished, seconds), 0.0
             metrics.PREFILL_BUDGET.set(prefill_budget)
 
     def _prove(self) -> Generator[StepWait, StepTokens, None]:

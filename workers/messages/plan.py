@@ -10,8 +10,8 @@ ALTERNATIVES = 8
 
 #: Tokens that a draft may guess beyond the one that is known.
 MAX_DRAFT = 3
-#: Slots of a plan with drafts. With more, the weights that guesses read are read anyway, and arithmetic counts.
-MAX_VERIFIED = 2
+#: Most slots of a plan with drafts.
+MAX_VERIFIED = 4
 
 
 @dataclasses.dataclass(frozen=True)
