@@ -43,7 +43,7 @@ def compile_program(
     program: str,
     engine: Engine,
 ) -> AotReport:
-    """Compiles `decode` or `prefill` for a TPU slice or for NVIDIA GPUs. The process must not have imported JAX.
+    """Compiles a program for a TPU slice or for NVIDIA GPUs. The process must not have imported JAX.
 
     Raises:
       NoCompilerError: the platform's compiler is not installed.

@@ -39,7 +39,7 @@ class AotReport:
     """What the compiler says of one program on one device; bytes.
 
     Attributes:
-      program: `decode` or `prefill`.
+      program: `decode`, `prefill`, `score`, or `verify`, which TPUs do not have.
       fits: whether it could be compiled for the memory that there is.
       problem: why not.
       arguments: parameters and state.

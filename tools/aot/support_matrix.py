@@ -45,14 +45,16 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """All rows: decoding at each batch, rounded up to the batch groups, and prefill beside 8 sequences."""
+    """All rows: decoding at each batch, rounded up to the batch groups; prompts, scores and guesses beside 8 sequences."""
     made = []
     for hardware in HARDWARE:
         mesh = max(meshes(CONFIG, hardware.devices), key=lambda mesh: (mesh[2] == "tensor", mesh[1]))
         layout = layout_of(CONFIG, *mesh)
         groups = layout.batch_groups
         cases = [("decode", batch, Precision()) for batch in BATCHES]
-        cases += [("prefill", 8, Precision())]
+        cases += [("prefill", 8, Precision()), ("score", 8, Precision())]
+        if hardware.device.platform == "gpu":
+            cases += [("verify", 8, Precision())]
         cases += [("decode", 8, Precision(kv_cache="int8"))]
         if hardware.device.platform == "tpu":
             cases += [("decode", 8, Precision(weights="int4"))]

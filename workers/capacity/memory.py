@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from workers.messages.plan import MAX_DRAFT, MAX_VERIFIED, SCORED_ROWS
 from workers.model.config import GrokConfig
 from workers.model.layout import Layout
 from workers.model.parameters import ParameterInfo, parameter_table
@@ -108,13 +109,22 @@ def memory(
 
 
 def program_bytes(config: GrokConfig, layout: Layout, slots: int, chunk: int, program: str | None = None) -> float:
-    """What `decode`, `prefill`, or the larger of the two, takes while it runs.
+    """What `decode`, `verify`, `prefill`, `score`, or the largest of them, takes while it runs.
 
-    Decoding: each device's part of the logits, a few times. Prefill: the rows of each chosen expert, filled up to blocks, as
-    they go in (bfloat16) and come out (float32).
+    Decoding: each device's part of the logits, a few times, and so of guesses' and of scored positions'. Prefill: the rows of
+    each chosen expert, filled up to blocks, as they go in (bfloat16) and come out (float32).
     """
-    devices = math.prod(layout.sizes.values())
-    decode = 4 * -(-slots // devices) * config.vocab_size * 4
-    rows = chunk * layout.batch_groups * config.num_selected_experts
+    devices, groups = math.prod(layout.sizes.values()), layout.batch_groups
+
+    def logits(rows: int) -> float:
+        return 4 * -(-rows // devices) * config.vocab_size * 4
+
+    rows = chunk * groups * config.num_selected_experts
     prefill = (rows + BLOCK_ROWS * (config.num_experts - 1)) * config.emb_size * 6
-    return PROGRAM_BYTES + {"decode": decode, "prefill": prefill, None: max(decode, prefill)}[program]
+    programs = {
+        "decode": logits(slots),
+        "verify": logits(groups * MAX_VERIFIED * (1 + MAX_DRAFT)),
+        "prefill": prefill,
+        "score": prefill + logits(groups * math.gcd(chunk, SCORED_ROWS)),
+    }
+    return PROGRAM_BYTES + (programs[program] if program else max(programs.values()))

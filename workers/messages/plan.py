@@ -8,6 +8,8 @@ from typing import NamedTuple
 #: Most alternatives that may be reported with a token.
 ALTERNATIVES = 8
 
+#: Positions of a chunk that are scored at a time.
+SCORED_ROWS = 64
 #: Tokens that a draft may guess beyond the one that is known.
 MAX_DRAFT = 3
 #: Most slots of a plan with drafts.

@@ -17,15 +17,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from workers.checkpoint.loader import Params
 from workers.kernels.interface import Site
 from workers.kernels.sampling import PACKED_WIDTH, PENALIZED, SamplingRows, SamplingState
-from workers.messages.plan import MAX_DRAFT, EngineShape
+from workers.messages.plan import MAX_DRAFT, SCORED_ROWS, EngineShape
 from workers.model.config import GrokConfig
 from workers.model.grok import Logits, Output, Read, all_logits, forward
 from workers.model.partition import Partition
 from workers.runtime.kv_cache import Cache, paged_attend
 from workers.runtime.slots import DRAWS, FORCED, LENGTH, PAGES, POSITION, SLOT, positions, sampling_rows
-
-#: Positions of a chunk that are scored at a time.
-SCORED_ROWS = 64
 
 
 @jax.tree_util.register_dataclass
