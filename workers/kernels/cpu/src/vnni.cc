@@ -262,12 +262,16 @@ struct RunScales {
 };
 
 RunScales run_scales(const Matrix& w, int64_t block, int64_t column) {
-  const int64_t runs = w.layout.block() / kScaled, known = (w.layout.depth + kScaled - 1) / kScaled;
-  RunScales scales = {};
-  for (int64_t i = 0; i < std::min(runs, known - block * runs); i++) {
-    const uint16_t* from = static_cast<const uint16_t*>(w.scales) + (block * runs + i) * w.columns + column;
+  const int64_t runs = w.layout.block() / kScaled, last = (w.layout.depth - 1) / kScaled, here = w.columns - column;
+  RunScales scales;
+  for (int64_t i = 0; i < runs; i++) {
+    const uint16_t* from = static_cast<const uint16_t*>(w.scales) + std::min(block * runs + i, last) * w.columns + column;
     uint64_t four = 0;
-    std::memcpy(&four, from, 2 * std::min(kStrip, w.columns - column));
+    if (here >= kStrip) {
+      std::memcpy(&four, from, 8);
+    } else {
+      std::memcpy(&four, from, 2 * here);
+    }
     _mm_storeu_ps(scales.of[i], _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_cvtsi64_si128(four)), 16)));
   }
   return scales;
