@@ -16,11 +16,12 @@ import numpy as np
 from tools.bench.slice import kernels_of
 from tools.selftest.findings import Finding, Outcome
 from workers.kernels.cpu.bindings import NativeKernelsError
+from workers.kernels.int4 import INT4_ROWS, pack_int4, pair
 from workers.kernels.interface import Kernels
 from workers.kernels.kv_pages import QuantizedPages
 from workers.kernels.packed import PackedTable, PackedWeight
 from workers.kernels.packing import pack, pack_table
-from workers.kernels.weights import LayerWeight, QuantizedWeight
+from workers.kernels.weights import LayerWeight, PairedWeight, QuantizedWeight
 from workers.kernels.xla import portable
 
 #: Sizes that all tiles fit: of a layer's parts, and of attention.
@@ -78,22 +79,22 @@ def _layer_parts(kernels: Kernels, rows: int, dtype: Any) -> Iterator[Comparison
     router = LayerWeight(jnp.asarray(rng.standard_normal((LAYERS, DEPTH, EXPERTS)), dtype), jnp.int32(1))
     routes = [jax.jit(one, static_argnums=3)(x, valid, router, 2) for one in (kernels.route, portable.route)]
     yield Comparison(f"router, {of}", routes[0], routes[1], CLOSE)
-    pairs = [_weight(kernels, rng, DEPTH, width) for width in (768, 128, 128)]
-    own, plain = (tuple(pair[i] for pair in pairs) for i in (0, 1))
-    yield Comparison(
-        f"projections, {of}", jax.jit(kernels.project)(x, valid, own), portable.project(x, valid, plain), CLOSE
-    )
-    shapes = ((EXPERTS, DEPTH, WIDTH), (EXPERTS, DEPTH, WIDTH), (EXPERTS, WIDTH, DEPTH))
-    pairs = [_weight(kernels, rng, *shape) for shape in shapes]
-    own, plain = (tuple(pair[i] for pair in pairs) for i in (0, 1))
     gates, experts = (jnp.asarray(array) for array in _routed(rng, rows))
     experts_of = [functools.partial(one, reduce=None) for one in (kernels.experts, portable.experts)]
-    yield Comparison(
-        f"experts, {of}",
-        jax.jit(experts_of[0])(x, gates, experts, valid, *own),
-        experts_of[1](x, gates, experts, valid, *plain),
-        ROUNDED,
-    )
+    shapes = ((EXPERTS, DEPTH, WIDTH), (EXPERTS, DEPTH, WIDTH), (EXPERTS, WIDTH, DEPTH))
+    for make, weights in ((_weight, "8 bits"), (_weight_in_4_bits, "4 bits")):
+        pairs = [make(kernels, rng, DEPTH, width) for width in (768, 128, 128)]
+        own, plain = (tuple(pair[i] for pair in pairs) for i in (0, 1))
+        projected = jax.jit(kernels.project)(x, valid, own), portable.project(x, valid, plain)
+        yield Comparison(f"projections, {weights}, {of}", *projected, CLOSE)
+        pairs = [make(kernels, rng, *shape) for shape in shapes]
+        own, plain = (tuple(pair[i] for pair in pairs) for i in (0, 1))
+        yield Comparison(
+            f"experts, {weights}, {of}",
+            jax.jit(experts_of[0])(x, gates, experts, valid, *own),
+            experts_of[1](x, gates, experts, valid, *plain),
+            ROUNDED,
+        )
     table = rng.standard_normal((VOCABULARY, DEPTH)).astype(np.float32)
     plain_table = jnp.asarray(table, dtype)
     own_table: Any = plain_table
@@ -116,6 +117,24 @@ def _weight(kernels: Kernels, rng: np.random.Generator, *shape: int) -> tuple[La
         return plain, plain
     packed = PackedWeight(jnp.asarray(pack(values, GROUPS)), scales, shape[-2], "rounded")
     return LayerWeight(packed, jnp.int32(1)), plain
+
+
+def _weight_in_4_bits(kernels: Kernels, rng: np.random.Generator, *shape: int) -> tuple[LayerWeight, LayerWeight]:
+    """The same in 4 bits, with scales that are powers of two, so that no product is rounded."""
+    *lead, rows, columns = LAYERS, *shape
+    values = rng.integers(-7, 8, (*lead, rows, columns))
+    values[..., ::INT4_ROWS, :] = 7  # so that quantizing gives them back
+    scales = 2.0 ** rng.integers(-9, -6, (*lead, rows // INT4_ROWS, columns))
+    own: PackedWeight | PairedWeight | QuantizedWeight
+    plain = QuantizedWeight(jnp.asarray(values, jnp.int4), jnp.asarray(scales, jnp.bfloat16))
+    if kernels.packed:
+        packed, kept = pack_int4((values * np.repeat(scales, INT4_ROWS, axis=-2)).astype(np.float32))
+        own = PackedWeight(jnp.asarray(packed), jnp.asarray(kept), rows, "int4")
+    elif kernels.paired:
+        own = PairedWeight(jnp.asarray(pair(values, INT4_ROWS)), plain.scales)
+    else:
+        own = plain
+    return LayerWeight(own, jnp.int32(1)), LayerWeight(plain, jnp.int32(1))
 
 
 def _routed(rng: np.random.Generator, rows: int) -> tuple[Any, Any]:

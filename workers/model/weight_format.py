@@ -92,9 +92,9 @@ class WeightFormat:
         row_ways, column_ways = _ways(info, layout)
         runs = -(-rows // row_ways // INT4_ROWS)
         values = _packed(info, layout, packed_shape(runs * INT4_ROWS // 2, columns // column_ways, 1, bits=4))
-        return StoredWeight(
-            "packed_int4", (values, StoredArray((*lead, runs * row_ways, columns), "bfloat16", info.axes))
-        )
+        kept = runs * row_ways
+        scales = StoredArray((*lead, kept, columns), "bfloat16", layout.scale_axes(kept, info.axes))
+        return StoredWeight("packed_int4", (values, scales))
 
     def _table(self, info: ParameterInfo, layout: Layout) -> StoredWeight:
         if not self.packed:
