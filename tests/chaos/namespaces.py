@@ -20,6 +20,7 @@ from grokmesh import Client
 from tests.conftest import DEMO
 from tests.rayup.hosts import Hosts
 from tests.support.debian import require
+from tests.support.service import COMPILED
 from tests.support.waiting import wait_until
 
 NETWORK = f"10.203.{os.getpid() % 250}"
@@ -58,7 +59,7 @@ class Cluster:
                     "model": {"name": "demo", "checkpoint": str(DEMO)},
                     "cluster": {
                         "address": f"{ADDRESSES[HEAD]}:6379",
-                        "compilation_cache": str(folder / "xla"),
+                        "compilation_cache": COMPILED,
                         **sections.pop("cluster", {}),
                     },
                     "mesh": {"hosts": 2, "devices_per_host": 1, "data": 1, "model": 2},

@@ -53,11 +53,10 @@ def test_no_mesh_and_no_client_notices_that_gateways_and_the_controller_die(tmp_
     mesh = {"hosts": 2, "devices_per_host": 1, "data": 1, "model": 2}
     kinds = {"a gateway": (_gateways, 1), "all gateways": (_gateways, GATEWAYS), "the controller": (_controller, 1)}
     pauses: dict[str, list[float]] = {kind: [] for kind in kinds}
-    cluster = {"compilation_cache": str(tmp_path / "xla")}
     gateway = {"processes": GATEWAYS}
     with (
         ray_cluster(2) as address,
-        running(tmp_path, mesh=mesh, cluster={"address": address, **cluster}, gateway=gateway) as service,
+        running(tmp_path, mesh=mesh, cluster={"address": address}, gateway=gateway) as service,
     ):
         service.wait_for(lambda status: len(_gateways(status)) == GATEWAYS, 60)
         before = _mesh(service.status())

@@ -37,10 +37,9 @@ def test_replicas_are_restarted_while_clients_that_never_try_twice_stream(tmp_pa
 
 def test_a_service_is_replaced_on_the_hosts_that_it_has(tmp_path: pathlib.Path) -> None:
     """Each successor goes on with the mesh as it is; the last one is configured otherwise, and gives it new workers."""
-    xla = {"compilation_cache": str(tmp_path / "xla")}
     with (
         ray_cluster(1) as address,
-        running(tmp_path, mesh=ONE_HOST, cluster={"address": address, **xla}) as service,
+        running(tmp_path, mesh=ONE_HOST, cluster={"address": address}) as service,
         contextlib.ExitStack() as stack,
     ):
         with Client(service.address) as client:
@@ -82,8 +81,7 @@ def test_of_two_gateways_one_is_always_there(tmp_path: pathlib.Path) -> None:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         gateway = {"address": f"127.0.0.1:{ports[name]}", "drain_seconds": 3}
-        xla = {"compilation_cache": str(tmp_path / "xla")}
-        return stack.enter_context(running(folder, mesh=ONE_HOST, gateway=gateway, cluster=xla))
+        return stack.enter_context(running(folder, mesh=ONE_HOST, gateway=gateway))
 
     ports = {name: free_port("127.0.0.1") for name in "ab"}
     with contextlib.ExitStack() as stacks:

@@ -44,7 +44,7 @@ def _mesh(service: Service) -> tuple[int, list[int]]:
 def test_a_controller_that_dies_goes_on_with_the_mesh_and_no_stream_notices(
     tmp_path: pathlib.Path, ray_address: str
 ) -> None:
-    cluster = {"address": ray_address, "compilation_cache": str(tmp_path / "xla")}
+    cluster = {"address": ray_address}
     with running(tmp_path, mesh=MESH, cluster=cluster) as service, Client(service.address) as client:
         before, whole = _mesh(service), client.complete(PROMPT, **LONG)
         for _ in range(3):
@@ -65,7 +65,7 @@ def test_a_controller_that_dies_goes_on_with_the_mesh_and_no_stream_notices(
 
 
 def test_a_service_that_dies_is_started_again_on_the_mesh_that_it_had(tmp_path: pathlib.Path, ray_address: str) -> None:
-    cluster = {"address": ray_address, "compilation_cache": str(tmp_path / "xla")}
+    cluster = {"address": ray_address}
     with running(tmp_path, mesh=MESH, cluster=cluster) as first:
         before, address = _mesh(first), first.address
         first.process.kill()
@@ -77,7 +77,7 @@ def test_a_service_that_dies_is_started_again_on_the_mesh_that_it_had(tmp_path: 
 
 
 def test_gateways_die_and_no_mesh_and_no_client_notices(tmp_path: pathlib.Path, ray_address: str) -> None:
-    cluster = {"address": ray_address, "compilation_cache": str(tmp_path / "xla")}
+    cluster = {"address": ray_address}
     with running(tmp_path, mesh=MESH, cluster=cluster, gateway={"processes": 2}) as service:
         service.wait_for(lambda status: sum(gateway.listening for gateway in status.gateways) == 2, 30)
         before = _mesh(service)
@@ -98,7 +98,7 @@ def test_gateways_die_and_no_mesh_and_no_client_notices(tmp_path: pathlib.Path, 
 def test_a_service_goes_on_without_the_process_that_started_it_until_it_is_stopped(
     tmp_path: pathlib.Path, ray_address: str
 ) -> None:
-    cluster = {"address": ray_address, "compilation_cache": str(tmp_path / "xla")}
+    cluster = {"address": ray_address}
     with running(tmp_path, mesh=MESH, cluster=cluster) as service:
         before = _mesh(service)
         service.process.kill()

@@ -23,6 +23,8 @@ from tests.conftest import DEMO
 from tests.support.ports import free_port
 
 START_SECONDS = 180.0
+#: Of all tests: what one service has compiled, the next does not.
+COMPILED = str(pathlib.Path(__file__).parents[2] / "build" / "compiled-by-tests")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +72,8 @@ def running(folder: pathlib.Path, api_key: str | None = None, **sections: Any) -
     config = {
         "model": {"name": "demo", "checkpoint": str(DEMO)},
         "telemetry": {"address": metrics},
-        "cluster": {"compilation_cache": str(folder / "xla")},
         **sections,
+        "cluster": {"compilation_cache": COMPILED, **sections.get("cluster", {})},
         "gateway": gateway,
     }
     path, log = folder / "ray_config.yaml", folder / "serve.log"
