@@ -145,9 +145,9 @@ def score(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 def _sum(values: jax.Array) -> jax.Array:
     """The sums [B] of rows [B, n], added in an order that depends on n alone; that of XLA's reductions depends on B too."""
     columns = -(-values.shape[-1] // _ADDED)
-    parts = [values[:, at : at + columns] for at in range(0, values.shape[-1], columns)]
-    parts[-1] = jnp.pad(parts[-1], ((0, 0), (0, columns - parts[-1].shape[-1])))
-    added: jax.Array = functools.reduce(jnp.add, parts)
+    filled = jnp.pad(values, ((0, 0), (0, columns * _ADDED - values.shape[-1])))
+    parts = filled.reshape(-1, _ADDED, columns)  # slices of the whole row take TPUs many times its memory
+    added: jax.Array = functools.reduce(jnp.add, [parts[:, i] for i in range(_ADDED)])
     return added[:, 0] if columns == 1 else _sum(added)
 
 
