@@ -18,6 +18,7 @@ from workers.model.config import GrokConfig
 CONFIG = dataclasses.replace(GrokConfig(), num_layers=3)
 
 
+@pytest.mark.parametrize("slots", [8, 32])
 @pytest.mark.parametrize(
     ("hardware", "mesh", "limit"),
     [
@@ -28,11 +29,11 @@ CONFIG = dataclasses.replace(GrokConfig(), num_layers=3)
     ids=str,
 )
 def test_a_decode_step_needs_little_beside_its_arguments(
-    hardware: Hardware, mesh: tuple[int, int, str], limit: int
+    hardware: Hardware, mesh: tuple[int, int, str], limit: int, slots: int
 ) -> None:
-    pages = 8 // (mesh[0] if mesh[2] == "batch" else 1) * 128 + 1
+    pages = slots // (mesh[0] if mesh[2] == "batch" else 1) * 128 + 1
     try:
-        told = compile_in_subprocess(CONFIG, hardware, mesh, Precision(), "decode", Engine(8, pages, 64, 512, 8192))
+        told = compile_in_subprocess(CONFIG, hardware, mesh, Precision(), "decode", Engine(slots, pages, 64, 512, 8192))
     except NoCompilerError as error:
         pytest.skip(str(error))
     assert told.fits, told.problem
