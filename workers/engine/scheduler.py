@@ -12,7 +12,7 @@ from workers.engine.pages import PageGroups
 from workers.engine.policy import policy_for
 from workers.engine.queue import Waiting, WaitingQueue
 from workers.engine.sequence import NoNumbersError, Sequence
-from workers.engine.speculation import LEAST, Speculation
+from workers.engine.speculation import CONVINCING, LEAST, Speculation
 from workers.messages.plan import (
     MAX_DRAFT,
     MAX_VERIFIED,
@@ -376,8 +376,11 @@ class Scheduler:
         running = self._running
         if len(running) > MAX_VERIFIED:
             return frozenset()
-        guessed = {id: s.foreseen for id, s in running.items() if not s.done and s.foreseen >= LEAST}
-        return frozenset(guessed if self.speculation.pays(len(running), tuple(guessed.values())) else ())
+        for least in (LEAST, CONVINCING):
+            guessed = {id: s.foreseen for id, s in running.items() if not s.done and s.foreseen >= least}
+            if self.speculation.pays(len(running), tuple(guessed.values())):
+                return frozenset(guessed)
+        return frozenset()
 
     def _draft(self, ready: list[Sequence]) -> Iterator[tuple[Sequence, Draft]]:
         """Drafts of sequences whose guesses are worth it; such a sequence waits until its tokens are known."""
