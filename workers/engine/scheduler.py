@@ -182,7 +182,7 @@ class Scheduler:
         ready = [s for s in computed if s.prompt_done and s.left > 0 and not self._awaited(s)]
         ready = [s for s in ready if not (s.forced and s in last)]  # a plan has one mask, or forced token, for a slot
         ready.sort(key=lambda sequence: sequence.slot)
-        drafts = list(self._draft(ready))
+        drafts = list(self._draft(ready)) if len(ready) <= MAX_VERIFIED else []
         decoding = [sequence for sequence in ready if not sequence.drafting]
         if not calls and not decoding and not drafts:
             assert not grants, "what grows decodes"

@@ -321,6 +321,43 @@ def test_a_sequence_that_repeats_itself_is_guessed_and_gets_several_tokens_a_ste
     assert steps < 16
 
 
+def test_nothing_is_guessed_beside_more_sequences_than_a_program_takes() -> None:
+    """Not even in the plan that computes the newcomer's prompt and its second token at once."""
+    scheduler = Scheduler(dataclasses.replace(EXACT, slots=8, pages=200, context=100), VOCAB, MAX_WAITING)
+    prompt = (7, 8, 9, 10) * 4
+    for i in range(MAX_VERIFIED):
+        scheduler.submit(Request(f"again{i}", prompt, 40, Sampling(), frozenset()))
+    places = dict[int, int]()
+    guessed = 0
+    for step in range(60):
+        if step == 15:  # when all are guessed
+            scheduler.submit(Request("new", (1, 2, 3), 40, Sampling(), frozenset()))
+        plan = scheduler.plan()
+        if plan is None:
+            break
+        guessed += len(plan.drafts)
+        assert not plan.drafts or len(plan.decode) + len(plan.drafts) <= MAX_VERIFIED
+        scheduler.complete(_continued(plan, prompt, places))
+    assert guessed > MAX_VERIFIED
+
+
+def _continued(plan: Plan, cycle: tuple[int, ...], places: dict[int, int]) -> StepTokens:
+    """Each slot goes on in the cycle; all guesses are right."""
+
+    def following(slot: int, count: int) -> tuple[Token, ...]:
+        first = places.get(slot, 0)
+        places[slot] = first + count
+        return tuple(Token(cycle[place % len(cycle)], 0.0, ()) for place in range(first, first + count))
+
+    last = [chunk for call in plan.prefills for chunk in call if chunk.last]
+    return StepTokens(
+        plan.number,
+        tuple(token for chunk in last for token in following(chunk.slot, 1)),
+        tuple(following(row.slot, plan.steps) for row in plan.decode),
+        tuple(following(draft.slot, len(draft.tokens)) for draft in plan.drafts),
+    )
+
+
 def test_a_sequence_that_surprises_is_not_guessed() -> None:
     scheduler = Scheduler(EXACT, VOCAB, MAX_WAITING)
     scheduler.submit(Request("new", (3, 4, 5) * 3, 20, Sampling(), frozenset()))
