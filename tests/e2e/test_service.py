@@ -54,7 +54,8 @@ def service(folder: pathlib.Path, http_address: str) -> Iterator[Service]:
     """The demo: two hosts of two devices. The leaders log their plans."""
     mesh = {"hosts": 2, "devices_per_host": 2, "data": 2, "model": 2}
     telemetry = {"address": f"127.0.0.1:{free_port('127.0.0.1')}", "plan_log": str(folder / "plans")}
-    with running(folder, mesh=mesh, telemetry=telemetry, gateway={"http_address": http_address}) as service:
+    gateway, own = {"http_address": http_address}, {"compilation_cache": str(folder / "xla")}
+    with running(folder, mesh=mesh, telemetry=telemetry, gateway=gateway, cluster=own) as service:
         yield service
 
 

@@ -143,12 +143,19 @@ def score(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def _sum(values: jax.Array) -> jax.Array:
-    """The sums [B] of rows [B, n], added in an order that depends on n alone; that of XLA's reductions depends on B too."""
+    """The sums [B] of rows [B, n]. TPUs, which promise no row the same bits in any company, would take many times the memory to
+    add them in order."""
+    total: jax.Array = lax.platform_dependent(values, tpu=lambda rows: jnp.sum(rows, axis=-1), default=_sum_in_order)
+    return total
+
+
+def _sum_in_order(values: jax.Array) -> jax.Array:
+    """Added in an order that depends on n alone; that of XLA's reductions depends on B too."""
     columns = -(-values.shape[-1] // _ADDED)
     filled = jnp.pad(values, ((0, 0), (0, columns * _ADDED - values.shape[-1])))
-    parts = filled.reshape(-1, _ADDED, columns)  # slices of the whole row take TPUs many times its memory
+    parts = filled.reshape(-1, _ADDED, columns)
     added: jax.Array = functools.reduce(jnp.add, [parts[:, i] for i in range(_ADDED)])
-    return added[:, 0] if columns == 1 else _sum(added)
+    return added[:, 0] if columns == 1 else _sum_in_order(added)
 
 
 def _log_softmax(logits: jax.Array) -> jax.Array:
