@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from workers.kernels.packing import Array, pack
+from workers.kernels.packing import Array, pack, packed_shape
 
 #: Rows that share scales, where a device's part has whole groups of so many.
 INT4_ROWS = 128
@@ -32,6 +32,11 @@ def pair(values: Array, group_rows: int) -> Array:
     grouped = values.astype(np.int8).reshape(*lead, rows // group_rows, 2, group_rows // 2, columns)
     low, high = grouped[..., 0, :, :], grouped[..., 1, :, :]
     return ((low + 8) | (high << 4)).reshape(*lead, rows // 2, columns)
+
+
+def packed_int4_shape(rows: int, columns: int) -> tuple[int, int, int]:
+    """As `packed_shape`, of so many rows of 4-bit values, filled up."""
+    return packed_shape(-(-rows // INT4_ROWS) * INT4_ROWS // 2, columns, 1, bits=4)
 
 
 def pack_int4(values: Array) -> tuple[Array, Array]:

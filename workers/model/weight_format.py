@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from workers.kernels.int4 import INT4_ROWS
+from workers.kernels.int4 import INT4_ROWS, packed_int4_shape
 from workers.kernels.packing import packed_shape
 from workers.model.layout import Layout
 from workers.model.parameters import EMBEDDING, SCALE_GROUPS, Axes, ParameterInfo
@@ -91,7 +91,7 @@ class WeightFormat:
         *lead, rows, columns = info.shape
         row_ways, column_ways = _ways(info, layout)
         runs = -(-rows // row_ways // INT4_ROWS)
-        values = _packed(info, layout, packed_shape(runs * INT4_ROWS // 2, columns // column_ways, 1, bits=4))
+        values = _packed(info, layout, packed_int4_shape(rows // row_ways, columns // column_ways))
         kept = runs * row_ways
         scales = StoredArray((*lead, kept, columns), "bfloat16", layout.scale_axes(kept, info.axes))
         return StoredWeight("packed_int4", (values, scales))

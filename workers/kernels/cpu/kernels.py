@@ -12,7 +12,7 @@ import numpy as np
 
 from workers.kernels.cpu.bindings import library
 from workers.kernels.cpu.collectives import COLLECTIVES
-from workers.kernels.int4 import INT4_ROWS
+from workers.kernels.int4 import INT4_ROWS, packed_int4_shape
 from workers.kernels.interface import Arrays, Kernels, Packing
 from workers.kernels.packed import PackedTable, PackedWeight, rows_of
 from workers.kernels.packing import Array, packed_shape
@@ -61,7 +61,7 @@ def _pack(weight: Array, groups: int, values: Array) -> None:
 def _pack_int4(weight: Array, factors: Array, groups: Array, values: Array, scales: Array) -> None:
     *lead, rows, columns = weight.shape
     runs = -(-rows // INT4_ROWS)
-    shape = packed_shape(runs * INT4_ROWS // 2, columns, 1, bits=4)
+    shape = packed_int4_shape(rows, columns)
     _check(values, (*lead, *shape), np.int8)
     _check(scales, (*lead, runs, columns), jnp.bfloat16)
     given = np.ascontiguousarray(weight), np.ascontiguousarray(factors), np.ascontiguousarray(groups, np.int64)
