@@ -13,9 +13,10 @@ from workers.model.parameters import parameter_table
 
 #: Shares of what the makers promise that programs reach: at best, and when all goes badly. Measured on an H100, an H200, CPUs.
 _BANDWIDTH = {"tpu": (0.9, 0.6), "gpu": (0.8, 0.5), "cpu": (0.95, 0.75)}
-#: Bytes a second beyond which bandwidth does not help, as processors widen weights no faster: an H200 computes steps in the
-#: time of an H100, whose bandwidth this is. Other devices were not measured.
-_WIDENED = {"H200": 3.35e12}
+#: Bytes a second beyond which bandwidth does not help, as processors widen weights no faster. An H200 computes steps in the time
+#: of an H100, whose bandwidth this is. A core of v4, two a chip, has no instruction for it: 7,217 of 1.05 GHz for each MiB, as
+#: the compiler's schedule says, which other TPUs widen faster than they read. Other devices were not measured.
+_WIDENED = {"H200": 3.35e12, "v4": 0.305e12}
 _FLOPS = {"tpu": (0.7, 0.35), "gpu": (0.4, 0.2), "cpu": (1.0, 0.85)}
 #: Seconds of each layer's own that do not shrink with its size, the start of its operations, and those of the step.
 _LAYER_SECONDS = {"tpu": (0.0, 15e-6), "gpu": (30e-6, 90e-6), "cpu": (40e-6, 40e-6)}
@@ -115,12 +116,9 @@ def prefill_seconds(config: GrokConfig, layout: Layout, hardware: Hardware, toke
     operations = (2 * tokens * active_parameters(config) + attention * groups) / hardware.devices
     _, compute = _limits(device, 0.0, operations)
     calls = -(-tokens // chunk)
-    sums = (
-        2
-        * config.num_layers
-        * calls
-        * sum_seconds(hardware, layout.ways(layout.axes("ffn")), chunk * groups * config.emb_size * 4)
-    )
+    width = 2 if device.platform == "tpu" else 4  # bytes of a value that crosses
+    size = chunk * groups * config.emb_size * width
+    sums = 2 * config.num_layers * calls * sum_seconds(hardware, layout.ways(layout.axes("ffn")), size)
     return Range(compute.best, compute.worst + sums + calls * _fixed(config, device).worst)
 
 

@@ -20,6 +20,9 @@ BIASED, PENALIZED, MASKED = 1, 2, 4
 #: Numbers that one operation adds up.
 _ADDED = 64
 
+#: Rows that `sample_in_turns` takes at a time: what fills a register of TPUs.
+_AT_A_TIME = 8
+
 #: In `SamplingState.counts`: set for tokens of the prompt; the bits below count how often a token was generated.
 IN_PROMPT = 1 << 30
 
@@ -125,6 +128,16 @@ def sample(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.A
     drawn = lax.cond(jnp.any((rows.temperature > 0) & rows.active), draw, lambda: greedy)
     token = jnp.where(rows.temperature > 0, drawn, greedy)
     return _packed(token, _taken(logprobs, token), logprobs)
+
+
+def sample_in_turns(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
+    """As `sample`, of many rows some at a time: what is made on the way is as large as the logits, many times over."""
+    batch = logits.shape[0]
+    if batch <= _AT_A_TIME or batch % _AT_A_TIME:
+        return sample(logits, state, rows)
+    parts = jax.tree.map(lambda array: array.reshape(-1, _AT_A_TIME, *array.shape[1:]), (logits, rows))
+    packed: jax.Array = lax.map(lambda part: sample(part[0], state, part[1]), parts)  # [B / rows, rows, PACKED_WIDTH]
+    return packed.reshape(batch, -1)
 
 
 def score(logits: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -39,7 +39,9 @@ def project(
         flat = x.reshape(-1, x.shape[-1])
         products = partition.kernels.project(flat, valid.reshape(-1), weights)
         over = partition.axes(depth)
-        return tuple(partition.sum(product.reshape(*x.shape[:-1], -1), over, Site.ATTENTION) for product in products)
+        return tuple(
+            partition.sum(product.reshape(*x.shape[:-1], -1), over, Site.ATTENTION, x.dtype) for product in products
+        )
 
     specs = (
         partition.spec((rows, None, depth)),

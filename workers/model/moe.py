@@ -71,6 +71,7 @@ class Experts(hk.Module):
         up = LinearWeight("linear_v")(widen)
         down = LinearWeight("linear_1")(narrow)
         rows = partition.spec((None, "embed"))
+        apart = not partition.axes("embed") and partition.keeps_apart(x, partition.axes("ffn"))
         specs = (
             rows,
             *(PartitionSpec(),) * 3,
@@ -78,11 +79,14 @@ class Experts(hk.Module):
             partition.weight_spec(up, WIDEN_AXES),
             partition.weight_spec(down, NARROW_AXES),
         )
-        mixed: jax.Array = partition.on_parts(self._local, specs, rows)(x, gates, experts, valid, gate, up, down)
+        local = functools.partial(self._local, apart)
+        out = partition.spec(("batch", None)) if apart else rows
+        mixed: jax.Array = partition.on_parts(local, specs, out)(x, gates, experts, valid, gate, up, down)
         return mixed
 
     def _local(
         self,
+        apart: bool,
         x: jax.Array,
         gates: jax.Array,
         experts: jax.Array,
@@ -91,7 +95,7 @@ class Experts(hk.Module):
         up: Weight,
         down: Weight,
     ) -> jax.Array:
-        """One device's part: all rows, slices of all experts' weights, one sum over devices."""
+        """One device's part: all rows, slices of all experts' weights, one sum over devices; of its group's rows if `apart`."""
         partition = self._partition
         embed_axes = partition.axes("embed")
 
@@ -100,4 +104,5 @@ class Experts(hk.Module):
             return partition.sum(gated, embed_axes, Site.EXPERTS), partition.sum(lifted, embed_axes, Site.EXPERTS)
 
         mixed = partition.kernels.experts(x, gates, experts, valid, gate, up, down, reduce if embed_axes else None)
-        return partition.sum(mixed, partition.axes("ffn"), Site.EXPERTS)
+        add = partition.sum_of_owners if apart else partition.sum
+        return add(mixed, partition.axes("ffn"), Site.EXPERTS, x.dtype)

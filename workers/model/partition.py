@@ -71,8 +71,9 @@ class Partition(Layout):
             return local
         return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def sum(self, x: jax.Array, axes: MeshAxes, site: Site) -> jax.Array:
-        """Within `on_parts`: the sum of all devices' `x` along mesh `axes`, on each of them.
+    def sum(self, x: jax.Array, axes: MeshAxes, site: Site, dtype: jnp.dtype | None = None) -> jax.Array:
+        """Within `on_parts`: the sum of all devices' `x` along mesh `axes`, on each of them. On accelerators whose kernels
+        aren't exact much crosses in `dtype`, as in xAI's code.
 
         Exact kernels promise that a row's bits don't depend on its place. An all-reduce may add the devices in an order that
         depends on the place in the buffer (gloo's and NCCL's rings do), so for them everything is added in rank order: few
@@ -83,8 +84,8 @@ class Partition(Layout):
         if self.kernels.collectives is not None:
             return self.kernels.collectives.sum(x, self._group(axes, site))
         if not self.kernels.batch_invariant:
-            summed: jax.Array = lax.psum(x, axes)
-            return summed
+            summed: jax.Array = lax.psum(x.astype(dtype) if dtype and self._is_much(x) else x, axes)
+            return summed.astype(x.dtype)
         ways, columns = self.ways(axes), x.shape[-1]
         if ways * x.size * x.dtype.itemsize > _GATHERED and columns % ways == 0:
             split = x.reshape(*x.shape[:-1], ways, columns // ways)
@@ -92,6 +93,21 @@ class Partition(Layout):
             whole: jax.Array = lax.all_gather(own, axes, axis=x.ndim - 1, tiled=True)
             return whole
         return _added(lax.all_gather(x, axes))
+
+    def keeps_apart(self, x: jax.Array, axes: MeshAxes) -> bool:
+        """Whether `sum_of_owners` takes such a sum of `x`."""
+        owners = self.axes("batch")
+        return bool(owners) and {*owners} <= {*axes} and self._is_much(x)
+
+    def sum_of_owners(self, x: jax.Array, axes: MeshAxes, site: Site, dtype: jnp.dtype) -> jax.Array:
+        """Within `on_parts`: of the sum of all devices' `x` [M, D] along mesh `axes` the rows of this device's batch group, as
+        `sum` takes it. Other groups' rows cross once, not as often as a sum on all devices takes."""
+        owners = self.axes("batch")
+        own = lax.psum_scatter(x.astype(dtype), owners, scatter_dimension=0, tiled=True)  # [M / groups, D]
+        return self.sum(own, tuple(axis for axis in axes if axis not in owners), site).astype(x.dtype)
+
+    def _is_much(self, x: jax.Array) -> bool:
+        return self.kernels.accelerator and not self.kernels.batch_invariant and 4 * x.size > _GATHERED
 
     def gather(self, x: jax.Array, axes: MeshAxes, site: Site) -> jax.Array:
         """Within `on_parts`: the rows [B, ...] of all devices along mesh `axes`, in their order."""

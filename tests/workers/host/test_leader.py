@@ -147,6 +147,7 @@ def _outcomes(link: Link, names: set[str]) -> dict[str, Refusal | None]:
     ended: dict[str, Refusal | None] = {}
     while ended.keys() != names:
         output = decode(LeaderOutput, link.receive() or b"")
+        link.send(encode(LeaderInput()))  # as a gateway shows that it lives, however long a format takes
         ended |= {refusal.request_id: refusal for refusal in output.refusals}
         ended |= {event.request_id: None for event in output.tokens if event.finish}
     return ended

@@ -9,77 +9,82 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.mesh import AbstractDevice
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh
 
 from tests.support.lowering import layer_loop
 from workers.kernels.kv_pages import Pages, QuantizedPages
-from workers.kernels.tpu import attention, matmul
+from workers.kernels.tpu import attention, experts, matmul
 from workers.kernels.tpu.kernels import TPU
 from workers.kernels.weights import LayerWeight, QuantizedWeight
 from workers.kernels.xla import portable
-from workers.kernels.xla.grouped_matmul import grouped_matmul
 from workers.runtime.mesh import AXES, TYPES
 
 pytestmark = pytest.mark.slow
 
 
+def random_weight(rng: np.random.Generator, shape: tuple[int, ...], scale_groups: int, bits: int) -> QuantizedWeight:
+    most = 2 ** (bits - 1) - 1
+    values = jnp.asarray(rng.integers(-most, most + 1, shape), jnp.int8 if bits == 8 else jnp.int4)
+    scales = rng.uniform(0.001, 0.002, (*shape[:-2], scale_groups, shape[-1]))
+    return QuantizedWeight(values, jnp.asarray(scales, jnp.bfloat16))
+
+
 @pytest.mark.parametrize(
-    ("rows", "depth", "columns", "scale_groups", "sizes"),
+    ("rows", "depth", "columns", "scale_groups"),
     [
-        (16, 256, 256, 1, [3, 0, 5, 2]),
-        (64, 4096, 384, 2, [10, 0, 0, 30, 1, 3, 0, 4]),  # two tiles of rows for each group of scales
-        (64, 1024, 128, 8, [0, 64]),  # a tile has eight groups
-        (600, 128, 128, 1, [599, 1]),  # more rows than a block
-        (6, 96, 160, 3, [6, 0, 0]),  # nothing divides
+        (1, 256, 256, 1),
+        (64, 4096, 384, 2),  # two tiles of rows for each group of scales
+        (64, 1024, 128, 8),  # a tile has eight groups
+        (600, 128, 128, 1),  # more rows than a block
+        (6, 96, 160, 3),  # nothing divides
     ],
 )
 @pytest.mark.parametrize("bits", [8, 4])
-def test_grouped_products_are_those_of_plain_jax(
-    rows: int, depth: int, columns: int, scale_groups: int, sizes: list[int], bits: int
-) -> None:
+def test_products_are_those_of_plain_jax(rows: int, depth: int, columns: int, scale_groups: int, bits: int) -> None:
     rng = np.random.default_rng(0)
-    most = 2 ** (bits - 1) - 1
-    values = rng.integers(-most, most + 1, (len(sizes), depth, columns))
-    scales = rng.uniform(0.001, 0.002, (len(sizes), scale_groups, columns))
-    weight = QuantizedWeight(
-        jnp.asarray(values, jnp.int8 if bits == 8 else jnp.int4), jnp.asarray(scales, jnp.bfloat16)
-    )
-    x, group_sizes = jnp.asarray(rng.standard_normal((rows, depth)), jnp.float32), jnp.asarray(sizes, jnp.int32)
-    got = matmul.grouped_matmul(x, weight, group_sizes, interpret=True)
-    want = grouped_matmul(x, weight, group_sizes)
-    np.testing.assert_allclose(got[: sum(sizes)], want[: sum(sizes)], rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
-
-
-def test_a_layer_reads_its_own_of_all_layers_weights() -> None:
-    rng = np.random.default_rng(2)
-    values = jnp.asarray(rng.integers(-127, 128, (3, 4, 256, 128)), jnp.int8)
-    every = QuantizedWeight(values, jnp.asarray(rng.uniform(0.001, 0.002, (3, 4, 2, 128)), jnp.bfloat16))
-    x, sizes = jnp.asarray(rng.standard_normal((9, 256)), jnp.float32), jnp.array([2, 0, 4, 3], jnp.int32)
-    multiply = jax.jit(functools.partial(matmul.grouped_matmul, interpret=True))
+    every = random_weight(rng, (3, depth, columns), scale_groups, bits)
+    x, valid = jnp.asarray(rng.standard_normal((rows, depth)), jnp.float32), jnp.ones(rows, bool)
+    project = jax.jit(functools.partial(matmul.project, interpret=True))
     for layer in range(3):
-        one = LayerWeight(every, jnp.int32(layer))
-        want = grouped_matmul(x, one, sizes)
-        np.testing.assert_allclose(multiply(x, one, sizes), want, atol=1e-5 * float(jnp.abs(want).max()))
+        own = (LayerWeight(every, jnp.int32(layer)),)
+        (got,), (want,) = project(x, valid, own), portable.project(x, valid, own)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
 
 
-@pytest.mark.parametrize(("program", "loops"), [("decode", 1), ("prefill", 2)])
-def test_grok_1_lowers_for_tpus(program: str, loops: int) -> None:
-    """Only attention of a chunk loops within a layer."""
+# Each expert takes all of up to 64 rows, blocks of more.
+@pytest.mark.parametrize(("rows", "bits"), [(1, 8), (5, 4), (64, 8), (65, 4), (300, 8)])
+def test_experts_are_those_of_plain_jax(rows: int, bits: int) -> None:
+    rng = np.random.default_rng(rows)
+    count, selected, depth, width = 8, 2, 256, 384
+    sizes = ((depth, width, 2), (depth, width, 2), (width, depth, 1))
+    gate, up, down = (
+        LayerWeight(random_weight(rng, (2, count, inner, columns), groups, bits), jnp.int32(1))
+        for inner, columns, groups in sizes
+    )
+    x = jnp.asarray(rng.standard_normal((rows, depth)), jnp.float32)
+    gates = jnp.asarray(rng.uniform(0.1, 1.0, (rows, selected)), jnp.float32)
+    # The last expert is never chosen.
+    order = rng.permuted(np.tile(np.arange(count - 1), (rows, 1)), axis=1)
+    chosen = jnp.asarray(order[:, :selected], jnp.int32)
+    compute = jax.jit(functools.partial(experts.experts, reduce=None, interpret=True))
+    for valid in (np.ones(rows, bool), rng.random(rows) < 0.5, np.zeros(rows, bool)):
+        got = compute(x, gates, chosen, jnp.asarray(valid), gate, up, down)
+        want = portable.experts(x, gates, chosen, jnp.asarray(valid), gate, up, down, None)
+        assert np.isfinite(got).all()
+        np.testing.assert_allclose(got[valid], want[valid], rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize("program", ["decode", "prefill"])
+def test_grok_1_lowers_for_tpus(program: str) -> None:
+    """Nothing loops within a layer."""
     device = AbstractDevice("TPU v6 lite", 1, "tpu")
     mesh = AbstractMesh((2, 8), AXES, axis_types=TYPES, abstract_device=device)
     layer = layer_loop(TPU, mesh, "tpu", program, jnp.bfloat16)
     assert layer.count("tpu_custom_call") >= 7
-    assert layer.count("stablehlo.while") == loops
+    assert layer.count("stablehlo.while") == 1
 
 
-def test_rows_of_no_group_read_nothing_and_break_nothing() -> None:
-    weight = QuantizedWeight(jnp.ones((2, 128, 128), jnp.int8), jnp.ones((2, 1, 128), jnp.bfloat16))
-    got = matmul.grouped_matmul(jnp.ones((4, 128)), weight, jnp.zeros(2, jnp.int32), interpret=True)
-    assert got.shape == (4, 128)
-
-
-BATCH, HEADS, GROUPED, SIZE, PAGE, WIDTH = 3, 2, 3, 128, 16, 8
+BATCH, HEADS, GROUPED, SIZE, PAGE, WIDTH = 3, 2, 3, 128, 16, 16
 
 
 @pytest.mark.parametrize(
@@ -87,6 +92,7 @@ BATCH, HEADS, GROUPED, SIZE, PAGE, WIDTH = 3, 2, 3, 128, 16, 8
     [
         (1, False, 0.02),  # the kernel multiplies as a TPU does, in bfloat16
         (5, False, 1e-5),
+        (150, False, 1e-5),  # two blocks, of many pages
         (1, True, 1e-5),
     ],
 )
@@ -114,8 +120,7 @@ def test_attention_is_that_of_plain_jax(length: int, quantized: bool, tolerance:
     want, *_ = portable.attend(
         query, key, value, keys, values, table, positions, scale=0.0884, cap=25.0, rope_base=500.0
     )
-    with pltpu.force_tpu_interpret_mode():
-        got, *_ = attention.attend(
-            query, key, value, *heads_first, table, positions, scale=0.0884, cap=25.0, rope_base=500.0
-        )
+    got, *_ = attention.attend(
+        query, key, value, *heads_first, table, positions, scale=0.0884, cap=25.0, rope_base=500.0, interpret=True
+    )
     np.testing.assert_allclose(got, want, atol=tolerance)

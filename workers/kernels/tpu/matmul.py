@@ -1,166 +1,230 @@
-"""Grouped matrix products with 8-bit weights on TPUs: weights cross from memory as they are stored, and are widened on the way
-to the matrix unit."""
+"""Products of blocks of rows with 8-bit weights on TPUs: weights cross from memory as they are stored, and are widened on the
+way to the matrix unit."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from workers.kernels.weights import LayerWeight, QuantizedWeight, Weight, dequantize, layered
+from workers.kernels.weights import LayerWeight, QuantizedWeight, Weight, layered
+from workers.kernels.xla import portable
 
 #: Rows of a weight's tile at most, and its columns: what is widened of it at a time must fit beside the next tile.
 _DEPTH, _COLUMNS = 2048, (512, 256, 128)
 #: Fewest and most rows of x that share one reading of a tile; 16 rows of bfloat16 are the least that fill a register.
-_FEWEST, _MOST = 16, 256
+FEWEST, MOST = 16, 256
 
 
-def grouped_matmul(x: jax.Array, weight: Weight, group_sizes: jax.Array, *, interpret: bool = False) -> jax.Array:
-    """As `workers.kernels.xla.grouped_matmul.grouped_matmul`: only matrices of groups that have rows are read.
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Which matrix of a layer each block of rows is multiplied with.
+
+    Attributes:
+      owner: [B] int32, the matrix.
+      active: [] int32, at least 1: only so many of the first blocks are computed.
+      rows: of a block.
+    """
+
+    owner: jax.Array
+    active: jax.Array
+    rows: int
+
+
+def rows_of_block(rows: int) -> int:
+    """The least number of rows that a block may have to take so many."""
+    return -(-rows // FEWEST) * FEWEST
+
+
+def multiply(
+    x: jax.Array,
+    weights: tuple[LayerWeight, ...],
+    blocks: Blocks,
+    finish: Callable[..., jax.Array],
+    dtype: jnp.dtype | type,
+    factors: jax.Array | None = None,
+    *,
+    interpret: bool,
+) -> jax.Array:
+    """`finish` of the products of each block of rows with its matrices: one of each weight.
 
     Args:
-      x: [M, K], float; its dtype is that of the products.
-      weight: [G, K, N].
-      group_sizes: [G] int32, of sum at most M.
-      interpret: computes without a TPU.
+      x: [B * rows, K], or [rows, K] of which all blocks take all.
+      weights: [G, K, N] each, of one layer and one shape, `QuantizedWeight`s with scales of one shape.
+      blocks: see `Blocks`.
+      finish: of as many float32 [rows, n] as there are weights.
+      dtype: of the result.
+      factors: [B, rows, 1] float32: all blocks' results, each times its factors, are added up. Where a factor is 0 the result
+        does not count.
 
     Returns:
-      [M, N] float32.
+      [B * rows, N], anything in blocks that are not active; or [rows, N] with `factors`.
     """
-    own = layered(weight)
-    stacked, layer = own.stacked, own.layer
-    if not isinstance(stacked, QuantizedWeight):
-        product: jax.Array = lax.ragged_dot(
-            x, dequantize(weight, x.dtype), group_sizes, preferred_element_type=jnp.float32
-        )
-        return product
-    rows, groups = x.shape[0], group_sizes.shape[0]
-    block = min(max(_FEWEST, pl.next_power_of_2(-(-2 * rows // groups))), _MOST)
-    count = -(-rows // block) + groups - 1  # blocks at most: each group may leave one half empty
-    blocks = -(-group_sizes // block)  # [G]
-    last_block, last_row = jnp.cumsum(blocks), jnp.cumsum(group_sizes)  # [G]
-    first_block, first_row = last_block - blocks, last_row - group_sizes
-    active = last_block[-1:]
-    # Blocks without rows stay at the last one's matrix, so that none is fetched for them.
-    wanted = jnp.minimum(jnp.arange(count), active[0] - 1)
-    owner = jnp.searchsorted(last_block, wanted, side="right", method="compare_all")  # others would loop
-    owner = jnp.minimum(owner, groups - 1).astype(jnp.int32)  # [blocks]
-    start = first_row[owner] + (jnp.arange(count) - first_block[owner]) * block
-    source = (start[:, None] + jnp.arange(block)).reshape(-1)
-    padded = jnp.take(x, source, axis=0, mode="clip")  # [blocks * block, K]
-    out = _multiply(padded, stacked, layer * groups + owner, active.astype(jnp.int32), block, interpret)
-    row = jnp.arange(rows)
-    group = jnp.minimum(jnp.searchsorted(last_row, row, side="right", method="compare_all"), groups - 1)
-    return jnp.take(out, first_block[group] * block + row - first_row[group], axis=0, mode="clip")
-
-
-def _multiply(
-    x: jax.Array, weight: QuantizedWeight, owner: jax.Array, active: jax.Array, block: int, interpret: bool
-) -> jax.Array:
-    """Each block of rows of x [blocks * block, K] times the matrix that owns it: [blocks * block, N] float32.
-
-    The weight is [L, G, K, N], its matrices are counted over all layers. Its scales keep their shape: [L * G, S, N] would lie
-    otherwise in memory, and XLA would lay out those of all layers anew in every layer.
-    """
-    _, groups, depth, columns = weight.shape
-    scale_groups = weight.scales.shape[-2]
-    group_rows = depth // scale_groups
-    tile_columns = next((size for size in _COLUMNS if columns % size == 0), columns)
-    tile_depth = _divisor(depth, group_rows)
-    turns, tile_groups = depth // tile_depth, max(1, tile_depth // group_rows)
-    tiles_a_scale = turns * tile_groups // scale_groups
-    # Mosaic takes all rows of an array, or whole tiles of them; single ones must be a dimension of their own, which XLA copies.
-    whole = tile_groups == scale_groups or tile_groups % _FEWEST == 0
-    scales_of_tiles = weight.scales if whole else weight.scales[..., None, :]
-
-    def turn(b: Any, k: Any, active: Any) -> Any:
-        return jnp.where(b < active[0], k, turns - 1)
-
-    def rows_at(_n: Any, b: Any, k: Any, _owner: Any, active: Any) -> Any:
-        return b, turn(b, k, active)
-
-    def values_at(n: Any, b: Any, k: Any, owner: Any, active: Any) -> Any:
-        return owner[b], turn(b, k, active), n
-
-    def scales_at(n: Any, b: Any, k: Any, owner: Any, active: Any) -> Any:
-        at = turn(b, k, active) // tiles_a_scale
-        return owner[b] // groups, owner[b] % groups, at, *(() if whole else (0,)), n
-
-    def out_at(n: Any, b: Any, *_: Any) -> Any:
-        return b, n
-
+    stacks = [cast(QuantizedWeight, weight.stacked) for weight in weights]
+    tile = _Tile.of(stacks[0])
+    _, groups, _, columns = stacks[0].shape
+    shared, count = x.shape[0] == blocks.rows, blocks.owner.shape[0]
+    in_specs = [pl.BlockSpec((blocks.rows, tile.depth), lambda _n, b, k, *_: (0 if shared else b, k))]
+    operands = [x]
+    for own in stacks:
+        in_specs += tile.specs(groups)
+        operands += tile.operands(own, interpret)
+    if factors is not None:
+        in_specs.append(pl.BlockSpec((1, blocks.rows, 1), lambda _n, b, _k, *_: (b, 0, 0)))
+        operands.append(factors)
+    strip = (blocks.rows, tile.columns)
+    out_rows = blocks.rows * (1 if factors is not None else count)
     spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=2,
-        grid=(columns // tile_columns, owner.shape[0], turns),
-        in_specs=[
-            pl.BlockSpec((block, tile_depth), rows_at),
-            pl.BlockSpec((1, tile_depth, tile_columns), values_at),
-            pl.BlockSpec((1, 1, tile_groups, *(() if whole else (1,)), tile_columns), scales_at),
-        ],
-        out_specs=pl.BlockSpec((block, tile_columns), out_at),
-        scratch_shapes=[pltpu.VMEM((block, tile_columns), jnp.float32)],
+        num_scalar_prefetch=1,
+        grid=(columns // tile.columns, blocks.active, tile.turns),
+        in_specs=in_specs,
+        out_specs=pl.BlockSpec(strip, lambda n, b, _k, *_: (b if factors is None else 0, n)),
+        scratch_shapes=[pltpu.VMEM(strip, jnp.float32) for _ in stacks],
     )
     call = pl.pallas_call(
-        functools.partial(_multiply_tile, tile_groups=tile_groups, turns=turns),
+        functools.partial(_kernel, tile=tile, products=len(stacks), finish=finish, added=factors is not None),
         grid_spec=spec,
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], columns), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((out_rows, columns), dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         interpret=interpret,
     )
-    values = weight.weight.reshape(-1, depth, columns)
-    if not interpret:  # else XLA fetches the small stacks of all layers to the chip in every layer
-        values = pltpu.with_memory_space_constraint(values, pltpu.MemorySpace.HBM)
-    product: jax.Array = call(owner, active, x, values, scales_of_tiles)
-    return product
+    result: jax.Array = call(weights[0].layer * groups + blocks.owner, *operands)
+    return result
 
 
-def _multiply_tile(
-    owner: Any, active: Any, x: Any, values: Any, scales: Any, out: Any, total: Any, *, tile_groups: int, turns: int
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """How a stack of matrices [L, G, K, N] is cut.
+
+    Attributes:
+      depth, columns: of a tile.
+      turns: tiles of a matrix's depth.
+      groups: groups of rows with a scale of their own in a tile; one where a group has several tiles.
+      tiles_a_scale: tiles that have the same scales.
+      whole: whether a tile's scales are all of the matrix, or whole registers of them. Single ones must be a dimension of
+        their own, which XLA copies.
+    """
+
+    depth: int
+    columns: int
+    turns: int
+    groups: int
+    tiles_a_scale: int
+    whole: bool
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight) -> _Tile:
+        _, _, depth, columns = weight.shape
+        scale_groups = weight.scales.shape[-2]
+        group_rows = depth // scale_groups
+        rows = _divisor(depth, group_rows)
+        turns, groups = depth // rows, max(1, rows // group_rows)
+        return cls(
+            rows,
+            next((size for size in _COLUMNS if columns % size == 0), columns),
+            turns,
+            groups,
+            turns * groups // scale_groups,
+            groups == scale_groups or groups % FEWEST == 0,
+        )
+
+    def specs(self, matrices: int) -> list[pl.BlockSpec]:
+        """Of values and scales, whose matrices are counted over all layers, `matrices` in each."""
+        single = () if self.whole else (1,)
+
+        def values_at(n: Any, b: Any, k: Any, owner: Any) -> Any:
+            return owner[b], k, n
+
+        def scales_at(n: Any, b: Any, k: Any, owner: Any) -> Any:
+            return owner[b] // matrices, owner[b] % matrices, k // self.tiles_a_scale, *(0 for _ in single), n
+
+        return [
+            pl.BlockSpec((1, self.depth, self.columns), values_at),
+            pl.BlockSpec((1, 1, self.groups, *single, self.columns), scales_at),
+        ]
+
+    def operands(self, weight: QuantizedWeight, interpret: bool) -> list[jax.Array]:
+        """Values [L * G, K, N], and scales in their own shape: in another they would lie otherwise in memory, and XLA would lay
+        out those of all layers anew in every layer."""
+        values = weight.weight.reshape(-1, *weight.shape[2:])
+        if not interpret:  # else XLA fetches the small stacks of all layers to the chip in every layer
+            values = pltpu.with_memory_space_constraint(values, pltpu.MemorySpace.HBM)
+        return [values, weight.scales if self.whole else weight.scales[..., None, :]]
+
+    def add_product(self, total: Any, x: Any, values: Any, scales: Any) -> None:
+        """Adds x [rows, depth] times a tile to `total`.
+
+        Each group of rows is a product of its own: what comes of a reshape is packed once more, a third of all instructions.
+        """
+        factors = scales[0, 0].reshape(self.groups, self.columns).astype(jnp.float32)
+        size = self.depth // self.groups
+        for group in range(self.groups):
+            rows = slice(group * size, (group + 1) * size)
+            scaled = values[0, rows].astype(jnp.float32) * factors[group]
+            # Rounded to bfloat16 as in `dequantize`: that is part of the model.
+            matrix = scaled.astype(jnp.bfloat16).astype(x.dtype)
+            total[...] += jnp.dot(x[:, rows], matrix, preferred_element_type=jnp.float32)
+
+
+def _kernel(
+    _owner: Any, x: Any, *refs: Any, tile: _Tile, products: int, finish: Callable[..., jax.Array], added: bool
 ) -> None:
-    """Adds one tile's product to `total`, and writes that after the last of `turns` tiles of the depth."""
-    del owner
-    k = pl.program_id(2)
+    """Adds one tile's products to their totals, and finishes them after the last tile of the depth."""
+    weights, (*factors, out), totals = refs[: 2 * products], refs[2 * products : -products], refs[-products:]
+    b, k = pl.program_id(1), pl.program_id(2)
 
     @pl.when(k == 0)
     def _() -> None:
-        total[...] = jnp.zeros_like(total)
+        for total in totals:
+            total[...] = jnp.zeros_like(total)
 
-    @pl.when(pl.program_id(1) < active[0])
-    def _() -> None:
-        _, tile_depth, tile_columns = values.shape
-        grouped = values[0].reshape(tile_groups, tile_depth // tile_groups, tile_columns).astype(jnp.float32)
-        # Rounded to bfloat16 as in `dequantize`: that is part of the model.
-        factors = scales[0, 0].reshape(tile_groups, 1, tile_columns).astype(jnp.float32)
-        wide = (grouped * factors).astype(jnp.bfloat16)
-        matrix = wide.reshape(tile_depth, tile_columns).astype(x.dtype)
-        total[...] += jnp.dot(x[...], matrix, preferred_element_type=jnp.float32)
+    for i, total in enumerate(totals):
+        tile.add_product(total, x, *weights[2 * i : 2 * i + 2])
 
-    @pl.when(k == turns - 1)
+    def clear() -> None:
+        out[...] = jnp.zeros_like(out)
+
+    if added:
+        pl.when((b == 0) & (k == 0))(clear)
+
+    @pl.when(k == tile.turns - 1)
     def _() -> None:
-        out[...] = total[...]
+        result = finish(*(total[...] for total in totals))
+        if added:
+            (factor,) = factors
+            out[...] += jnp.where(factor[0] != 0.0, result * factor[0], 0.0)
+        else:
+            out[...] = result.astype(out.dtype)
 
 
 def project(
     x: jax.Array, valid: jax.Array, weights: tuple[Weight, ...], *, interpret: bool = False
 ) -> tuple[jax.Array, ...]:
     """As `workers.kernels.xla.portable.project`."""
-    del valid
-    rows = jnp.full(1, x.shape[0], jnp.int32)
-    multiply = functools.partial(grouped_matmul, interpret=interpret)
-    return tuple(multiply(x, _as_group(weight), rows) for weight in weights)
+    return tuple(_product(x, valid, weight, interpret) for weight in weights)
 
 
-def _as_group(weight: Weight) -> Weight:
-    """[K, N] as [1, K, N]."""
-    if isinstance(weight, LayerWeight):
-        return LayerWeight(jax.tree.map(lambda leaf: leaf[:, None], weight.stacked), weight.layer)
-    one: Weight = jax.tree.map(lambda leaf: leaf[None], weight)
-    return one
+def _product(x: jax.Array, valid: jax.Array, weight: Weight, interpret: bool) -> jax.Array:
+    own, rows = layered(weight), x.shape[0]
+    if not isinstance(own.stacked, QuantizedWeight):
+        return portable.project(x, valid, (weight,))[0]
+    block = min(rows_of_block(rows), MOST)
+    count = -(-rows // block)
+    blocks = Blocks(jnp.zeros(count, jnp.int32), jnp.int32(count), block)
+    padded = jnp.pad(x, ((0, count * block - rows), (0, 0)))
+    group = LayerWeight(jax.tree.map(lambda leaf: leaf[:, None], own.stacked), own.layer)
+    return multiply(padded, (group,), blocks, same, jnp.float32, interpret=interpret)[:rows]
+
+
+def same(total: jax.Array) -> jax.Array:
+    """A product as it is, for `multiply`."""
+    return total
 
 
 def _divisor(depth: int, group_rows: int) -> int:

@@ -1,4 +1,4 @@
-"""The whole engine with the kernels for GPUs, interpreted, against plain JAX."""
+"""The whole engine with the kernels for GPUs and for TPUs, interpreted, against plain JAX."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from workers.checkpoint.loader import load_parameters, parameter_shapes
 from workers.host.kernel_selection import hold_to_promise
 from workers.kernels.gpu.kernels import gpu_kernels
 from workers.kernels.interface import ACCELERATOR, Kernels
+from workers.kernels.tpu.kernels import tpu_kernels
 from workers.messages.plan import Chunk, DecodeRow, EngineShape, Plan, Sampling, SlotStart, Token
+from workers.model import partition as partitions
 from workers.model.config import GrokConfig
 from workers.model.partition import Partition
 from workers.runtime.program_set import ProgramSet
@@ -44,6 +46,8 @@ CONFIG = GrokConfig(
     num_experts=4,
     sequence_len=128,
 )
+#: How those of a platform are made.
+KERNELS = {"gpu": gpu_kernels, "tpu": tpu_kernels}
 PROMPTS = (tuple(range(10, 50)), tuple(range(100, 107)), tuple(range(200, 260)))
 STEPS = 5
 
@@ -80,12 +84,22 @@ def compute(kernels: Kernels, data: int, model: int, kv_dtype: Any, weights: str
 
 
 @pytest.mark.parametrize(
-    ("data", "model", "kv_dtype", "weights"),
-    [(1, 1, jnp.int8, "int8"), (2, 2, jnp.bfloat16, "int8"), (2, 2, jnp.bfloat16, "int4")],
+    ("platform", "data", "model", "kv_dtype", "weights"),
+    [
+        ("gpu", 1, 1, jnp.int8, "int8"),
+        ("gpu", 2, 2, jnp.bfloat16, "int8"),
+        ("gpu", 2, 2, jnp.bfloat16, "int4"),
+        ("tpu", 1, 1, jnp.int8, "int8"),
+        ("tpu", 2, 2, jnp.bfloat16, "int8"),  # JAX compiles no arguments of 4 bits for CPUs
+    ],
 )
-def test_tokens_are_those_of_plain_jax(data: int, model: int, kv_dtype: Any, weights: str) -> None:
-    drawn = compute(gpu_kernels(interpret=True), data, model, kv_dtype, weights)
-    plain = dataclasses.replace(ACCELERATOR, paired=True)  # the same parameters
+def test_tokens_are_those_of_plain_jax(
+    platform: str, data: int, model: int, kv_dtype: Any, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partitions, "_GATHERED", 1 << 14)  # so that sums of a chunk are those of many rows
+    kernels = KERNELS[platform](interpret=True)
+    drawn = compute(kernels, data, model, kv_dtype, weights)
+    plain = dataclasses.replace(ACCELERATOR, paired=kernels.paired)  # the same parameters
     for tokens, expected in zip(drawn, compute(plain, data, model, kv_dtype, weights), strict=True):
         assert [token.id for token in tokens] == [token.id for token in expected]
         np.testing.assert_allclose(
@@ -100,7 +114,7 @@ import sys
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
 import jax.numpy as jnp
-from tests.workers.runtime.test_gpu_engine import gpu_kernels, make_runtime
+from tests.workers.runtime.test_interpreted_engines import gpu_kernels, make_runtime
 from tools.selftest import invariance
 invariance._REQUESTS = 4
 found = invariance.compare(make_runtime(gpu_kernels(interpret=True), *map(int, sys.argv[1:]), jnp.bfloat16))
@@ -117,12 +131,13 @@ def test_a_request_has_the_same_bits_alone_in_company_and_taken_up_again(data: i
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_what_xais_code_has_computed_comes_out() -> None:
+@pytest.mark.parametrize("platform", KERNELS)
+def test_what_xais_code_has_computed_comes_out(platform: str) -> None:
     """A prompt of the golden set whose heads are as wide as Grok-1's, which the kernels compute."""
     directory = GOLDEN / "head128-s5"
     golden, checkpoint = GoldenSet.load(directory), open_checkpoint(directory)
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
-    partition = Partition.create(checkpoint.config, mesh, "batch", gpu_kernels(interpret=True))
+    partition = Partition.create(checkpoint.config, mesh, "batch", KERNELS[platform](interpret=True))
     params, _ = load_parameters(checkpoint, partition, dtype=jnp.bfloat16)
     shape = EngineShape(2, 1, 9, 16, 32, 128)
     runtime = Runtime(ProgramSet(checkpoint.config, shape, partition, params, jnp.bfloat16), partition)

@@ -1,0 +1,104 @@
+"""The experts' networks on TPUs: gate, up and their product in one kernel, down in another."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from workers.kernels.tpu.matmul import FEWEST, MOST, Blocks, multiply, rows_of_block, same
+from workers.kernels.weights import LayerWeight, QuantizedWeight, Weight, layered
+from workers.kernels.xla import portable
+
+#: So many rows every chosen expert takes as they are: sorting them would cost more than the products that nobody asked for.
+_FEW = 64
+
+
+def experts(
+    x: jax.Array,
+    gates: jax.Array,
+    experts: jax.Array,
+    valid: jax.Array,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    reduce: Callable[[tuple[jax.Array, jax.Array]], tuple[jax.Array, jax.Array]] | None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """As `portable.experts`: only matrices of experts that rows chose are read."""
+    own = (layered(gate), layered(up), layered(down))
+    if reduce is not None or not all(isinstance(weight.stacked, QuantizedWeight) for weight in own):
+        return portable.experts(x, gates, experts, valid, gate, up, down, reduce)
+    compute = _shared if x.shape[0] <= _FEW else _sorted
+    return compute(x, gates, experts, valid, *own, interpret)
+
+
+def _shared(
+    x: jax.Array,
+    gates: jax.Array,
+    experts: jax.Array,
+    valid: jax.Array,
+    gate: LayerWeight,
+    up: LayerWeight,
+    down: LayerWeight,
+    interpret: bool,
+) -> jax.Array:
+    """A block of all rows for each expert that a row chose."""
+    rows, count = x.shape[0], gate.shape[0]
+    block = rows_of_block(rows)
+    chosen = (experts[..., None] == jnp.arange(count)) & valid[:, None, None]  # [M, S, E]
+    used = jnp.any(chosen, axis=(0, 1))  # [E]
+    turn = jnp.cumsum(used) - 1  # [E]
+    blocks = used & (turn == jnp.arange(count)[:, None])  # [B, E]
+    owner = jnp.sum(blocks * jnp.arange(count), axis=1).astype(jnp.int32)
+    weights = jnp.sum(jnp.where(chosen, gates[..., None], 0.0), axis=1)  # [M, E]
+    factors = jnp.pad(weights.T[owner], ((0, 0), (0, block - rows)))[..., None]  # [B, rows, 1]
+    plan = Blocks(owner, jnp.maximum(jnp.sum(used), 1).astype(jnp.int32), block)
+    padded = jnp.pad(x, ((0, block - rows), (0, 0)))
+    hidden = multiply(padded, (gate, up), plan, _activated, x.dtype, interpret=interpret)
+    return multiply(hidden, (down,), plan, same, jnp.float32, factors, interpret=interpret)[:rows]
+
+
+def _sorted(
+    x: jax.Array,
+    gates: jax.Array,
+    experts: jax.Array,
+    valid: jax.Array,
+    gate: LayerWeight,
+    up: LayerWeight,
+    down: LayerWeight,
+    interpret: bool,
+) -> jax.Array:
+    """As many blocks for each expert as its rows fill."""
+    (rows, selected), count = experts.shape, gate.shape[0]
+    block = min(max(FEWEST, pl.next_power_of_2(-(-2 * rows * selected // count))), MOST)
+    flat = jnp.where(jnp.repeat(valid, selected), experts.reshape(-1), count)  # [M * S]
+    ours = flat[:, None] == jnp.arange(count)  # [M * S, E]
+    within = jnp.cumsum(ours, axis=0, dtype=jnp.int32)  # [M * S, E], of each expert's rows so far
+    filled = -(-within[-1] // block)  # [E]
+    last = jnp.cumsum(filled)  # [E]
+    total = -(-rows * selected // block) + count - 1  # blocks at most: each expert may leave one partly empty
+    owner = jnp.searchsorted(last, jnp.arange(total), side="right", method="compare_all")  # others would loop
+    owner = jnp.minimum(owner, count - 1).astype(jnp.int32)  # [B]
+    place = jnp.sum(jnp.where(ours, (last - filled) * block + within, 0), axis=1) - 1  # [M * S], -1 for padding
+    plan = Blocks(owner, jnp.maximum(last[-1], 1).astype(jnp.int32), block)
+    row = jnp.arange(rows * selected) // selected
+    # Comparing all with all is faster than a scatter, which TPUs do one by one.
+    source = jnp.sum(jnp.where(place == jnp.arange(total * block)[:, None], row, 0), axis=1)
+    run = functools.partial(multiply, interpret=interpret)
+    hidden = run(jnp.take(x, source, axis=0, mode="clip"), (gate, up), plan, _activated, x.dtype)
+    results = run(hidden, (down,), plan, same, jnp.float32)  # [B * rows, D]
+    place = place.reshape(rows, selected)
+    mixed = jnp.zeros((rows, results.shape[1]), jnp.float32)
+    for i in range(selected):
+        result = jnp.take(results, place[:, i], axis=0, mode="clip") * gates[:, i, None]
+        mixed += jnp.where(place[:, i, None] >= 0, result, 0.0)
+    return mixed
+
+
+def _activated(gated: jax.Array, lifted: jax.Array) -> jax.Array:
+    return jax.nn.gelu(gated, approximate=True) * lifted
