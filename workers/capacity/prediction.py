@@ -13,9 +13,9 @@ from workers.model.parameters import parameter_table
 
 #: Shares of what the makers promise that programs reach: at best, and when all goes badly. Measured on an H100, an H200, CPUs.
 _BANDWIDTH = {"tpu": (0.9, 0.6), "gpu": (0.8, 0.5), "cpu": (0.95, 0.75)}
-#: Bytes a second beyond which bandwidth does not help, as processors widen weights no faster. An H200 computes steps in the time
-#: of an H100, whose bandwidth this is. A core of v4, two a chip, has no instruction for it: 7,217 of 1.05 GHz for each MiB, as
-#: the compiler's schedule says, which other TPUs widen faster than they read. Other devices were not measured.
+#: Bytes a second beyond which bandwidth does not help, as processors widen weights no faster. An H200 computes steps in the
+#: time of an H100, whose bandwidth this is. A core of v4, two a chip, takes 7,217 cycles of 1.05 GHz for each MiB, as the
+#: compiler's schedule says; other TPUs widen faster than they read. Other devices were not measured.
 _WIDENED = {"H200": 3.35e12, "v4": 0.305e12}
 _FLOPS = {"tpu": (0.7, 0.35), "gpu": (0.4, 0.2), "cpu": (1.0, 0.85)}
 #: Seconds of each layer's own that do not shrink with its size, the start of its operations, and those of the step.
