@@ -92,12 +92,14 @@ class DecoderLayer(hk.Module):
         x = partition.constrain(RMSNorm(config, partition, "rms_norm_1")(attended, valid, x), residual_axes)
 
         rows = RMSNorm(config, partition, "rms_norm_2")(x, valid).reshape(batch * length, width)
-        if not partition.axes("embed"):
+        flat, apart = valid.reshape(-1), partition.keeps_apart(rows)
+        if not partition.axes("embed") and not apart:
             rows = partition.whole(rows, Site.ROWS)
-        flat = valid.reshape(-1)
-        gates, experts, probabilities = Router(config, partition)(rows, flat)
-        moe = Experts(config, partition)
-        mixed = moe(rows.astype(dtype), gates, experts, flat).reshape(x.shape)
+        gates, experts, probabilities = Router(config, partition)(rows, flat, apart)
+        rows = rows.astype(dtype)
+        if apart:  # half as much crosses as of what routers want
+            rows, gates, experts = (partition.whole(array, Site.ROWS) for array in (rows, gates, experts))
+        mixed = Experts(config, partition)(rows, gates, experts, flat, apart).reshape(x.shape)
         x = partition.constrain(RMSNorm(config, partition, "rms_norm_3")(mixed, valid, x), residual_axes)
         return x, cache, Routed(probabilities.reshape(batch, length, -1), experts.reshape(batch, length, -1))
 

@@ -29,15 +29,15 @@ class Router(hk.Module):
         self._config = config
         self._partition = partition
 
-    def __call__(self, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, valid: jax.Array, apart: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[M, D] float, [M] bool -> gates [M, S] float32, experts [M, S] int32, probabilities [M, E] float32; all of them on
-        every device."""
+        every device, or each group's on its own ones if rows are kept `apart`."""
         c, partition = self._config, self._partition
         weight = hk.get_parameter("w", [c.emb_size, c.num_experts])
         route: Callable[..., Any] = functools.partial(partition.kernels.route, selected=c.num_selected_experts)
         if not partition.axes("router_embed"):  # else the compiler sums over the devices
-            whole = (PartitionSpec(),) * 3
-            route = partition.on_parts(route, whole, whole)
+            rows = partition.spec(("batch" if apart else None,))
+            route = partition.on_parts(route, (rows, rows, PartitionSpec()), (rows,) * 3)
         routed: tuple[jax.Array, jax.Array, jax.Array] = route(x, valid, weight)
         return routed
 
@@ -53,7 +53,7 @@ class Experts(hk.Module):
         self._config = config
         self._partition = partition
 
-    def __call__(self, x: jax.Array, gates: jax.Array, experts: jax.Array, valid: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, gates: jax.Array, experts: jax.Array, valid: jax.Array, apart: bool) -> jax.Array:
         """Sum over the selected experts of gate * expert(x). Rows that are not valid cost nothing and give zeros.
 
         Args:
@@ -61,6 +61,7 @@ class Experts(hk.Module):
           gates: [M, S] float32.
           experts: [M, S] int32.
           valid: [M] bool.
+          apart: whether each device gets its own group's results only.
 
         Returns:
           [M, D] float32. Products are taken in x's dtype.
@@ -71,7 +72,6 @@ class Experts(hk.Module):
         up = LinearWeight("linear_v")(widen)
         down = LinearWeight("linear_1")(narrow)
         rows = partition.spec((None, "embed"))
-        apart = not partition.axes("embed") and partition.keeps_apart(x, partition.axes("ffn"))
         specs = (
             rows,
             *(PartitionSpec(),) * 3,

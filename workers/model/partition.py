@@ -94,10 +94,11 @@ class Partition(Layout):
             return whole
         return _added(lax.all_gather(x, axes))
 
-    def keeps_apart(self, x: jax.Array, axes: MeshAxes) -> bool:
-        """Whether `sum_of_owners` takes such a sum of `x`."""
+    def keeps_apart(self, x: jax.Array) -> bool:
+        """Whether what only a group's rows are wanted for is computed of its rows only: of many rows `x` [M, D], split as the
+        batch is."""
         owners = self.axes("batch")
-        return bool(owners) and {*owners} <= {*axes} and self._is_much(x)
+        return bool(owners) and {*owners} <= {*self.axes("ffn")} and not self.axes("embed") and self._is_much(x)
 
     def sum_of_owners(self, x: jax.Array, axes: MeshAxes, site: Site, dtype: jnp.dtype) -> jax.Array:
         """Within `on_parts`: of the sum of all devices' `x` [M, D] along mesh `axes` the rows of this device's batch group, as

@@ -91,11 +91,11 @@ def _sorted(
     source = jnp.sum(jnp.where(place == jnp.arange(total * block)[:, None], row, 0), axis=1)
     run = functools.partial(multiply, interpret=interpret)
     hidden = run(jnp.take(x, source, axis=0, mode="clip"), (gate, up), plan, _activated, x.dtype)
-    results = run(hidden, (down,), plan, same, jnp.float32)  # [B * rows, D]
+    results = run(hidden, (down,), plan, same, x.dtype)  # [B * rows, D], many: float32 would be twice the bytes
     place = place.reshape(rows, selected)
     mixed = jnp.zeros((rows, results.shape[1]), jnp.float32)
     for i in range(selected):
-        result = jnp.take(results, place[:, i], axis=0, mode="clip") * gates[:, i, None]
+        result = jnp.take(results, place[:, i], axis=0, mode="clip").astype(jnp.float32) * gates[:, i, None]
         mixed += jnp.where(place[:, i, None] >= 0, result, 0.0)
     return mixed
 
