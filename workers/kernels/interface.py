@@ -11,7 +11,7 @@ import jax
 
 from workers.kernels.kv_pages import Pages
 from workers.kernels.packing import Array
-from workers.kernels.sampling import SamplingRows, SamplingState, sample, sample_in_turns, score
+from workers.kernels.sampling import SamplingRows, SamplingState, sample, score
 from workers.kernels.weights import Weight
 from workers.kernels.xla import portable
 
@@ -153,6 +153,4 @@ PORTABLE = Kernels(
     batch_invariant=False,
 )
 #: For accelerators without kernels of their own.
-ACCELERATOR = dataclasses.replace(
-    PORTABLE, name="xla-accelerator", sample=sample_in_turns, accelerator=True, scatters=False
-)
+ACCELERATOR = dataclasses.replace(PORTABLE, name="xla-accelerator", accelerator=True, scatters=False)

@@ -131,7 +131,8 @@ def sample(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.A
 
 
 def sample_in_turns(logits: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
-    """As `sample`, of many rows some at a time: what is made on the way is as large as the logits, many times over."""
+    """As `sample`, of many rows some at a time: what is made on the way is as large as the logits, many times over. For TPUs:
+    GPUs take as long for some rows as for many."""
     batch = logits.shape[0]
     if batch <= _AT_A_TIME or batch % _AT_A_TIME:
         return sample(logits, state, rows)

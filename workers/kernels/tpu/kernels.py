@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 from workers.kernels.interface import ACCELERATOR, Kernels
+from workers.kernels.sampling import sample_in_turns
 from workers.kernels.tpu import attention, experts, matmul
 
 
@@ -17,6 +18,7 @@ def tpu_kernels(interpret: bool = False) -> Kernels:
         project=functools.partial(matmul.project, interpret=interpret),
         experts=functools.partial(experts.experts, interpret=interpret),
         attend=functools.partial(attention.attend, interpret=interpret),
+        sample=sample_in_turns,
         heads_first=True,
     )
 
