@@ -15,7 +15,7 @@ from tests.support.lowering import layer_loop
 from workers.kernels.kv_pages import Pages, QuantizedPages
 from workers.kernels.tpu import attention, experts, matmul
 from workers.kernels.tpu.kernels import TPU
-from workers.kernels.weights import LayerWeight, QuantizedWeight
+from workers.kernels.weights import LayerWeight, QuantizedWeight, dequantize
 from workers.kernels.xla import portable
 from workers.runtime.mesh import AXES, TYPES
 
@@ -51,15 +51,16 @@ def test_products_are_those_of_plain_jax(rows: int, depth: int, columns: int, sc
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
 
 
-# Each expert takes all of up to 64 rows, blocks of more.
-@pytest.mark.parametrize(("rows", "bits"), [(1, 8), (5, 4), (64, 8), (65, 4), (300, 8)])
-def test_experts_are_those_of_plain_jax(rows: int, bits: int) -> None:
+# Each expert takes all of up to 64 rows, blocks of more. Weights without bits are plain arrays.
+@pytest.mark.parametrize(("rows", "bits"), [(1, 8), (5, 4), (64, 8), (65, 4), (300, 8), (9, None)])
+def test_experts_are_those_of_plain_jax(rows: int, bits: int | None) -> None:
     rng = np.random.default_rng(rows)
     count, selected, depth, width = 8, 2, 256, 384
     sizes = ((depth, width, 2), (depth, width, 2), (width, depth, 1))
     gate, up, down = (
-        LayerWeight(random_weight(rng, (2, count, inner, columns), groups, bits), jnp.int32(1))
+        LayerWeight(every if bits else dequantize(every), jnp.int32(1))
         for inner, columns, groups in sizes
+        for every in (random_weight(rng, (2, count, inner, columns), groups, bits or 8),)
     )
     x = jnp.asarray(rng.standard_normal((rows, depth)), jnp.float32)
     gates = jnp.asarray(rng.uniform(0.1, 1.0, (rows, selected)), jnp.float32)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from workers.kernels.expert_blocks import sort_rows
 from workers.kernels.gpu import tiles
 from workers.kernels.gpu.tiles import FEW, Tile
 from workers.kernels.weights import Weight, layered
@@ -84,25 +85,19 @@ def _sorted_blocks(experts: jax.Array, valid: jax.Array, count: int) -> _Blocks:
     """As many blocks for each expert as its rows fill."""
     rows, selected = experts.shape
     tile = tiles.tile_of(rows)
-    flat = jnp.where(jnp.repeat(valid, selected), experts.reshape(-1), count)  # [M * S]
-    ours = flat[:, None] == jnp.arange(count)  # [M * S, E]
-    before = jnp.cumsum(ours, axis=0, dtype=jnp.int32)  # [M * S, E]
-    blocks = -(-before[-1] // tile.rows)  # [E]
-    last = jnp.cumsum(blocks)
-    total = -(-rows * selected // tile.rows) + count - 1  # blocks at most: each expert may leave one partly empty
-    within = jnp.sum(jnp.where(ours, before - 1, 0), axis=1)
-    place = jnp.where(flat < count, (last - blocks)[jnp.minimum(flat, count - 1)] * tile.rows + within, -1)
-    target = jnp.where(place < 0, total * tile.rows, place)
-    row = jnp.full(total * tile.rows, rows, jnp.int32)
-    row = row.at[target].set(jnp.arange(rows * selected, dtype=jnp.int32) // selected, mode="drop")
-    owner = jnp.searchsorted(last, jnp.arange(total), side="right", method="compare_all")
-    owner = jnp.minimum(owner, count - 1).astype(jnp.int32)
+    blocks = sort_rows(experts, valid, count, tile.rows)
+    places = blocks.count * tile.rows
+    place = blocks.place.reshape(-1)
+    row = jnp.full(places, rows, jnp.int32)
+    row = row.at[jnp.where(place < 0, places, place)].set(
+        jnp.arange(rows * selected, dtype=jnp.int32) // selected, mode="drop"
+    )
 
     def read(refs: Any, block: Any) -> tuple[Any, jax.Array]:
         return refs[0][block], refs[1][block, :]
 
-    arrays = (owner, row.reshape(total, tile.rows))
-    return _Blocks(total, arrays, read, place.reshape(rows, selected), tile, tile.rows)
+    arrays = (blocks.owner, row.reshape(-1, tile.rows))
+    return _Blocks(blocks.count, arrays, read, blocks.place, tile, tile.rows)
 
 
 def _widen(

@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
+from workers.kernels.expert_blocks import sort_rows
 from workers.kernels.tpu.matmul import FEWEST, MOST, Blocks, multiply, rows_of_block, same
-from workers.kernels.weights import LayerWeight, QuantizedWeight, Weight, layered
+from workers.kernels.weights import LayerWeight, QuantizedWeight, Weight, dequantize, layered
 from workers.kernels.xla import portable
 
 #: So many rows every chosen expert takes as they are: sorting them would cost more than the products that nobody asked for.
@@ -31,7 +33,9 @@ def experts(
 ) -> jax.Array:
     """As `portable.experts`: only matrices of experts that rows chose are read."""
     own = (layered(gate), layered(up), layered(down))
-    if reduce is not None or not all(isinstance(weight.stacked, QuantizedWeight) for weight in own):
+    if not all(isinstance(weight.stacked, QuantizedWeight) for weight in own):
+        return portable.experts(x, gates, experts, valid, gate, up, down, reduce, multiply=_ragged)
+    if reduce is not None:
         return portable.experts(x, gates, experts, valid, gate, up, down, reduce)
     compute = _shared if x.shape[0] <= _FEW else _sorted
     return compute(x, gates, experts, valid, *own, interpret)
@@ -76,28 +80,26 @@ def _sorted(
     """As many blocks for each expert as its rows fill."""
     (rows, selected), count = experts.shape, gate.shape[0]
     block = min(max(FEWEST, pl.next_power_of_2(-(-2 * rows * selected // count))), MOST)
-    flat = jnp.where(jnp.repeat(valid, selected), experts.reshape(-1), count)  # [M * S]
-    ours = flat[:, None] == jnp.arange(count)  # [M * S, E]
-    within = jnp.cumsum(ours, axis=0, dtype=jnp.int32)  # [M * S, E], of each expert's rows so far
-    filled = -(-within[-1] // block)  # [E]
-    last = jnp.cumsum(filled)  # [E]
-    total = -(-rows * selected // block) + count - 1  # blocks at most: each expert may leave one partly empty
-    owner = jnp.searchsorted(last, jnp.arange(total), side="right", method="compare_all")  # others would loop
-    owner = jnp.minimum(owner, count - 1).astype(jnp.int32)  # [B]
-    place = jnp.sum(jnp.where(ours, (last - filled) * block + within, 0), axis=1) - 1  # [M * S], -1 for padding
-    plan = Blocks(owner, jnp.maximum(last[-1], 1).astype(jnp.int32), block)
-    row = jnp.arange(rows * selected) // selected
+    blocks = sort_rows(experts, valid, count, block)
+    plan = Blocks(blocks.owner, jnp.maximum(blocks.used, 1), block)
     # Comparing all with all is faster than a scatter, which TPUs do one by one.
-    source = jnp.sum(jnp.where(place == jnp.arange(total * block)[:, None], row, 0), axis=1)
+    taken = blocks.place.reshape(-1) == jnp.arange(blocks.count * block)[:, None]
+    source = jnp.sum(jnp.where(taken, jnp.arange(rows * selected) // selected, 0), axis=1)
     run = functools.partial(multiply, interpret=interpret)
     hidden = run(jnp.take(x, source, axis=0, mode="clip"), (gate, up), plan, _activated, x.dtype)
     results = run(hidden, (down,), plan, same, x.dtype)  # [B * rows, D], many: float32 would be twice the bytes
-    place = place.reshape(rows, selected)
     mixed = jnp.zeros((rows, results.shape[1]), jnp.float32)
     for i in range(selected):
-        result = jnp.take(results, place[:, i], axis=0, mode="clip").astype(jnp.float32) * gates[:, i, None]
-        mixed += jnp.where(place[:, i, None] >= 0, result, 0.0)
+        place = blocks.place[:, i]
+        result = jnp.take(results, place, axis=0, mode="clip").astype(jnp.float32) * gates[:, i, None]
+        mixed += jnp.where(place[:, None] >= 0, result, 0.0)
     return mixed
+
+
+def _ragged(x: jax.Array, weight: Weight, group_sizes: jax.Array) -> jax.Array:
+    """As `workers.kernels.xla.grouped_matmul.grouped_matmul`, of plain arrays."""
+    product: jax.Array = lax.ragged_dot(x, dequantize(weight, x.dtype), group_sizes, preferred_element_type=jnp.float32)
+    return product
 
 
 def _activated(gated: jax.Array, lifted: jax.Array) -> jax.Array:
