@@ -112,7 +112,7 @@ def program_bytes(config: GrokConfig, layout: Layout, slots: int, chunk: int, pr
     """What `decode`, `verify`, `prefill`, `score`, or the largest of them, takes while it runs.
 
     Decoding: each device's part of the logits, a few times, and so of guesses' and of scored positions'. Prefill: the rows of
-    each chosen expert, filled up to blocks, as they go in (bfloat16) and come out (float32).
+    each chosen expert, filled up to blocks, as they go in and come out, in bfloat16. Scoring needs those before the logits.
     """
     devices, groups = math.prod(layout.sizes.values()), layout.batch_groups
 
@@ -120,11 +120,11 @@ def program_bytes(config: GrokConfig, layout: Layout, slots: int, chunk: int, pr
         return 4 * -(-rows // devices) * config.vocab_size * 4
 
     rows = chunk * groups * config.num_selected_experts
-    prefill = (rows + BLOCK_ROWS * (config.num_experts - 1)) * config.emb_size * 6
+    prefill = (rows + BLOCK_ROWS * (config.num_experts - 1)) * config.emb_size * 4
     programs = {
         "decode": logits(slots),
         "verify": logits(groups * MAX_VERIFIED * (1 + MAX_DRAFT)),
         "prefill": prefill,
-        "score": prefill + logits(groups * math.gcd(chunk, SCORED_ROWS)),
+        "score": max(prefill, logits(groups * math.gcd(chunk, SCORED_ROWS))),
     }
     return PROGRAM_BYTES + (programs[program] if program else max(programs.values()))

@@ -256,7 +256,7 @@ def test_the_committed_support_matrix_keeps_its_promises() -> None:
             continue
         assert abs(float(planned) / float(peak) - 1) < 0.03, error
         if program == "decode" and ":" in hardware and precision == "int8, bfloat16":
-            assert float(temporaries) <= (64 if int(sequences) < 128 else 88)  # tables of counts are copied
+            assert float(temporaries) <= (64 if int(sequences) < 128 else 80)  # on v5e the table of counts is copied
             assert not re.search(r"\b(bf16|f32|s8)\[", copies), copies
             if int(sequences) == 8:
                 assert float(largest) <= 8
