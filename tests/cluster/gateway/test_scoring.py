@@ -100,7 +100,6 @@ def test_a_stream_comes_to_what_a_whole_answer_is(address: str, client: Client) 
         assert part.text.first == len(got[part.index])
         got[part.index] += [token.id for token in part.text.tokens]
     assert got == {i: _ids(text.tokens) for i, text in enumerate(texts)}
-    assert len(parts) > 4
     assert [part.text.usage.prompt_tokens for part in parts if part.text.HasField("usage")] == [201, 202]
 
 
