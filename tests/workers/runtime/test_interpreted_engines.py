@@ -96,11 +96,12 @@ def compute(kernels: Kernels, data: int, model: int, kv_dtype: Any, weights: str
 def test_tokens_are_those_of_plain_jax(
     platform: str, data: int, model: int, kv_dtype: Any, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(partitions, "_GATHERED", 1 << 14)  # so that sums of a chunk are those of many rows
     kernels = KERNELS[platform](interpret=True)
-    drawn = compute(kernels, data, model, kv_dtype, weights)
     plain = dataclasses.replace(ACCELERATOR, paired=kernels.paired)  # the same parameters
-    for tokens, expected in zip(drawn, compute(plain, data, model, kv_dtype, weights), strict=True):
+    wanted = compute(plain, data, model, kv_dtype, weights)
+    monkeypatch.setattr(partitions, "_GATHERED", 1 << 14)  # so that sums of a chunk are those of many rows
+    drawn = compute(kernels, data, model, kv_dtype, weights)
+    for tokens, expected in zip(drawn, wanted, strict=True):
         assert [token.id for token in tokens] == [token.id for token in expected]
         np.testing.assert_allclose(
             [token.logprob for token in tokens], [token.logprob for token in expected], atol=0.05
