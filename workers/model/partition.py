@@ -108,7 +108,9 @@ class Partition(Layout):
         return self.sum(own, tuple(axis for axis in axes if axis not in owners), site).astype(x.dtype)
 
     def _is_much(self, x: jax.Array) -> bool:
-        return self.kernels.accelerator and not self.kernels.batch_invariant and 4 * x.size > _GATHERED
+        """Of float32 rows, whether they are to cross in fewer bytes."""
+        inexact = self.kernels.accelerator and not self.kernels.batch_invariant
+        return inexact and x.size * x.dtype.itemsize > _GATHERED
 
     def gather(self, x: jax.Array, axes: MeshAxes, site: Site) -> jax.Array:
         """Within `on_parts`: the rows [B, ...] of all devices along mesh `axes`, in their order."""

@@ -37,8 +37,9 @@ def experts(
         return portable.experts(x, gates, experts, valid, gate, up, down, reduce, multiply=_ragged)
     if reduce is not None:
         return portable.experts(x, gates, experts, valid, gate, up, down, reduce)
+    networks = functools.partial(_networks, *own, interpret=interpret)
     compute = _shared if x.shape[0] <= _FEW else _sorted
-    return compute(x, gates, experts, valid, *own, interpret)
+    return compute(x, gates, experts, valid, gate.shape[0], networks)
 
 
 def _shared(
@@ -46,13 +47,11 @@ def _shared(
     gates: jax.Array,
     experts: jax.Array,
     valid: jax.Array,
-    gate: LayerWeight,
-    up: LayerWeight,
-    down: LayerWeight,
-    interpret: bool,
+    count: int,
+    networks: Callable[..., jax.Array],
 ) -> jax.Array:
-    """A block of all rows for each expert that a row chose."""
-    rows, count = x.shape[0], gate.shape[0]
+    """A block of all rows for each of `count` experts that a row chose."""
+    rows = x.shape[0]
     block = rows_of_block(rows)
     chosen = (experts[..., None] == jnp.arange(count)) & valid[:, None, None]  # [M, S, E]
     used = jnp.any(chosen, axis=(0, 1))  # [E]
@@ -63,8 +62,7 @@ def _shared(
     factors = jnp.pad(weights.T[owner], ((0, 0), (0, block - rows)))[..., None]  # [B, rows, 1]
     plan = Blocks(owner, jnp.maximum(jnp.sum(used), 1).astype(jnp.int32), block)
     padded = jnp.pad(x, ((0, block - rows), (0, 0)))
-    hidden = multiply(padded, (gate, up), plan, _activated, x.dtype, interpret=interpret)
-    return multiply(hidden, (down,), plan, same, jnp.float32, factors, interpret=interpret)[:rows]
+    return networks(padded, plan, jnp.float32, factors)[:rows]
 
 
 def _sorted(
@@ -72,28 +70,41 @@ def _sorted(
     gates: jax.Array,
     experts: jax.Array,
     valid: jax.Array,
-    gate: LayerWeight,
-    up: LayerWeight,
-    down: LayerWeight,
-    interpret: bool,
+    count: int,
+    networks: Callable[..., jax.Array],
 ) -> jax.Array:
-    """As many blocks for each expert as its rows fill."""
-    (rows, selected), count = experts.shape, gate.shape[0]
+    """As many blocks for each of `count` experts as its rows fill."""
+    rows, selected = experts.shape
     block = min(max(FEWEST, pl.next_power_of_2(-(-2 * rows * selected // count))), MOST)
     blocks = sort_rows(experts, valid, count, block)
     plan = Blocks(blocks.owner, jnp.maximum(blocks.used, 1), block)
     # Comparing all with all is faster than a scatter, which TPUs do one by one.
     taken = blocks.place.reshape(-1) == jnp.arange(blocks.count * block)[:, None]
     source = jnp.sum(jnp.where(taken, jnp.arange(rows * selected) // selected, 0), axis=1)
-    run = functools.partial(multiply, interpret=interpret)
-    hidden = run(jnp.take(x, source, axis=0, mode="clip"), (gate, up), plan, _activated, x.dtype)
-    results = run(hidden, (down,), plan, same, x.dtype)  # [B * rows, D], many: float32 would be twice the bytes
+    # Results are many: float32 would be twice the bytes.
+    results = networks(jnp.take(x, source, axis=0, mode="clip"), plan, x.dtype)  # [B * rows, D]
     mixed = jnp.zeros((rows, results.shape[1]), jnp.float32)
     for i in range(selected):
         place = blocks.place[:, i]
         result = jnp.take(results, place, axis=0, mode="clip").astype(jnp.float32) * gates[:, i, None]
         mixed += jnp.where(place[:, None] >= 0, result, 0.0)
     return mixed
+
+
+def _networks(
+    gate: LayerWeight,
+    up: LayerWeight,
+    down: LayerWeight,
+    x: jax.Array,
+    blocks: Blocks,
+    dtype: jnp.dtype | type,
+    factors: jax.Array | None = None,
+    *,
+    interpret: bool,
+) -> jax.Array:
+    """down(gelu(gate(x)) * up(x)) of each block; `x`, `dtype`, `factors` and the result are those of `multiply`."""
+    hidden = multiply(x, (gate, up), blocks, _activated, x.dtype, interpret=interpret)
+    return multiply(hidden, (down,), blocks, same, dtype, factors, interpret=interpret)
 
 
 def _ragged(x: jax.Array, weight: Weight, group_sizes: jax.Array) -> jax.Array:
