@@ -22,6 +22,8 @@ from tools.selftest.layers import layers_that_fit
 from workers.kernels.cpu.kernels import native_kernels
 from workers.kernels.gpu.kernels import gpu_kernels
 from workers.kernels.interface import Kernels
+from workers.kernels.tpu.kernels import tpu_kernels
+from workers.kernels.tpu.matmul import Target
 from workers.kernels.xla import portable
 from workers.model.config import GrokConfig
 
@@ -86,7 +88,11 @@ def test_a_section_that_fails_is_a_finding() -> None:
     assert "/nothing/here" in finding.text
 
 
-@pytest.mark.parametrize("kernels", [native_kernels(), gpu_kernels(interpret=True)], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(
+    "kernels",
+    [native_kernels(), gpu_kernels(interpret=True), tpu_kernels(Target(interpret=True))],
+    ids=["cpu", "gpu", "tpu"],
+)
 def test_right_kernels_are_close_to_plain_jax(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest_kernels, "ROWS", (3,))
     assert [one.name for one in selftest_kernels.compare(kernels) if one.error > one.tolerance] == []

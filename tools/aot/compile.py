@@ -55,15 +55,16 @@ def compile_program(
     from workers.host.kernel_selection import hold_to_promise
     from workers.host.standby import DTYPES
     from workers.kernels.gpu.kernels import GPU
-    from workers.kernels.tpu.kernels import TPU
+    from workers.kernels.tpu.kernels import kernels_for
     from workers.messages.plan import EngineShape
     from workers.model.partition import Partition
     from workers.runtime.kv_cache import page_axes, page_shapes
     from workers.runtime.program_set import ProgramSet
 
     data, model, rules = mesh
-    kernels = TPU if hardware.device.platform == "tpu" else GPU
-    partition = Partition.create(config, _mesh(hardware, data, model), rules, kernels)
+    devices = _mesh(hardware, data, model)
+    kernels = kernels_for(devices.devices.flat[0].device_kind) if hardware.device.platform == "tpu" else GPU
+    partition = Partition.create(config, devices, rules, kernels)
     shape = EngineShape(
         engine.slots,
         partition.batch_groups,

@@ -28,7 +28,7 @@ from workers.host.kernel_selection import hold_to_promise
 from workers.kernels.cpu.kernels import native_kernels
 from workers.kernels.gpu.kernels import GPU
 from workers.kernels.interface import ACCELERATOR, Kernels
-from workers.kernels.tpu.kernels import TPU
+from workers.kernels.tpu.kernels import kernels_for
 from workers.messages.plan import EngineShape
 from workers.model.config import GrokConfig
 from workers.model.partition import Partition
@@ -39,9 +39,11 @@ from workers.runtime.runtime import Runtime
 _PAGE, _STEPS, _READINGS = 64, 24, 8
 
 
-def kernels_of(platform: str) -> Kernels:
-    """Those that workers choose on a platform, as JAX calls it. Raises NativeKernelsError if a CPU host has none."""
-    return native_kernels() if platform == "cpu" else TPU if platform == "tpu" else GPU
+def kernels_of(device: jax.Device) -> Kernels:
+    """Those that workers choose for a device. Raises NativeKernelsError if a CPU host has none."""
+    if device.platform == "tpu":
+        return kernels_for(device.device_kind)
+    return native_kernels() if device.platform == "cpu" else GPU
 
 
 def layers_of(config: GrokConfig, layers: int, part: int) -> GrokConfig:
@@ -125,7 +127,7 @@ def main() -> int:
     config = layers_of(
         GrokConfig.load(arguments.config) if arguments.config else GrokConfig(), arguments.layers, arguments.part
     )
-    kernels = ACCELERATOR if arguments.plain else kernels_of(device.platform)
+    kernels = ACCELERATOR if arguments.plain else kernels_of(device)
     a = arguments
     steps = make_steps(config, kernels, slots=a.slots, past=a.past, prompt=a.prompt, chunk=a.chunk)
     print(

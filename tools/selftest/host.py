@@ -175,7 +175,7 @@ def main() -> int:
             initialization_timeout=_JOIN_SECONDS,
         )  # fmt: skip
     try:
-        kernels = kernels_of(all_devices()[0].platform)
+        kernels = kernels_of(all_devices()[0])
     except NativeKernelsError:
         kernels = PORTABLE
     if arguments.hosts > 1 and kernels.collectives is not None:

@@ -1,4 +1,4 @@
-"""Each kernel of this platform beside plain JAX, on the devices themselves: `python -m tools.selftest.kernels PLATFORM`."""
+"""Each kernel of this platform beside plain JAX, on the devices themselves: `python -m tools.selftest.kernels`."""
 
 from __future__ import annotations
 
@@ -176,9 +176,9 @@ def _attention(kernels: Kernels, length: int, *, quantized: bool) -> Comparison:
 
 
 def main() -> int:
-    """Argument: the platform."""
+    """Takes no arguments."""
     try:
-        kernels = kernels_of(sys.argv[1])
+        kernels = kernels_of(jax.local_devices()[0])
     except NativeKernelsError as error:
         Finding("kernels", "set", Outcome.SKIPPED, str(error)).say()
         return 0

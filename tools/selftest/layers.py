@@ -1,5 +1,5 @@
 """Layers of Grok-1 in their true shapes, as many as the device's memory holds, beside what the planner expects of them:
-`python -m tools.selftest.layers PLATFORM [CONFIG]`."""
+`python -m tools.selftest.layers [CONFIG]`."""
 
 from __future__ import annotations
 
@@ -88,10 +88,11 @@ def _judged(name: str, seconds: float, text: str, expected: Range | None, figure
 
 
 def main() -> int:
-    """Arguments: the platform, and the config.json of another model than Grok-1."""
-    whole = GrokConfig.load(pathlib.Path(sys.argv[2])) if len(sys.argv) > 2 else GrokConfig()
+    """Argument: the config.json of another model than Grok-1."""
+    whole = GrokConfig.load(pathlib.Path(sys.argv[1])) if len(sys.argv) > 1 else GrokConfig()
+    device = jax.local_devices()[0]
     try:
-        device, kernels = jax.local_devices()[0], kernels_of(sys.argv[1])
+        kernels = kernels_of(device)
     except NativeKernelsError as error:
         Finding("layers", "slice", Outcome.SKIPPED, str(error)).say()
         return 0

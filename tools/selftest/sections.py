@@ -64,11 +64,11 @@ def run_sections(options: Options) -> Iterator[Finding]:
             devices = int(finding.figures.get("devices", devices))
             yield finding
     if "kernels" in options.only:
-        yield from _run("kernels", ["tools.selftest.kernels", options.platform], environment)
+        yield from _run("kernels", ["tools.selftest.kernels"], environment)
     if "golden" in options.only:
         yield from _golden(options, devices, environment)
     if "layers" in options.only:
-        words = [options.platform, *([options.config] if options.config else [])]
+        words = [options.config] if options.config else []
         yield from _run("layers", ["tools.selftest.layers", *words], environment)
     if "loading" not in options.only:
         return

@@ -14,7 +14,7 @@ from workers.kernels.cpu.bindings import NativeKernelsError
 from workers.kernels.cpu.kernels import INSTRUCTION_SETS, native_kernels, use_instruction_set
 from workers.kernels.gpu.kernels import GPU
 from workers.kernels.interface import ACCELERATOR, PORTABLE, Kernels
-from workers.kernels.tpu.kernels import TPU
+from workers.kernels.tpu.kernels import TPU, kernels_for
 from workers.messages.plan import EngineShape
 from workers.messages.specs import MeshSpec, ModelSpec
 from workers.model.config import GrokConfig
@@ -82,8 +82,11 @@ def hold_to_promise(
 def negotiate(kernels: Kernels, seconds: float) -> Kernels:
     """The best kernels that all processes of the mesh have; all must call this alike, within `seconds`.
 
-    What every host computes for itself, routes and norms, must come out the same on all.
+    What every host computes for itself, routes and norms, must come out the same on all. TPUs of a slice are of one kind, which
+    only now is known.
     """
+    if kernels is TPU:
+        return kernels_for(jax.devices()[0].device_kind)
     if jax.process_count() == 1 or kernels.accelerator:
         return kernels
     levels = (PORTABLE.name, *INSTRUCTION_SETS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Iterator
 
 import jax
@@ -51,6 +52,14 @@ def test_accelerators_have_kernels_of_their_own() -> None:
     gpu = dataclasses.replace(MESH, platform="gpu")
     assert select_kernels(MODEL, gpu, CHECKPOINT) is ACCELERATOR
     assert select_kernels(model, dataclasses.replace(gpu, rules="xai"), CHECKPOINT) is ACCELERATOR
+
+
+@pytest.mark.parametrize(("kind", "name"), [("TPU v4", "tpu-v4"), ("TPU v5p", "tpu"), ("TPU v6 lite", "tpu")])
+def test_the_kind_of_tpu_is_known_when_the_mesh_is_joined(
+    monkeypatch: pytest.MonkeyPatch, kind: str, name: str
+) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
+    assert negotiate(TPU, 1.0).name == name
 
 
 @pytest.mark.parametrize(("golden", "kept"), [("head128-s5", True), ("nano-s1", False)])

@@ -15,11 +15,16 @@ from tests.support.lowering import layer_loop
 from workers.kernels.kv_pages import Pages, QuantizedPages
 from workers.kernels.tpu import attention, experts, matmul
 from workers.kernels.tpu.kernels import TPU
+from workers.kernels.tpu.matmul import Target
 from workers.kernels.weights import LayerWeight, QuantizedWeight, dequantize
 from workers.kernels.xla import portable
 from workers.runtime.mesh import AXES, TYPES
 
 pytestmark = pytest.mark.slow
+
+TARGETS = pytest.mark.parametrize(
+    "target", [Target(interpret=True), Target(widens=False, interpret=True)], ids=["", "v4"]
+)
 
 
 def random_weight(rng: np.random.Generator, shape: tuple[int, ...], scale_groups: int, bits: int) -> QuantizedWeight:
@@ -27,6 +32,12 @@ def random_weight(rng: np.random.Generator, shape: tuple[int, ...], scale_groups
     values = jnp.asarray(rng.integers(-most, most + 1, shape), jnp.int8 if bits == 8 else jnp.int4)
     scales = rng.uniform(0.001, 0.002, (*shape[:-2], scale_groups, shape[-1]))
     return QuantizedWeight(values, jnp.asarray(scales, jnp.bfloat16))
+
+
+def unrounded(weight: QuantizedWeight) -> jax.Array:
+    """Its values in float32."""
+    scales = jnp.repeat(weight.scales, weight.shape[-2] // weight.scales.shape[-2], axis=-2)
+    return weight.weight.astype(jnp.float32) * scales.astype(jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -40,37 +51,42 @@ def random_weight(rng: np.random.Generator, shape: tuple[int, ...], scale_groups
     ],
 )
 @pytest.mark.parametrize("bits", [8, 4])
-def test_products_are_those_of_plain_jax(rows: int, depth: int, columns: int, scale_groups: int, bits: int) -> None:
+@TARGETS
+def test_products_are_those_of_plain_jax(
+    rows: int, depth: int, columns: int, scale_groups: int, bits: int, target: Target
+) -> None:
     rng = np.random.default_rng(0)
     every = random_weight(rng, (3, depth, columns), scale_groups, bits)
     x, valid = jnp.asarray(rng.standard_normal((rows, depth)), jnp.float32), jnp.ones(rows, bool)
-    project = jax.jit(functools.partial(matmul.project, interpret=True))
+    project = jax.jit(functools.partial(matmul.project, target=target))
+    # The sums of a few rows are scaled, if values have 4 bits, and so their scaled values are not rounded.
+    wanted = unrounded(every) if bits == 4 and rows <= 64 else every
     for layer in range(3):
         own = (LayerWeight(every, jnp.int32(layer)),)
-        (got,), (want,) = project(x, valid, own), portable.project(x, valid, own)
+        (got,), (want,) = project(x, valid, own), portable.project(x, valid, (LayerWeight(wanted, jnp.int32(layer)),))
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
 
 
 # Each expert takes all of up to 64 rows, blocks of more. Weights without bits are plain arrays.
-@pytest.mark.parametrize(("rows", "bits"), [(1, 8), (5, 4), (64, 8), (65, 4), (300, 8), (9, None)])
-def test_experts_are_those_of_plain_jax(rows: int, bits: int | None) -> None:
+@pytest.mark.parametrize(("rows", "bits"), [(1, 8), (5, 4), (64, 8), (65, 8), (300, 4), (9, None)])
+@TARGETS
+def test_experts_are_those_of_plain_jax(rows: int, bits: int | None, target: Target) -> None:
     rng = np.random.default_rng(rows)
     count, selected, depth, width = 8, 2, 256, 384
     sizes = ((depth, width, 2), (depth, width, 2), (width, depth, 1))
-    gate, up, down = (
-        LayerWeight(every if bits else dequantize(every), jnp.int32(1))
-        for inner, columns, groups in sizes
-        for every in (random_weight(rng, (2, count, inner, columns), groups, bits or 8),)
-    )
+    every = [random_weight(rng, (2, count, *size), groups, bits or 8) for *size, groups in sizes]
+    gate, up, down = (LayerWeight(weight if bits else dequantize(weight), jnp.int32(1)) for weight in every)
+    rounded = bits != 4 or rows > 64
+    wanted = tuple(LayerWeight(dequantize(weight) if rounded else unrounded(weight), jnp.int32(1)) for weight in every)
     x = jnp.asarray(rng.standard_normal((rows, depth)), jnp.float32)
     gates = jnp.asarray(rng.uniform(0.1, 1.0, (rows, selected)), jnp.float32)
     # The last expert is never chosen.
     order = rng.permuted(np.tile(np.arange(count - 1), (rows, 1)), axis=1)
     chosen = jnp.asarray(order[:, :selected], jnp.int32)
-    compute = jax.jit(functools.partial(experts.experts, reduce=None, interpret=True))
+    compute = jax.jit(functools.partial(experts.experts, reduce=None, target=target))
     for valid in (np.ones(rows, bool), rng.random(rows) < 0.5, np.zeros(rows, bool)):
         got = compute(x, gates, chosen, jnp.asarray(valid), gate, up, down)
-        want = portable.experts(x, gates, chosen, jnp.asarray(valid), gate, up, down, None)
+        want = portable.experts(x, gates, chosen, jnp.asarray(valid), wanted[0], wanted[1], wanted[2], None)
         assert np.isfinite(got).all()
         np.testing.assert_allclose(got[valid], want[valid], rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
 

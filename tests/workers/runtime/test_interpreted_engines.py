@@ -25,6 +25,7 @@ from workers.host.kernel_selection import hold_to_promise
 from workers.kernels.gpu.kernels import gpu_kernels
 from workers.kernels.interface import ACCELERATOR, Kernels
 from workers.kernels.tpu.kernels import tpu_kernels
+from workers.kernels.tpu.matmul import Target
 from workers.messages.plan import Chunk, DecodeRow, EngineShape, Plan, Sampling, SlotStart, Token
 from workers.model import partition as partitions
 from workers.model.config import GrokConfig
@@ -46,8 +47,7 @@ CONFIG = GrokConfig(
     num_experts=4,
     sequence_len=128,
 )
-#: How those of a platform are made.
-KERNELS = {"gpu": gpu_kernels, "tpu": tpu_kernels}
+KERNELS = {"gpu": gpu_kernels(interpret=True), "tpu": tpu_kernels(Target(interpret=True))}
 PROMPTS = (tuple(range(10, 50)), tuple(range(100, 107)), tuple(range(200, 260)))
 STEPS = 5
 
@@ -96,7 +96,7 @@ def compute(kernels: Kernels, data: int, model: int, kv_dtype: Any, weights: str
 def test_tokens_are_those_of_plain_jax(
     platform: str, data: int, model: int, kv_dtype: Any, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels = KERNELS[platform](interpret=True)
+    kernels = KERNELS[platform]
     plain = dataclasses.replace(ACCELERATOR, paired=kernels.paired)  # the same parameters
     wanted = compute(plain, data, model, kv_dtype, weights)
     monkeypatch.setattr(partitions, "_GATHERED", 1 << 14)  # so that sums of a chunk are those of many rows
@@ -138,7 +138,7 @@ def test_what_xais_code_has_computed_comes_out(platform: str) -> None:
     directory = GOLDEN / "head128-s5"
     golden, checkpoint = GoldenSet.load(directory), open_checkpoint(directory)
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
-    partition = Partition.create(checkpoint.config, mesh, "batch", KERNELS[platform](interpret=True))
+    partition = Partition.create(checkpoint.config, mesh, "batch", KERNELS[platform])
     params, _ = load_parameters(checkpoint, partition, dtype=jnp.bfloat16)
     shape = EngineShape(2, 1, 9, 16, 32, 128)
     runtime = Runtime(ProgramSet(checkpoint.config, shape, partition, params, jnp.bfloat16), partition)

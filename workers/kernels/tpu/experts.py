@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from workers.kernels.expert_blocks import sort_rows
-from workers.kernels.tpu.matmul import FEWEST, MOST, Blocks, multiply, rows_of_block, same
+from workers.kernels.tpu.matmul import FEWEST, MOST, Blocks, Target, multiply, rows_of_block, same
 from workers.kernels.weights import LayerWeight, QuantizedWeight, Weight, dequantize, layered
 from workers.kernels.xla import portable
 
@@ -29,7 +29,7 @@ def experts(
     down: Weight,
     reduce: Callable[[tuple[jax.Array, jax.Array]], tuple[jax.Array, jax.Array]] | None,
     *,
-    interpret: bool = False,
+    target: Target,
 ) -> jax.Array:
     """As `portable.experts`: only matrices of experts that rows chose are read."""
     own = (layered(gate), layered(up), layered(down))
@@ -37,7 +37,7 @@ def experts(
         return portable.experts(x, gates, experts, valid, gate, up, down, reduce, multiply=_ragged)
     if reduce is not None:
         return portable.experts(x, gates, experts, valid, gate, up, down, reduce)
-    networks = functools.partial(_networks, *own, interpret=interpret)
+    networks = functools.partial(_networks, *own, target=target)
     compute = _shared if x.shape[0] <= _FEW else _sorted
     return compute(x, gates, experts, valid, gate.shape[0], networks)
 
@@ -100,11 +100,11 @@ def _networks(
     dtype: jnp.dtype | type,
     factors: jax.Array | None = None,
     *,
-    interpret: bool,
+    target: Target,
 ) -> jax.Array:
     """down(gelu(gate(x)) * up(x)) of each block; `x`, `dtype`, `factors` and the result are those of `multiply`."""
-    hidden = multiply(x, (gate, up), blocks, _activated, x.dtype, interpret=interpret)
-    return multiply(hidden, (down,), blocks, same, dtype, factors, interpret=interpret)
+    hidden = multiply(x, (gate, up), blocks, _activated, x.dtype, target=target)
+    return multiply(hidden, (down,), blocks, same, dtype, factors, target=target)
 
 
 def _ragged(x: jax.Array, weight: Weight, group_sizes: jax.Array) -> jax.Array:

@@ -20,6 +20,24 @@ from workers.kernels.xla import portable
 _DEPTH, _COLUMNS = 2048, (512, 256, 128)
 #: Fewest and most rows of x that share one reading of a tile; 16 rows of bfloat16 are the least that fill a register.
 FEWEST, MOST = 16, 256
+#: So many rows' sums cost less to scale than a group's values.
+_SCALED_LATER = 64
+#: Rows of a register of 32-bit words.
+_SUBLANES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What kernels are made for.
+
+    Attributes:
+      widens: whether the chip widens what lies in bytes at the speed of memory. Else words of 32 bits are shifted: on v4 that
+        takes 0.4 of the time.
+      interpret: whether they are interpreted, without a TPU.
+    """
+
+    widens: bool = True
+    interpret: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +68,7 @@ def multiply(
     dtype: jnp.dtype | type,
     factors: jax.Array | None = None,
     *,
-    interpret: bool,
+    target: Target,
 ) -> jax.Array:
     """`finish` of the products of each block of rows with its matrices: one of each weight.
 
@@ -67,14 +85,14 @@ def multiply(
       [B * rows, N], anything in blocks that are not active; or [rows, N] with `factors`.
     """
     stacks = [cast(QuantizedWeight, weight.stacked) for weight in weights]
-    tile = _Tile.of(stacks[0])
+    tile = _Tile.of(stacks[0], target)
     _, groups, _, columns = stacks[0].shape
     shared, count = x.shape[0] == blocks.rows, blocks.owner.shape[0]
     in_specs = [pl.BlockSpec((blocks.rows, tile.depth), lambda _n, b, k, *_: (0 if shared else b, k))]
-    operands = [x]
+    operands = [tile.ordered(x)]
     for own in stacks:
         in_specs += tile.specs(groups)
-        operands += tile.operands(own, interpret)
+        operands += tile.operands(own, target.interpret)
     if factors is not None:
         in_specs.append(pl.BlockSpec((1, blocks.rows, 1), lambda _n, b, _k, *_: (b, 0, 0)))
         operands.append(factors)
@@ -92,7 +110,7 @@ def multiply(
         grid_spec=spec,
         out_shape=jax.ShapeDtypeStruct((out_rows, columns), dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
-        interpret=interpret,
+        interpret=target.interpret,
     )
     result: jax.Array = call(weights[0].layer * groups + blocks.owner, *operands)
     return result
@@ -109,6 +127,7 @@ class _Tile:
       tiles_a_scale: tiles that have the same scales.
       whole: whether a tile's scales are all of the matrix, or whole registers of them. Single ones must be a dimension of
         their own, which XLA copies.
+      parts: values of a word, which are rows of a matrix, where words are shifted; else one.
     """
 
     depth: int
@@ -117,14 +136,16 @@ class _Tile:
     groups: int
     tiles_a_scale: int
     whole: bool
+    parts: int
 
     @classmethod
-    def of(cls, weight: QuantizedWeight) -> _Tile:
+    def of(cls, weight: QuantizedWeight, target: Target) -> _Tile:
         _, _, depth, columns = weight.shape
         scale_groups = weight.scales.shape[-2]
         group_rows = depth // scale_groups
         rows = _divisor(depth, group_rows)
         turns, groups = depth // rows, max(1, rows // group_rows)
+        parts = 4 if weight.weight.dtype == jnp.int8 else 8
         return cls(
             rows,
             next((size for size in _COLUMNS if columns % size == 0), columns),
@@ -132,6 +153,7 @@ class _Tile:
             groups,
             turns * groups // scale_groups,
             groups == scale_groups or groups % FEWEST == 0,
+            1 if target.widens or rows // groups % (parts * _SUBLANES) else parts,
         )
 
     def specs(self, matrices: int) -> list[pl.BlockSpec]:
@@ -157,19 +179,39 @@ class _Tile:
             values = pltpu.with_memory_space_constraint(values, pltpu.MemorySpace.HBM)
         return [values, weight.scales if self.whole else weight.scales[..., None, :]]
 
+    def ordered(self, x: jax.Array) -> jax.Array:
+        """x [M, K], its columns in the order of the rows that `_values` gives."""
+        if self.parts == 1:
+            return x
+        apart = x.reshape(len(x), -1, self.depth // self.groups // self.parts, self.parts)
+        return apart.swapaxes(2, 3).reshape(x.shape)
+
     def add_product(self, total: Any, x: Any, values: Any, scales: Any) -> None:
         """Adds x [rows, depth] times a tile to `total`.
 
         Each group of rows is a product of its own: what comes of a reshape is packed once more, a third of all instructions.
+        Values of 4 bits are none of xAI's, so nothing asks for their rounding: a few rows' sums are scaled instead of them.
         """
         factors = scales[0, 0].reshape(self.groups, self.columns).astype(jnp.float32)
         size = self.depth // self.groups
+        later = values.dtype == jnp.int4 and x.shape[0] <= _SCALED_LATER
         for group in range(self.groups):
             rows = slice(group * size, (group + 1) * size)
-            scaled = values[0, rows].astype(jnp.float32) * factors[group]
-            # Rounded to bfloat16 as in `dequantize`: that is part of the model.
-            matrix = scaled.astype(jnp.bfloat16).astype(x.dtype)
-            total[...] += jnp.dot(x[:, rows], matrix, preferred_element_type=jnp.float32)
+            matrix = self._values(values[0, rows])
+            if not later:
+                matrix *= factors[group]
+            # Scaled values are rounded to bfloat16 as in `dequantize`: that is part of the model.
+            matrix = matrix.astype(jnp.bfloat16).astype(x.dtype)
+            product = jnp.dot(x[:, rows], matrix, preferred_element_type=jnp.float32)
+            total[...] += product * factors[group] if later else product
+
+    def _values(self, stored: Any) -> Any:
+        """Values [K, N] in float32. Where words are shifted: first each word's first value, then each's second."""
+        if self.parts == 1:
+            return stored.astype(jnp.float32)
+        words, bits = pltpu.bitcast(stored, jnp.int32), 32 // self.parts
+        parts = [(words << (32 - bits - bits * i)) >> (32 - bits) for i in range(self.parts)]
+        return jnp.concatenate([part.astype(jnp.float32) for part in parts])
 
 
 def _kernel(
@@ -203,14 +245,12 @@ def _kernel(
             out[...] = result.astype(out.dtype)
 
 
-def project(
-    x: jax.Array, valid: jax.Array, weights: tuple[Weight, ...], *, interpret: bool = False
-) -> tuple[jax.Array, ...]:
+def project(x: jax.Array, valid: jax.Array, weights: tuple[Weight, ...], *, target: Target) -> tuple[jax.Array, ...]:
     """As `workers.kernels.xla.portable.project`."""
-    return tuple(_product(x, valid, weight, interpret) for weight in weights)
+    return tuple(_product(x, valid, weight, target) for weight in weights)
 
 
-def _product(x: jax.Array, valid: jax.Array, weight: Weight, interpret: bool) -> jax.Array:
+def _product(x: jax.Array, valid: jax.Array, weight: Weight, target: Target) -> jax.Array:
     own, rows = layered(weight), x.shape[0]
     if not isinstance(own.stacked, QuantizedWeight):
         return portable.project(x, valid, (weight,))[0]
@@ -219,7 +259,7 @@ def _product(x: jax.Array, valid: jax.Array, weight: Weight, interpret: bool) ->
     blocks = Blocks(jnp.zeros(count, jnp.int32), jnp.int32(count), block)
     padded = jnp.pad(x, ((0, count * block - rows), (0, 0)))
     group = LayerWeight(jax.tree.map(lambda leaf: leaf[:, None], own.stacked), own.layer)
-    return multiply(padded, (group,), blocks, same, jnp.float32, interpret=interpret)[:rows]
+    return multiply(padded, (group,), blocks, same, jnp.float32, target=target)[:rows]
 
 
 def same(total: jax.Array) -> jax.Array:
