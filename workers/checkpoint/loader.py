@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import pathlib
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 
 from workers.checkpoint.checkpoint import Checkpoint
 from workers.checkpoint.errors import CheckpointError
-from workers.checkpoint.reading import Bounds
+from workers.checkpoint.reading import Bounds, Scratch
 from workers.checkpoint.tensor_file import TensorFile
 from workers.checkpoint.tensor_parts import TensorParts
 from workers.checkpoint.twin import Twin, find_twin
@@ -161,6 +162,9 @@ def _read(places: list[_Place], cache: WeightsCache | None, progress: LoadProgre
     params: Params = {}
     for place in places:
         place.cache = cache
+    spare: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
+    for _ in range(THREADS):
+        spare.put(Scratch())
     with concurrent.futures.ThreadPoolExecutor(THREADS, "load") as pool:
         # No more at a time: what is being loaded lies beside what has been.
         running: collections.deque[tuple[_Place, concurrent.futures.Future[None]]] = collections.deque()
@@ -178,7 +182,7 @@ def _read(places: list[_Place], cache: WeightsCache | None, progress: LoadProgre
                 for layer, (_, file) in enumerate(place.tensors):
                     if len(running) == AHEAD:
                         finish()
-                    running.append((place, pool.submit(place.load, layer, file, progress)))
+                    running.append((place, pool.submit(place.load, layer, file, progress, spare)))
             while running:
                 finish()
         except BaseException:
@@ -290,13 +294,13 @@ class _Place:
         """Bytes of the arrays that this host holds."""
         return sum(buffer.nbytes for buffers in self._buffers.values() for buffer in buffers)
 
-    def reader(self, file: TensorFile, progress: LoadProgress) -> TensorParts:
+    def reader(self, file: TensorFile, progress: LoadProgress, scratch: Scratch | None = None) -> TensorParts:
         """Of one of the tensors."""
         return TensorParts(
-            file, self.stored, self.parts, self._partition.kernels.packing, progress.add, progress.digests
+            file, self.stored, self.parts, self._partition.kernels.packing, progress.add, progress.digests, scratch
         )
 
-    def load(self, layer: int, file: TensorFile, progress: LoadProgress) -> None:
+    def load(self, layer: int, file: TensorFile, progress: LoadProgress, spare: queue.SimpleQueue[Scratch]) -> None:
         """Puts what is kept of a tensor among the layers: as a twin has it, else of what is read. Raises CheckpointError."""
         if self.twin is not None and self.twin.usable:
             try:
@@ -304,7 +308,8 @@ class _Place:
                 return
             except (OSError, CacheError) as error:
                 _LOG.warning("%s is read from the checkpoint: %s", self._info.path, error)
-        reader = self.reader(file, progress)
+        scratch = spare.get()
+        reader = self.reader(file, progress, scratch)
         try:
             for bounds in reader.parts:
                 room = self._room(bounds)
@@ -313,6 +318,9 @@ class _Place:
                     self._loaded(bounds, i, layer)
         except OSError as error:
             raise CheckpointError(file.path, f"can't be read: {error}", tensor=self._info.path) from error
+        finally:
+            scratch.clear()
+            spare.put(scratch)
 
     def _take(self, twin: Twin, layer: int, progress: LoadProgress) -> None:
         """Raises OSError, CacheError."""

@@ -38,15 +38,40 @@ class _Job:
     target: int
 
 
+class Scratch:
+    """Memory for what is read and soon made into something else. New memory from the system costs more than a copy."""
+
+    def __init__(self) -> None:
+        self._whole = empty((0,), np.uint8)
+        self._taken = 0
+
+    def take(self, size: int) -> Array:
+        """[size] bytes, which begin at a multiple of 64."""
+        first = self._taken
+        self._taken += -(-size // 64) * 64
+        return self._whole[first : first + size] if self._taken <= self._whole.size else empty((size,), np.uint8)
+
+    def clear(self) -> None:
+        """Takes all back. Next time there will be room for as much."""
+        if self._taken > self._whole.size:
+            self._whole = empty((self._taken,), np.uint8)
+        self._taken = 0
+
+
 def read_slice(
-    location: Location, span: ArraySpan, bounds: Bounds, report: Callable[[int], None] = lambda _: None
+    location: Location,
+    span: ArraySpan,
+    bounds: Bounds,
+    report: Callable[[int], None] = lambda _: None,
+    scratch: Scratch | None = None,
 ) -> Array:
-    """The part `bounds` of an array in a file, as an array of its own; `report` is called with numbers of bytes as they come.
+    """The part `bounds` of an array in a file, as an array of its own, or in `scratch`; `report` is called with numbers of
+    bytes as they come.
 
     Raises OSError.
     """
     shape = tuple(stop - start for start, stop in bounds)
-    flat = empty((math.prod(shape) * span.dtype.itemsize,), np.uint8)
+    flat = (scratch or Scratch()).take(math.prod(shape) * span.dtype.itemsize)
     worth = _WORTH[isinstance(location, ObjectPath)]
 
     def run(job: _Job) -> None:
@@ -58,9 +83,9 @@ def read_slice(
             )
             read_into(location, pieces)
         else:
-            scratch = np.empty((job.count - 1) * job.stride + job.length, np.uint8)
-            read_into(location, [(job.start, scratch.data)])
-            rows = np.lib.stride_tricks.as_strided(scratch, (job.count, job.length), (job.stride, 1), writeable=False)
+            spread = np.empty((job.count - 1) * job.stride + job.length, np.uint8)
+            read_into(location, [(job.start, spread.data)])
+            rows = np.lib.stride_tricks.as_strided(spread, (job.count, job.length), (job.stride, 1), writeable=False)
             taken.reshape(job.count, job.length)[:] = rows
         report(taken.size)
 

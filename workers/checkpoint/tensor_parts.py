@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from workers.checkpoint.digests import digest, part_name, source_groups
-from workers.checkpoint.reading import Bounds, read_slice
+from workers.checkpoint.reading import Bounds, Scratch, read_slice
 from workers.checkpoint.tensor_file import ArraySpan, TensorFile
 from workers.kernels.int4 import pair, quantize_int4
 from workers.kernels.interface import Packing
@@ -28,6 +28,7 @@ class TensorParts:
         packing: Packing | None,
         count: Callable[[int], None],
         digests: dict[str, int],
+        scratch: Scratch | None = None,
     ) -> None:
         """Nothing is read yet.
 
@@ -38,6 +39,7 @@ class TensorParts:
           packing: the kernels' own, where they have one.
           count: called with the number of bytes read, as they come.
           digests: that of each slice is added; see `digests`.
+          scratch: where to read to, if not to memory of its own.
         """
         self.parts = parts
         self._file = file
@@ -45,6 +47,7 @@ class TensorParts:
         self._packing = packing
         self._count = count
         self._digests = digests
+        self._scratch = scratch
         self._read: dict[tuple[int, Bounds], Array] = {}
         #: Of the values, what this host's devices hold together, if that is better read at once.
         self._together: Bounds | None = None
@@ -136,7 +139,7 @@ class TensorParts:
     def _part(self, span: ArraySpan, bounds: Bounds) -> Array:
         key = (span.offset, bounds)
         if key not in self._read:
-            self._read[key] = read_slice(self._file.path, span, bounds, self._count)
+            self._read[key] = read_slice(self._file.path, span, bounds, self._count, self._scratch)
         return self._read[key]
 
 
