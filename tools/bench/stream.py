@@ -50,15 +50,28 @@ def _serve_bare(port: int) -> None:
 
 
 async def _read_bare(port: int) -> int:
+    """Messages of one client's only stream."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         await channel.channel_ready()
+        method: Any = channel.unary_stream(f"/{_SERVICE}/{_METHOD}")
+        return len([part async for part in method(b"")])
 
-        async def one() -> int:
-            method: Any = channel.unary_stream(f"/{_SERVICE}/{_METHOD}")
-            return len([part async for part in method(b"")])
 
-        assert await asyncio.gather(*(one() for _ in range(STREAMS))) == [TOKENS] * STREAMS
-        return STREAMS * TOKENS
+def _run_bare(port: int) -> int:
+    return asyncio.run(_read_bare(port))
+
+
+def _bare() -> float:
+    """Seconds a message of the bare stream: as many streams as a gateway has, of as many clients."""
+    context = multiprocessing.get_context("spawn")
+    port = free_port("127.0.0.1")
+    process = context.Process(target=_serve_bare, args=(port,), daemon=True)
+    process.start()
+    assert process.pid is not None
+    with concurrent.futures.ProcessPoolExecutor(STREAMS, context) as clients:
+        seconds = cpu_of_each([process.pid], lambda: sum(clients.map(_run_bare, [port] * STREAMS)))
+    process.kill()
+    return seconds
 
 
 async def read_gateway(address: str, seeds: range) -> int:
@@ -98,12 +111,7 @@ def _gateways(processes: int) -> float:
 
 def main() -> None:
     """Prints microseconds a message of 1, 2 and 4 gateways and of the bare stream, and their ratios."""
-    port = free_port("127.0.0.1")
-    process = multiprocessing.get_context("spawn").Process(target=_serve_bare, args=(port,), daemon=True)
-    process.start()
-    assert process.pid is not None
-    bare = cpu_of_each([process.pid], lambda: asyncio.run(_read_bare(port)))
-    process.kill()
+    bare = _bare()
     print(f"bare grpc.aio: {bare * 1e6:.0f} us a message")
     for processes in (1, 2, 4):
         seconds = _gateways(processes)
