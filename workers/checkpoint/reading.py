@@ -24,6 +24,9 @@ _WORTH = {True: 1 << 20, False: 4096}  # of an object store, of a disk
 #: Requests at a time, of all tensors together.
 THREADS = 16
 
+#: Most bytes of scratch memory that are kept from one tensor to the next.
+_KEPT = 256 << 20
+
 _POOL = concurrent.futures.ThreadPoolExecutor(THREADS, "read")
 
 
@@ -52,8 +55,8 @@ class Scratch:
         return self._whole[first : first + size] if self._taken <= self._whole.size else empty((size,), np.uint8)
 
     def clear(self) -> None:
-        """Takes all back. Next time there will be room for as much."""
-        if self._taken > self._whole.size:
+        """Takes all back. Next time there will be room for as much, unless it is very much."""
+        if self._whole.size < self._taken <= _KEPT:
             self._whole = empty((self._taken,), np.uint8)
         self._taken = 0
 

@@ -28,7 +28,7 @@ from workers.checkpoint.checkpoint import open_checkpoint
 from workers.checkpoint.errors import CheckpointError
 from workers.checkpoint.inspection import describe
 from workers.checkpoint.loader import load_parameters
-from workers.checkpoint.reading import read_slice
+from workers.checkpoint.reading import Scratch, read_slice
 from workers.checkpoint.storage import ObjectPath, locate
 from workers.checkpoint.tensor_file import ArraySpan
 from workers.messages.specs import LOADING, Progress
@@ -64,6 +64,26 @@ def test_any_part_of_any_array_is_what_numpy_says(folder: pathlib.Path, data: st
     want = array[tuple(slice(*pair) for pair in bounds)]
     np.testing.assert_array_equal(got, want)
     assert sum(counted) == want.nbytes
+
+
+def test_scratch_memory_is_used_again_for_the_next_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def addresses(scratch: Scratch) -> list[int]:
+        parts = [scratch.take(size) for size in (100, 1, 64)]
+        for i, part in enumerate(parts):
+            part.fill(i)
+        assert [set(part.tolist()) for part in parts] == [{0}, {1}, {2}]
+        scratch.clear()
+        return [part.ctypes.data for part in parts]
+
+    scratch = Scratch()
+    addresses(scratch)
+    again = addresses(scratch)
+    assert addresses(scratch) == again
+    assert not any(address % 64 for address in again)
+    monkeypatch.setattr(reading, "_KEPT", 100)
+    small = Scratch()
+    addresses(small)
+    assert small.take(1).base is not small.take(1).base  # nothing is kept
 
 
 def test_a_file_that_has_become_shorter_is_an_error(tmp_path: pathlib.Path) -> None:
