@@ -14,20 +14,11 @@ from workers.model.parameters import parameter_table
 #: Shares of what the makers promise that programs reach: at best, and when all goes badly. Measured on an H100, an H200, CPUs.
 _BANDWIDTH = {"tpu": (0.9, 0.6), "gpu": (0.8, 0.5), "cpu": (0.95, 0.75)}
 #: Weights a second beyond which bandwidth does not help, as processors widen them no faster. An H200 computes steps in the
-#: time of an H100, whose bandwidth this is, and GPUs widen 4 bits no faster than 8. TPUs as the compiler's schedule says: for
-#: 2^20 weights of 8 bits a core of v4, two a chip, takes 2,930 cycles of 1.05 GHz; others widen those faster than they read.
+#: time of an H100, whose bandwidth this is. TPUs as the compiler's schedule says: for 2^20 weights of 8 bits a core of v4, two
+#: a chip, takes 2,930 cycles of 1.05 GHz; others widen those faster than they read.
 _WIDENED = {
     "int8": {"H200": 3.35e12, "v4": 0.75e12},
-    "int4": {
-        "A100": 2.039e12,
-        "H100": 3.35e12,
-        "H200": 3.35e12,
-        "B200": 8.0e12,
-        "v4": 0.91e12,
-        "v5e": 1.54e12,
-        "v5p": 3.4e12,
-        "v6e": 2.57e12,
-    },
+    "int4": {"H200": 3.35e12, "v4": 0.91e12, "v5e": 1.54e12, "v5p": 3.4e12, "v6e": 2.57e12},
 }
 _FLOPS = {"tpu": (0.7, 0.35), "gpu": (0.4, 0.2), "cpu": (1.0, 0.85)}
 #: Seconds of each layer's own that do not shrink with its size, the start of its operations, and those of the step.
@@ -99,10 +90,11 @@ def decode_seconds(
     """One step of `batch` sequences that are `positions` long."""
     device, ways = hardware.device, hardware.devices
     read = decode_bytes(config, layout, precision, device.platform, batch, positions) / device.bandwidth
-    widened = _WIDENED.get(precision.weights, {}).get(device.name)
-    if widened is not None:
-        in_8_bits = dataclasses.replace(precision, weights="int8")
-        read = max(read, decode_bytes(config, layout, in_8_bits, device.platform, batch, positions) / widened)
+    # GPUs widen 4 bits no faster than they read 8.
+    most = device.bandwidth if device.platform == "gpu" else math.inf
+    in_8_bits = dataclasses.replace(precision, weights="int8")
+    widened = decode_bytes(config, layout, in_8_bits, device.platform, batch, positions)
+    read = max(read, widened / _WIDENED.get(precision.weights, {}).get(device.name, most))
     operations = 2 * batch * (active_parameters(config) + config.vocab_size * config.emb_size) / ways
     rows = batch * config.emb_size * 4
     sums = sum_seconds(hardware, layout.ways(layout.axes("q_heads")), rows / layout.batch_groups)
